@@ -1,0 +1,28 @@
+# Two commands on a fresh machine with Python >= 3.11 and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+
+.PHONY: install demo test check
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "atm-fl needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+# The main job: PA-ATM with eight parties in Ray simulation, about three minutes on two cores.
+demo: install
+	rm -rf $(RUN)
+	$(BIN)/atm-fl run configs/demo.toml -c run-dir=$(RUN)
+
+# Lint, types and the fast tests; `make test PYTEST="-m slow"` for the slow ones.
+test: check
+	$(BIN)/pytest $(PYTEST)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,194 @@
+"""`atm-fl`: run, resume, report and list, thin over the library."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import tomllib
+from dataclasses import fields, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from atm_fl.errors import RunError, SettingError
+
+console = Console()
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated learning by alternating tuning and merging (ATM, arXiv:2411.03055) on Flower.",
+)
+
+
+class Runtime(StrEnum):
+    """Where the clients of a run live."""
+
+    RAY = "ray"
+    IN_PROCESS = "in-process"
+    PLAIN = "plain"
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one line and exit status 2 (a setting) or 1 (a run)."""
+    try:
+        app()
+    except SettingError as error:
+        sys.exit(_complain(error, 2))
+    except RunError as error:
+        sys.exit(_complain(error, 1))
+
+
+def _complain(error: Exception, status: int) -> int:
+    Console(stderr=True, soft_wrap=True).print(f"[red]atm-fl:[/red] {error}", highlight=False, markup=True)
+    return status
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="a TOML file of settings, as in configs/")],
+    override: Annotated[
+        list[str] | None,
+        typer.Option("-c", help="key=value over the file's, as often as needed; see `atm-fl settings`"),
+    ] = None,
+    runtime: Annotated[
+        Runtime,
+        typer.Option(help="ray: simulation by `flwr run`; in-process: the same apps without Ray; plain: no Flower"),
+    ] = Runtime.RAY,
+    app_dir: Annotated[Path, typer.Option("--app", help="the checkout whose apps `flwr run` ships")] = Path(),
+    cpus: Annotated[float, typer.Option(help="CPUs that Ray reserves for one client")] = 1,
+) -> None:
+    """Run a configuration to its end and print its table. The exit status is 0 only if the run completed."""
+    from atm_fl.progress import progress
+    from atm_fl.runs import check_run_dir
+
+    settings = read_config(config, override or [])
+    check_run_dir(settings)
+    console.print(f"{config.name}: {len(settings.task_names)} tasks, {settings.rounds} rounds → {settings.run_dir}")
+    with progress(settings, console):
+        if runtime is Runtime.RAY:
+            from server.simulation import simulate
+
+            simulate(settings, app_dir.resolve(), cpus)
+        elif runtime is Runtime.IN_PROCESS:
+            from clients.app import app as client_app
+            from server.app import serve
+            from server.grid import InProcessGrid
+
+            serve(InProcessGrid(client_app, len(settings.task_names), settings.as_config()), settings)
+        else:
+            from atm_fl.loop import run_loop
+
+            run_loop(settings)
+    report(Path(settings.run_dir))
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="a run's directory, finished or not")]) -> None:
+    """Print a run's table and write its report.html and accuracy.png."""
+    from atm_fl.report import print_table, write_report
+
+    page = write_report(run_dir)
+    print_table(run_dir)
+    console.print(f"picture: {run_dir / 'accuracy.png'}\nreport:  {page}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def tasks(build: Annotated[bool, typer.Option(help="build and count every task's splits")] = False) -> None:
+    """List the tasks with their sources and licences."""
+    from atm_fl import tasks as registry
+
+    table = Table("task", "licence", "source", *(["classes", "train", "validation", "test"] if build else []))
+    for name, found in registry.tasks().items():
+        row = [name, found.licence, found.source]
+        if build:
+            data = registry.load(name)
+            row += [str(len(data.classes)), *(str(len(data.split(split).labels)) for split in registry.SPLITS)]
+        table.add_row(*row)
+    console.print(table)
+
+
+@app.command()
+def merges() -> None:
+    """List the merges."""
+    from atm_fl.merging import merges as registry
+
+    table = Table("merge", "definition")
+    for name, found in sorted(registry().items()):
+        table.add_row(name, (found.__doc__ or "").strip().splitlines()[0])
+    console.print(table)
+
+
+@app.command("settings")
+def list_settings() -> None:
+    """List every setting with its default."""
+    from atm_fl.settings import Settings, kebab
+
+    table = Table("setting", "default", "meaning")
+    for item in fields(Settings):
+        choices = item.metadata["choices"]
+        table.add_row(
+            kebab(item.name),
+            str(item.default),
+            item.metadata["meaning"] + (f" ({' | '.join(choices)})" if choices else ""),
+        )
+    console.print(table)
+
+
+@app.command()
+def study(
+    config: Annotated[Path, typer.Argument(help="a study's TOML file, as configs/study.toml")],
+    jobs: Annotated[int, typer.Option(help="runs at a time")] = os.cpu_count() or 1,
+) -> None:
+    """Run a study's contest over seeds, resuming what was begun, and print its table."""
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    from atm_fl.experiments import main_table
+
+    found = main_table.Study.read(config)
+    begin = time.monotonic()
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for units in main_table.phases(found):
+            for done in as_completed([pool.submit(main_table.run_unit, unit) for unit in units]):
+                console.print(f"{(time.monotonic() - begin) / 60:5.1f} min: {done.result()}", highlight=False)
+    screen, markdown = main_table.table(found)
+    console.print(screen)
+    page = found.folder / "table.md"
+    page.write_text(markdown + "\n")
+    console.print(f"table: {page}", highlight=False)
+
+
+def read_config(path: Path, overrides: list[str]) -> Any:
+    """Settings from a TOML file and `key=value` overrides; relative directories become absolute."""
+    from atm_fl.settings import Settings
+
+    if not path.is_file():
+        raise SettingError(f"{path} is not a file; the configurations are in configs/")
+    try:
+        values = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise SettingError(f"{path} is not valid TOML: {error}") from error
+    for item in overrides:
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise SettingError(f"-c {item!r}: write it as key=value")
+        values[key.strip()] = _value(value.strip())
+    # Flower runs the ServerApp in a directory of its own.
+    for key in ("run-dir", "start"):
+        if isinstance(values.get(key), str) and values[key] != "pretrained":
+            values[key] = str(Path(values[key]).resolve())
+    settings = Settings.parse(values)
+    return replace(settings, run_dir=str(Path(settings.run_dir).resolve()))
+
+
+def _value(text: str) -> Any:
+    """A value of -c: TOML where it parses (numbers, true, "quoted"), a plain string otherwise."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

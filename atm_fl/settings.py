@@ -1,0 +1,144 @@
+"""The settings of a run: every key of `configs/*.toml` and of `[tool.flwr.app.config]`, checked once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from atm_fl import merging, models, tasks
+from atm_fl.errors import SettingError, did_you_mean
+
+
+def setting(default: Any, meaning: str, *, decides: bool = True, choices: tuple[str, ...] = ()) -> Any:
+    """A setting with its default and a line of documentation. `decides`: whether it can change a run's weights."""
+    return field(default=default, metadata={"meaning": meaning, "decides": decides, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run. Make one with `Settings.parse`, which checks every value."""
+
+    tasks: str = setting(
+        "solar,bluemarble,icons,strokes,scripts,radicals,mnist,digits",
+        "the parties' tasks in order, separated by commas; one with a slash is a folder of images",
+    )
+    model: str = setting("vit_micro", "the shared backbone")
+    head: str = setting("prototypes", "how a party makes its head", choices=("prototypes", "linear-probe"))
+    shots: int = setting(5, "images a class behind a prototype")
+    start: str = setting("pretrained", "first base: 'pretrained', or a run directory whose merged model to go on from")
+    rounds: int = setting(10, "rounds K of tuning and merging", decides=False)
+    local_epochs: int = setting(1, "epochs E that a client tunes a round")
+    split: str = setting("train", "what a client tunes on", choices=("train", "validation"))
+    merge: str = setting("mean", "how the task vectors become one step")
+    scaling: float = setting(1.0, "factor on the mean of the task vectors; the paper's α is scaling / T")
+    optimizer: str = setting("adamw", "the clients' optimizer, new every round", choices=("adamw", "sgd"))
+    learning_rate: float = setting(5e-4, "its learning rate, without schedule")
+    weight_decay: float = setting(0.1, "its weight decay")
+    momentum: float = setting(0.0, "its momentum, of sgd only")
+    batch_size: int = setting(32, "images a step")
+    clip_norm: float = setting(10.0, "gradient norm above which a gradient is scaled down; 0: never")
+    seed: int = setting(0, "from which every client's and round's random numbers derive")
+    threads: int = setting(1, "CPU threads of one client; sums in another order give other bits")
+    device: str = setting("cpu", "where clients compute: cpu, cuda, cuda:1, …")
+    test_every: int = setting(
+        0, "also evaluate the test split every so many rounds; 0: before the first and at the end", decides=False
+    )
+    run_dir: str = setting("runs/latest", "the run's directory", decides=False)
+    resume: bool = setting(False, "go on from the last checkpoint in run-dir", decides=False)
+    min_successful: int = setting(0, "clients that must succeed in a round; 0: all", decides=False)
+    on_failure: str = setting(
+        "abort", "when a client fails: end the run, or go on without it", decides=False, choices=("abort", "skip")
+    )
+    node_timeout: float = setting(300.0, "seconds to wait for the parties to come online", decides=False)
+    round_timeout: float = setting(3600.0, "seconds to wait for a round's replies", decides=False)
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> Settings:
+        """Settings from a run config with kebab-case keys; missing keys take their defaults.
+
+        SettingError names the first key that is unknown or has a value that cannot work, and the mend.
+        """
+        known = {kebab(item.name): item for item in fields(cls)}
+        values = {}
+        for key, value in config.items():
+            if key not in known:
+                raise SettingError(f"setting {key!r} is unknown{did_you_mean(key, known)}")
+            values[known[key].name] = _typed(key, value, known[key].type)
+        settings = cls(**values)
+        settings._check()
+        return settings
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The parties' tasks in order."""
+        return tuple(name.strip() for name in self.tasks.split(","))
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide a run's weights, by kebab-case key."""
+        return {kebab(f.name): getattr(self, f.name) for f in fields(self) if f.metadata["decides"]}
+
+    def as_config(self) -> dict[str, Any]:
+        """All settings by kebab-case key, as `parse` takes them."""
+        return {kebab(name): value for name, value in asdict(self).items()}
+
+    def _check(self) -> None:
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            if choices and value not in choices:
+                raise SettingError(f"{kebab(item.name)}={value!r}: it takes one of {', '.join(choices)}")
+        for name in ("rounds", "local_epochs", "batch_size", "shots", "threads"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be at least 1")
+        for name in ("weight_decay", "momentum", "clip_norm", "test_every", "min_successful", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be 0 or more")
+        for name in ("learning_rate", "node_timeout", "round_timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be a positive number")
+        if not math.isfinite(self.scaling):
+            raise SettingError(f"scaling={self.scaling}: it must be a finite number")
+        models.check_backbone(self.model)
+        merging.check_merge(self.merge)
+        if len(set(self.task_names)) < len(self.task_names):
+            twice = next(name for name in self.task_names if self.task_names.count(name) > 1)
+            raise SettingError(f"tasks={self.tasks!r} names {twice!r} twice; each client holds a task of its own")
+        for name in self.task_names:
+            tasks.check(name)
+        if self.min_successful > len(self.task_names):
+            raise SettingError(
+                f"min-successful={self.min_successful}: there are only {len(self.task_names)} clients in tasks"
+            )
+        if self.start != "pretrained" and not (Path(self.start) / "config.json").exists():
+            raise SettingError(
+                f"start={self.start!r} is neither 'pretrained' nor a run directory (no config.json in it)"
+            )
+
+
+def kebab(name: str) -> str:
+    """A Python name as a run-config key."""
+    return name.replace("_", "-")
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from a run's seed and what the random numbers are for; other parts give unrelated seeds."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts, default=str).encode()).digest()[:8], "big") >> 1
+
+
+def _typed(key: str, value: Any, kind: str | type) -> Any:
+    """`value` as the type a setting has; SettingError if it is another. Whole numbers serve as floats."""
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value).__name__ != kind:
+        example = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string in quotes"}
+        raise SettingError(f"{key}={value!r}: it must be {example[str(kind)]}")
+    return value
+
+
+def defaults() -> dict[str, Any]:
+    """Every setting's default by kebab-case key."""
+    return {kebab(item.name): item.default for item in fields(Settings) if item.default is not MISSING}

@@ -1,0 +1,196 @@
+"""Tasks: image classification data sets, one registry, fixed splits.
+
+A source is a function that returns every image it has; this module resizes, removes duplicates, splits and caches. To
+add a task put one small file beside this one::
+
+    @task("flowers", licence="CC0", source="PyPI flowers 1.0")
+    def flowers() -> Source:
+        return Source(images, labels, classes)
+
+Every module of this package is imported when the registry is first asked, so the file is all it takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import os
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.files import atomic_write
+
+IMAGE_SIZE = 32
+SPLITS = ("train", "validation", "test")
+CAP = 2000
+"""Images kept of a source: enough for a clear result, few enough that a round of eight tasks takes seconds."""
+VALIDATION, TEST = 0.15, 0.25
+SPLIT_SEED = 0
+
+
+class Split(NamedTuple):
+    """Images uint8 [n, 3, 32, 32] and labels int64 [n]."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One task's data: class names and the three fixed, disjoint, stratified splits."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    validation: Split
+    test: Split
+
+    def split(self, name: str) -> Split:
+        """The split called `name`: "train", "validation" or "test"."""
+        if name not in SPLITS:
+            raise SettingError(f"split={name!r} is unknown; it takes one of {', '.join(SPLITS)}")
+        return getattr(self, name)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a source function returns.
+
+    images: a list of uint8 arrays [h, w] or [h, w, 3], or one array of them; labels: ints; classes: their names.
+    groups: items that must not be parted between splits (renderings of one glyph, say) share a group number.
+    """
+
+    images: Sequence[np.ndarray] | np.ndarray
+    labels: Sequence[int] | np.ndarray
+    classes: Sequence[str]
+    groups: Sequence[int] | np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A registered task: where its images come from, under which licence, and the function that builds them."""
+
+    name: str
+    licence: str
+    source: str
+    build: Callable[[], Source]
+
+
+_registry: dict[str, Task] = {}
+
+
+def task(name: str, *, licence: str, source: str) -> Callable[[Callable[[], Source]], Callable[[], Source]]:
+    """Register the decorated source function under `name`, with a line of licence and provenance."""
+
+    def register(build: Callable[[], Source]) -> Callable[[], Source]:
+        _registry[name] = Task(name, licence, source, build)
+        return build
+
+    return register
+
+
+def tasks() -> dict[str, Task]:
+    """All registered tasks by name."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return _registry
+
+
+def find(name: str) -> Task:
+    """The task called `name`; SettingError names the nearest one if there is none."""
+    if name not in tasks():
+        raise SettingError(f"task {name!r} is unknown{did_you_mean(name, _registry)}")
+    return _registry[name]
+
+
+def check(name: str) -> None:
+    """SettingError if `name` has no slash in it (a folder, which may stand on a party's machine) and is unknown."""
+    if "/" not in name:
+        find(name)
+
+
+def load(name: str, size: int = IMAGE_SIZE) -> Dataset:
+    """The data of a task: a registered one, or with a slash in its name a folder of images, brought to `size` pixels.
+
+    The first call of a registered task builds it (seconds) and caches the result under `cache_dir()`.
+    """
+    if "/" in name:
+        from atm_fl.tasks.folder import load_folder
+
+        return load_folder(Path(name), size)
+    found = find(name)
+    recipe = f"{inspect.getsource(inspect.getmodule(found.build))}{inspect.getsource(split_source)}{CAP, SPLIT_SEED}"  # type: ignore[arg-type]
+    path = cache_dir() / "tasks" / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.npz"
+    if not path.exists():
+        try:
+            arrays = split_source(found.build())
+        except ModuleNotFoundError as error:
+            raise SettingError(f"task {name!r} needs the package {error.name!r}; install it with pip") from error
+        with atomic_write(path) as part:
+            np.savez_compressed(part, allow_pickle=False, **arrays)
+    with np.load(path) as arrays:
+        return _dataset(name, dict(arrays))
+
+
+def cache_dir() -> Path:
+    """Where built tasks are kept: $ATM_FL_CACHE, by default ~/.cache/atm-fl."""
+    return Path(os.environ.get("ATM_FL_CACHE", "~/.cache/atm-fl")).expanduser()
+
+
+def to_square(image: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
+    """An image [h, w] or [h, w, 3] of any uint8 kind as RGB [3, size, size]."""
+    from PIL import Image
+
+    resized = Image.fromarray(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(resized).transpose(2, 0, 1)
+
+
+def split_source(source: Source, cap: int = CAP) -> dict[str, np.ndarray]:
+    """Resize, drop exact duplicates, keep about `cap` images, and split by group, stratified by class."""
+    images = np.stack([to_square(image) for image in source.images])
+    labels = np.asarray(source.labels, dtype=np.int64)
+    groups = np.arange(len(labels)) if source.groups is None else np.asarray(source.groups)
+    digests = [hashlib.sha256(image.tobytes()).digest() for image in images]
+    first = np.sort(np.unique(np.array(digests, dtype="V32"), return_index=True)[1])
+    images, labels, groups = images[first], labels[first], groups[first]
+
+    members: dict[int, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(int(group), []).append(index)
+    strata: dict[int, list[list[int]]] = {}
+    for indices in members.values():
+        strata.setdefault(int(labels[indices[0]]), []).append(indices)
+
+    random = np.random.default_rng(SPLIT_SEED)
+    chosen: dict[str, list[int]] = {name: [] for name in SPLITS}
+    for label in sorted(strata):
+        parts = [strata[label][i] for i in random.permutation(len(strata[label]))]
+        keep = min(1.0, cap / len(labels)) * sum(map(len, parts))
+        taken = 0
+        for part in parts:
+            if taken >= keep:
+                break
+            name = "test" if taken < TEST * keep else "validation" if taken < (TEST + VALIDATION) * keep else "train"
+            chosen[name].extend(part)
+            taken += len(part)
+    arrays = {"classes": np.array(list(source.classes))}
+    for name, indices in chosen.items():
+        arrays[f"{name}_images"], arrays[f"{name}_labels"] = images[indices], labels[indices]
+    return arrays
+
+
+def _dataset(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
+    splits = {
+        split: Split(torch.from_numpy(arrays[f"{split}_images"]), torch.from_numpy(arrays[f"{split}_labels"]))
+        for split in SPLITS
+    }
+    return Dataset(name, tuple(map(str, arrays["classes"])), **splits)

@@ -1,0 +1,123 @@
+"""The flat task vector and its layout.
+
+The shared entries of a model (its trainable floating-point parameters) live in one contiguous float32 tensor of n
+elements. A `Layout` says where each named entry stands, so that a vector is one array on the wire and one operand in a
+merge, and still can be seen as named tensors without a copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ordered names and shapes of a model's shared entries, stored one after another in a flat tensor."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Layout:
+        """The layout of a module's trainable floating-point parameters, in the module's order."""
+        shared = _shared(module)
+        return cls(tuple(shared), tuple(tuple(parameter.shape) for parameter in shared.values()))
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of each entry."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def size(self) -> int:
+        """Elements of the whole vector."""
+        return sum(self.sizes)
+
+    @cached_property
+    def digest(self) -> str:
+        """A short hash of names, shapes and order; equal digests mean that vectors can be added."""
+        text = json.dumps([self.names, self.shapes, "float32"])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Named views of a flat tensor [n]; nothing is copied. ValueError if its size is another."""
+        if flat.shape != (self.size,):
+            raise ValueError(
+                f"a flat tensor of shape {tuple(flat.shape)} does not fit a layout of {self.size} elements"
+            )
+        parts = flat.split(self.sizes)
+        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+    def flatten(self, module: nn.Module) -> Tensor:
+        """A copy of the module's shared entries as one flat tensor [n], in their own dtype."""
+        shared = _shared(module)
+        return torch.cat([shared[name].detach().reshape(-1) for name in self.names])
+
+
+def bind(module: nn.Module, layout: Layout) -> nn.Parameter:
+    """Move the module's shared entries, and their gradients, into one flat parameter [n] and return it.
+
+    The module's parameters become views: writing to the flat parameter changes the module, `backward` fills the flat
+    gradient, and one optimizer step is one pass over one tensor instead of one over each of some hundred.
+    """
+    flat = nn.Parameter(layout.flatten(module))
+    flat.grad = torch.zeros_like(flat)
+    values, gradients = layout.views(flat.data), layout.views(flat.grad)
+    for name, parameter in _shared(module).items():
+        parameter.data, parameter.grad = values[name], gradients[name]
+    return flat
+
+
+def digest(flat: Tensor) -> str:
+    """A short hash of a vector's exact bytes."""
+    return hashlib.sha256(flat.detach().cpu().contiguous().numpy().data).hexdigest()[:16]
+
+
+class Spill:
+    """Vectors [n] kept in one temporary file in `folder` instead of in memory, read back block by block.
+
+    Resident memory stays at one block of `BLOCK` elements over all vectors, whatever their number.
+    """
+
+    BLOCK = 1 << 22
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self.names: list[str] = []
+        self._size = 0
+
+    def add(self, name: str, vector: Tensor) -> None:
+        """Append a float32 vector; all must have one size."""
+        self._size = vector.numel()
+        self._file.write(vector.detach().cpu().contiguous().numpy().data)
+        self.names.append(name)
+
+    def gram(self) -> Tensor:
+        """The vectors' inner products, float64 [k, k], in the order of `names`."""
+        count = len(self.names)
+        result = torch.zeros(count, count, dtype=torch.float64)
+        width = max(1, self.BLOCK // max(1, count))
+        for start in range(0, self._size, width):
+            block = torch.empty(count, min(width, self._size - start))
+            for row in range(count):
+                self._file.seek(4 * (row * self._size + start))
+                self._file.readinto(block[row].numpy().data)
+            result += (block @ block.T).double()
+        return result
+
+    def close(self) -> None:
+        """Delete the file."""
+        self._file.close()
+
+
+def _shared(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()}

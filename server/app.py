@@ -1,0 +1,81 @@
+"""The ServerApp: wait for the parties, call the roll, run the strategy, write the report."""
+
+from __future__ import annotations
+
+import time
+from logging import INFO, WARNING
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid, ServerApp
+
+from atm_fl.errors import RunError
+from atm_fl.report import write_report
+from atm_fl.runs import Run
+from atm_fl.settings import Settings
+from server.grid import StreamingGrid
+from server.strategy import Atm
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the settings of the run config to their end."""
+    serve(grid, Settings.parse(context.run_config))
+
+
+def serve(grid: Grid, settings: Settings) -> Run:
+    """Run `settings` with the parties on `grid`; returns the finished run. RunError if it could not finish."""
+    grid = StreamingGrid(grid)
+    run = Run(settings)
+    strategy = Atm(run, roll_call(grid, settings))
+    if run.rounds_done < settings.rounds:
+        strategy.start(grid, strategy.arrays(), settings.rounds - run.rounds_done, settings.round_timeout)
+    else:
+        messages = strategy.configure_evaluate(0, strategy.arrays(), ConfigRecord(), grid)
+        strategy.aggregate_evaluate(0, grid.send_and_receive(messages, timeout=settings.round_timeout))
+    run.close()
+    log(INFO, "report: %s", write_report(run.directory))
+    return run
+
+
+def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
+    """Which node holds which task, in the order of the setting `tasks`.
+
+    Every node loads its data and makes its head to answer, so that bad data ends the run before its first round.
+    RunError if a node holds a task that was not asked for, two hold the same, or (as `on-failure` and `min-successful`
+    allow) too few come within `node-timeout` or answer.
+    """
+    wanted = [name.rstrip("/").rsplit("/", 1)[-1] for name in settings.task_names]
+    needed = max(1, settings.min_successful) if settings.on_failure == "skip" else len(wanted)
+    deadline = time.monotonic() + settings.node_timeout
+    while len(nodes := list(grid.get_node_ids())) < len(wanted):
+        if time.monotonic() > deadline:
+            if len(nodes) >= needed:
+                break
+            raise RunError(
+                f"{len(nodes)} of {len(wanted)} parties came online within node-timeout={settings.node_timeout:g} s"
+            )
+        time.sleep(0.2)
+    call = [Message(RecordDict({"info": ConfigRecord()}), node, "query") for node in nodes]
+    holders: dict[str, int] = {}
+    failures = []
+    for reply in grid.send_and_receive(call, timeout=settings.round_timeout):
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            failures.append(reply.error.reason)
+            continue
+        task = str(reply.content.config_records["info"]["task"])
+        if task not in wanted:
+            raise RunError(f"roll call: node {node} holds task {task!r}, which tasks={settings.tasks!r} does not name")
+        if task in holders:
+            raise RunError(f"roll call: nodes {holders[task]} and {node} both hold task {task!r}")
+        holders[task] = node
+    missing = [task for task in wanted if task not in holders]
+    if missing:
+        told = "; ".join([f"roll call: no party holds {', '.join(missing)}", *map(str, failures)])
+        if len(holders) < needed:
+            raise RunError(told)
+        log(WARNING, "%s", told)
+    return {holders[task]: task for task in wanted if task in holders}

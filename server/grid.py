@@ -1,0 +1,127 @@
+"""Two Grids: one that hands over replies one by one, one that runs the clients in this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+LONGEST_POLL = 1.0
+
+
+class StreamingGrid(Grid):
+    """Any Grid, with a `send_and_receive` that yields replies one by one, in the order of the messages.
+
+    Flower's own returns a list of all replies, so that a server's memory grows with its clients. Here a reply stays at
+    the SuperLink until the one before it was dealt with; the order also makes a sum of floats the same on every run.
+    Polls start at 10 ms and lengthen with the wait (Flower's own sleeps 3 s between polls in deployment).
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Push all messages, then yield the reply to each. One without a reply by the deadline is passed over.
+
+        An error that the SuperLink itself reports gets the silent node's id as its source.
+        """
+        sent = list(messages)
+        nodes = [message.metadata.dst_node_id for message in sent]
+        ids = list(self.grid.push_messages(sent))
+        del sent, messages
+        return self._replies(ids, nodes, time.monotonic(), timeout)
+
+    def _replies(self, ids: list[str], nodes: list[int], begin: float, timeout: float | None) -> Iterator[Message]:
+        for message_id, node in zip(ids, nodes, strict=True):
+            while True:
+                found = list(self.grid.pull_messages([message_id]))
+                if found:
+                    found[0].metadata.__dict__["_src_node_id"] = node
+                    yield found.pop()
+                    break
+                waited = time.monotonic() - begin
+                if timeout is not None and waited > timeout:
+                    break
+                time.sleep(min(LONGEST_POLL, max(0.01, waited / 50)))
+
+    def set_run(self, run: Run) -> None:
+        self.grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self.grid.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        return self.grid.create_message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self.grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self.grid.pull_messages(message_ids)
+
+
+class InProcessGrid(Grid):
+    """A Grid of `clients` virtual nodes that runs the ClientApp in this process when a reply is pulled.
+
+    No Ray, no SuperLink, no serialisation; node i is partition i. Messages and contexts are Flower's own. For tests and
+    for research on one device.
+    """
+
+    def __init__(self, app: ClientApp, clients: int, run_config: dict[str, Any]) -> None:
+        # Outside a Flower process nothing sets the identity that every Message needs.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
+        self._app = app
+        self._contexts = {
+            partition + 1: Context(
+                run_id=1,
+                node_id=partition + 1,
+                node_config={"partition-id": partition, "num-partitions": clients},
+                state=RecordDict(),
+                run_config=run_config,
+            )
+            for partition in range(clients)
+        }
+        self._waiting: dict[str, Message] = {}
+        self._sent = 0
+
+    def set_run(self, run: Run) -> None:
+        """Nothing to set: there is one run."""
+
+    @property
+    def run(self) -> Run:
+        raise RuntimeError("an in-process grid has no Run")
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise RuntimeError("use the Message constructor")
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            self._sent += 1
+            message.metadata.__dict__["_message_id"] = f"message-{self._sent}"
+            self._waiting[message.metadata.message_id] = message
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        for message_id in message_ids:
+            if message_id in self._waiting:
+                message = self._waiting.pop(message_id)
+                yield self._app(message, self._contexts[message.metadata.dst_node_id])
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        return StreamingGrid(self).send_and_receive(messages, timeout=timeout)

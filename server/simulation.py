@@ -1,0 +1,111 @@
+"""Ray simulation with an honest end: its own SuperLink, `flwr run`, and the run's real status.
+
+Flower's `flwr run` on a local address starts a SuperLink that outlives it, keeps the environment of the first run, and
+exits 0 even when the run failed. Here the SuperLink belongs to the call, and a failed run is a RunError.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from atm_fl.errors import RunError, SettingError
+from atm_fl.settings import Settings
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+"""Keeps Flower and Ray from calling home, and Flower from installing torch into a new environment for every run."""
+START_TIMEOUT = 60.0
+
+
+def simulate(settings: Settings, app: Path, cpus_per_client: float = 1) -> None:
+    """Run `settings` with one virtual SuperNode a task. Logs go to flower.log in the run directory.
+
+    app: the folder with pyproject.toml. RunError, with the ServerApp's own message, if the run did not complete.
+    """
+    if not (app / "pyproject.toml").exists():
+        raise SettingError(
+            f"{app} has no pyproject.toml; Flower needs the checkout of atm-fl to run its apps. Call this from there, "
+            "name it with --app, or use --runtime in-process"
+        )
+    folder = Path(settings.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "flower.log"
+    with superlink(folder / "flower") as environment:
+        config = folder / "flower" / "run.toml"
+        config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.as_config().items()))
+        federation = f"num-supernodes={len(settings.task_names)} client-resources-num-cpus={cpus_per_client:g}"
+        command = ["flwr", "run", str(app), "local", "--stream", "--federation-config", federation, "-c", str(config)]
+        with open(log, "w") as out:
+            subprocess.run(command, env=environment, stdout=out, stderr=subprocess.STDOUT, check=False)
+        listed = subprocess.run(
+            ["flwr", "list", "local", "--format", "json"], env=environment, capture_output=True, text=True, check=False
+        )
+    runs = json.loads(listed.stdout or "{}").get("runs", [])
+    if not runs or runs[0]["status"] != "finished:completed":
+        raise RunError(failure(log))
+
+
+def failure(log: Path) -> str:
+    """Why a run failed: our own error in its log, or the log's last line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
+    ours = re.findall(r"(?:RunError|SettingError): (.+)", text)
+    lines = [line for line in text.splitlines() if line.strip()]
+    return ours[-1] if ours else f"the Flower run failed: {lines[-1] if lines else 'no output'} (see {log})"
+
+
+@contextmanager
+def superlink(home: Path) -> Iterator[dict[str, str]]:
+    """A SuperLink in simulation mode on a free loopback port; yields the environment in which "local" names it."""
+    home.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, **QUIET, "FLWR_HOME": str(home.resolve()), "PATH": path}
+    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--log-file", str(home / "superlink.log")]
+    # Ray's processes descend from the SuperLink: a session of its own lets all of them end together.
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + START_TIMEOUT
+        while not _answers(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RunError(f"the local SuperLink did not start; see {home / 'superlink.log'}")
+            time.sleep(0.1)
+        yield environment
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        shutil.rmtree(home / "apps", ignore_errors=True)
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,139 @@
+"""The strategy: ATM's round as Flower's message API runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from logging import INFO, WARNING
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from atm_fl import codecs, vectors
+from atm_fl.errors import RunError
+from atm_fl.loop import Round
+from atm_fl.party import Update
+from atm_fl.runs import Run
+
+
+class Atm(Strategy):
+    """Send the base, fold the task vectors into the merge as they come, move the base, write the checkpoint.
+
+    The base is evaluated by the clients before they tune it, so that a round is one exchange; one evaluate round closes
+    the run. Flower counts rounds from 1 in every process; ours go on from the run's checkpoint.
+
+    nodes: node id → task, in the order of the setting `tasks`.
+    """
+
+    def __init__(self, run: Run, nodes: dict[int, str]) -> None:
+        self.run = run
+        self.nodes = nodes
+        self._digest = ""
+
+    def summary(self) -> None:
+        settings = self.run.settings
+        log(
+            INFO,
+            "\t└──> merge %s, scaling %s, tasks %s",
+            settings.merge,
+            settings.scaling,
+            ", ".join(self.nodes.values()),
+        )
+
+    def arrays(self) -> ArrayRecord:
+        """The current base as it travels."""
+        return ArrayRecord({name: Array(array) for name, array in codecs.encode(self.run.base).items()})
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        return self._broadcast(arrays, "train", self.run.rounds_done + 1)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        current, failures = Round(self.run), self._unheard()
+        down = 4 * self.run.layout.size
+        for task, reply in self._successes(replies, failures):
+            arrays = reply.content.array_records["arrays"]
+            up = sum(len(array.data) for array in arrays.values())
+            try:
+                vector = codecs.decode(
+                    {name: array.numpy() for name, array in arrays.items()},
+                    str(reply.content.config_records["info"]["codec"]),
+                    self.run.layout.size,
+                )
+            except ValueError as error:
+                failures[task] = f"refused: {error}"
+                continue
+            update = Update(vector, _metrics(reply, "evaluation"), _metrics(reply, "tuning"))
+            del arrays, reply.content["arrays"]
+            current.add(task, update, bytes_up=up, bytes_down=down)
+        self._enforce(failures, f"round {current.number}")
+        current.close(failures)
+        return self.arrays(), None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        if self.run.rounds_done < self.run.settings.rounds:
+            return []
+        return self._broadcast(arrays, "evaluate", self.run.rounds_done)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        if self.run.rounds_done < self.run.settings.rounds:
+            return None
+        failures = self._unheard()
+        for task, reply in self._successes(replies, failures):
+            self.run.record("evaluation", self.run.rounds_done, task=task, **_metrics(reply, "evaluation"))
+        self._enforce(failures, "the final evaluation")
+        return None
+
+    def _broadcast(self, arrays: ArrayRecord, kind: str, round_number: int) -> list[Message]:
+        self._digest = vectors.digest(self.run.base)
+        info = ConfigRecord(
+            {"round": round_number, "codec": codecs.FP32, "layout": self.run.layout.digest, "base": self._digest}
+        )
+        content = {"arrays": arrays, "info": info}
+        return [Message(RecordDict(content), node, kind, group_id=str(round_number)) for node in self.nodes]  # type: ignore[arg-type]
+
+    def _unheard(self) -> dict[str, str]:
+        return dict.fromkeys(self.nodes.values(), f"no reply within {self.run.settings.round_timeout:g} s")
+
+    def _successes(self, replies: Iterable[Message], failures: dict[str, str]) -> Iterator[tuple[str, Message]]:
+        """(task, reply) of the replies that can be used; the others' reasons go into `failures`."""
+        for reply in replies:
+            task = self.nodes[reply.metadata.src_node_id]
+            if reply.has_error():
+                failures[task] = reply.error.reason or f"error {reply.error.code}"
+                continue
+            info = reply.content.config_records["info"]
+            if info["task"] != task:
+                failures[task] = f"refused: the node now holds task {info['task']!r}"
+            elif info["layout"] != self.run.layout.digest:
+                failures[task] = f"refused: a vector of layout {info['layout']!s}, not {self.run.layout.digest}"
+            elif info["base"] != self._digest:
+                failures[task] = f"refused: a stale base {info['base']!s}, not {self._digest}"
+            else:
+                del failures[task]
+                yield task, reply
+
+    def _enforce(self, failures: dict[str, str], when: str) -> None:
+        """RunError, naming tasks and reasons, if the failures are more than the policy allows."""
+        if not failures:
+            return
+        settings = self.run.settings
+        told = "; ".join(f"{task}: {reason}" for task, reason in failures.items())
+        succeeded, needed = len(self.nodes) - len(failures), settings.min_successful or len(self.nodes)
+        if settings.on_failure == "abort" or succeeded < max(1, needed):
+            policy = f"on-failure={settings.on_failure}, {needed} needed"
+            raise RunError(f"{when}: {succeeded} of {len(self.nodes)} clients succeeded ({policy}). {told}")
+        log(WARNING, "%s goes on without %s", when, told)
+
+
+def _metrics(reply: Message, prefix: str) -> dict[str, float]:
+    """The reply's numbers whose names start with `prefix` and a dot."""
+    metrics = reply.content.metric_records["metrics"]
+    start = f"{prefix}."
+    return {name.removeprefix(start): value for name, value in metrics.items() if name.startswith(start)}  # type: ignore[misc]
