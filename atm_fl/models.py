@@ -123,8 +123,8 @@ def vit(image_size: int, patch_size: int, width: int, depth: int, heads: int, **
 
 
 def untrained_vit_micro() -> Backbone:
-    """The ViT of `vit_micro` with random weights: 32 px, 17 tokens, 6 blocks of width 128, 1.2 M parameters."""
-    return Backbone(vit(32, 8, 128, 6, 4), 32)
+    """The ViT of `vit_micro` with random weights: 32 px, 17 tokens, 4 blocks of width 192, 1.8 M parameters."""
+    return Backbone(vit(32, 8, 192, 4, 3), 32)
 
 
 @backbone("vit_micro")
@@ -227,7 +227,9 @@ def prototypes(model: Backbone, data: Split, classes: int, shots: int, seed: int
     chosen = [order[data.labels[order] == label][:shots] for label in range(classes)]
     found = functional.normalize(features(model, data.images[torch.cat(chosen)]), dim=-1)
     means = torch.stack([part.mean(0) for part in found.split([len(part) for part in chosen])])
-    return Head(functional.normalize(means, dim=-1), torch.zeros(classes))
+    centre = means.mean(0)
+    weight = functional.normalize(means - centre, dim=-1)
+    return Head(weight, -LOGIT_SCALE * (weight @ centre))
 
 
 def linear_probe(model: Backbone, data: Split, classes: int) -> Head:

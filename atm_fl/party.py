@@ -109,19 +109,19 @@ class Party:
         key = f"{vectors.digest(self.model.pretrained)}{vectors.digest(images)}{vectors.digest(labels)}{kind}"
         key += f"{shots}.{seed}" if kind == "prototypes" else ""
         path = tasks.cache_dir() / "heads" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-        if path.exists():
-            stored = load_file(str(path))
-            return models.Head(stored["weight"], stored["bias"])
-        self.model.load(self.model.pretrained)
-        backbone = self.model.module
-        head = (
-            models.prototypes(backbone, self.data.train, classes, shots, seed)
-            if kind == "prototypes"
-            else models.linear_probe(backbone, self.data.train, classes)
-        )
-        with atomic_write(path) as part:
-            save_file({"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}, str(part))
-        return head
+        if not path.exists():
+            self.model.load(self.model.pretrained)
+            backbone = self.model.module
+            made = (
+                models.prototypes(backbone, self.data.train, classes, shots, seed)
+                if kind == "prototypes"
+                else models.linear_probe(backbone, self.data.train, classes)
+            )
+            with atomic_write(path) as part:
+                save_file({"weight": made.weight.contiguous(), "bias": made.bias.contiguous()}, str(part))
+        stored = load_file(str(path))
+        # Tensors out of a file are not aligned as torch's own are, and matrix products may differ in the last bit with it.
+        return models.Head(stored["weight"].clone(), stored["bias"].clone())
 
 
 def evaluated_splits(settings: Settings, rounds_done: int) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from atm_fl import merging, models, tasks
 from atm_fl.errors import SettingError, did_you_mean
 
@@ -102,6 +104,10 @@ class Settings:
                 raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be a positive number")
         if not math.isfinite(self.scaling):
             raise SettingError(f"scaling={self.scaling}: it must be a finite number")
+        try:
+            torch.device(self.device)
+        except RuntimeError:
+            raise SettingError(f"device={self.device!r} is no device; it takes cpu, cuda, cuda:1, …") from None
         models.check_backbone(self.model)
         merging.check_merge(self.merge)
         if len(set(self.task_names)) < len(self.task_names):

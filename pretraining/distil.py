@@ -24,9 +24,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from atm_fl import models
+from atm_fl.tasks.glyphs import icon_font, render
+from atm_fl.tasks.photos import package_dir
 
 SIZE = 56
 FASHION = 10_000
+HANGUL = 5_000
 CROPS = {"emoji": 2, "openclipart": 2, "tuxpaint": 4, "wesnoth": 1, "fashion": 1}
 
 
@@ -57,7 +60,23 @@ def corpus(folder: Path, random: np.random.Generator) -> Tensor:
     (fashion,) = folder.rglob("train-images-idx3-ubyte.gz")
     pixels = np.frombuffer(gzip.decompress(fashion.read_bytes()), np.uint8, offset=16).reshape(-1, 28, 28)
     crops += [crop(Image.fromarray(image), random, whole=True) for image in random.permutation(pixels)[:FASHION]]
+    crops += glyphs(np.random.default_rng(1))
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+
+
+def glyphs(random: np.random.Generator) -> list[np.ndarray]:
+    """White on black [56, 56, 3]: Hangul and kana (Noto Sans CJK in any weight) and four icon fonts.
+
+    The tasks use other characters of the one font and other icon fonts.
+    """
+    letters = [chr(code) for code in random.permutation(np.arange(0xAC00, 0xD7A4))[:HANGUL]]
+    letters += [chr(code) for code in (*range(0x3041, 0x3097), *range(0x30A1, 0x30FB)) for _ in range(4)]
+    file = package_dir("manimgx_fonts_cjk") / "NotoSansCJK-VF.otf.ttc"
+    images = render(letters, file, random.integers(100, 901, len(letters)).tolist(), SIZE)
+    for name in ("fontawesome6-solid-webfont", "remixicon", "elusiveicons-webfont", "codicon"):
+        file, characters = icon_font(name)
+        images += render(list(characters.values()), file, size=SIZE)
+    return [np.repeat(image[..., None], 3, axis=2) for image in images]
 
 
 @torch.inference_mode()
@@ -106,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, help="the folder that pretraining/fetch.sh filled")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=12)
+    parser.add_argument("--minutes", type=float, default=14)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     begin = time.monotonic()

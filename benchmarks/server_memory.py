@@ -1,0 +1,80 @@
+"""Does the server's memory grow with its clients? Peak resident size with 4 and with 16 clients.
+
+    python benchmarks/server_memory.py
+
+The real strategy and grids merge made-up vectors of a 20 M-parameter ViT for two rounds, each count of clients in a
+process of its own. The clients live in the same process, one at a time, and cost one vector whatever their number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from atm_fl import codecs, models
+from atm_fl.runs import Run
+from atm_fl.settings import Settings
+from server.grid import InProcessGrid, StreamingGrid
+from server.strategy import Atm
+
+COUNTS = (4, 16)
+
+
+@models.backbone("twenty_million")
+def twenty_million() -> models.Backbone:
+    """A ViT of 20 M parameters with random weights."""
+    return models.Backbone(models.vit(32, 8, 512, 6, 8), 32)
+
+
+def made_up(message: Message, context: Context) -> Message:
+    """A client's reply with a random task vector."""
+    info = message.content.config_records["info"]
+    size = message.content.array_records["arrays"]["values"].shape[0]
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(context.node_id)).mul_(1e-3)
+    content = {
+        "metrics": MetricRecord({"tuning.norm": float(vector.norm())}),
+        "info": ConfigRecord({**info, "task": f"task{context.node_id}"}),
+    }
+    if message.metadata.message_type == "train":
+        content["arrays"] = ArrayRecord({name: Array(array) for name, array in codecs.encode(vector).items()})
+    return Message(RecordDict(content), reply_to=message)
+
+
+def peak(clients: int) -> None:
+    """Run two rounds and print elements and peak resident MiB of this process."""
+    app = ClientApp()
+    app.train()(made_up)
+    app.evaluate()(made_up)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Settings.parse({"model": "twenty_million", "rounds": 2, "run-dir": folder}))
+        strategy = Atm(run, {node: f"task{node}" for node in range(1, clients + 1)})
+        strategy.start(StreamingGrid(InProcessGrid(app, clients, {})), strategy.arrays(), 2)
+    print(run.layout.size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, help="internal: measure this count in this process")
+    args = parser.parse_args()
+    if args.clients:
+        return peak(args.clients)
+    found = {}
+    for count in COUNTS:
+        command = [sys.executable, __file__, "--clients", str(count)]
+        output = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ).stdout
+        elements, found[count] = map(float, output.split()[-2:])
+        print(f"{count:3} clients, vectors of {elements:,.0f} elements: peak resident {found[count]:.0f} MiB")
+    print(f"ratio {found[COUNTS[1]] / found[COUNTS[0]]:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""A tiny backbone and two tiny tasks on disk, so that whole runs take a second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from atm_fl import models
+from atm_fl.settings import Settings
+
+
+@models.backbone("tiny")
+def tiny() -> models.Backbone:
+    """5 tokens, one block of width 16."""
+    return models.Backbone(models.vit(32, 16, 16, 1, 2), 32)
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing of a developer's cache decides a test; built tasks are shared by the tests of one session."""
+    base = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("ATM_FL_CACHE", str(base))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_folder(root: Path, seed: int, classes: int = 3, images: int = 12) -> Path:
+    """A folder task whose classes differ in colour: `images` a class to train on, a third of that in val and test."""
+    random = np.random.default_rng(seed)
+    colours = random.normal(128, 12, (classes, 3))
+    for split, count in (("train", images), ("val", images // 3), ("test", images // 3)):
+        for label in range(classes):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = (colours[label] + random.normal(0, 60, (16, 16, 3))).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    """Three folder tasks."""
+    return [str(make_folder(tmp_path / "data" / name, seed)) for seed, name in enumerate(("red", "green", "blue"))]
+
+
+@pytest.fixture
+def config(folders: list[str], tmp_path: Path) -> dict[str, Any]:
+    """A run config of three rounds on the tiny tasks."""
+    return {
+        "tasks": ",".join(folders),
+        "model": "tiny",
+        "rounds": 3,
+        "batch-size": 8,
+        "learning-rate": 1e-3,
+        "run-dir": str(tmp_path / "run"),
+    }
+
+
+@pytest.fixture
+def settings(config: dict[str, Any]) -> Settings:
+    return Settings.parse(config)

@@ -1,0 +1,126 @@
+"""Settings and the command line: every mistake is one line and a status, before any work starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atm_fl import cli
+from atm_fl.errors import SettingError
+from atm_fl.settings import Settings, defaults
+
+ROOT = Path(__file__).parents[1]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit status of `atm-fl` with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["atm-fl", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"tasks": "mnist,digit"}, "task 'digit' is unknown; did you mean 'digits'?"),
+        ({"tasks": "mnist,mnist"}, "names 'mnist' twice"),
+        ({"merge": "means"}, "merge='means' is unknown; did you mean 'mean'?"),
+        ({"model": "vit"}, "model='vit' is unknown"),
+        ({"learning_rate": 1}, "setting 'learning_rate' is unknown; did you mean 'learning-rate'?"),
+        ({"rounds": 0}, "rounds=0: it must be at least 1"),
+        ({"local-epochs": -1}, "local-epochs=-1"),
+        ({"batch-size": 0}, "batch-size=0"),
+        ({"learning-rate": float("nan")}, "learning-rate=nan: it must be a positive number"),
+        ({"learning-rate": -0.1}, "learning-rate=-0.1"),
+        ({"learning-rate": "fast"}, "learning-rate='fast': it must be a number"),
+        ({"rounds": 2.5}, "rounds=2.5: it must be a whole number"),
+        ({"rounds": True}, "rounds=True: it must be a whole number"),
+        ({"scaling": float("inf")}, "scaling=inf"),
+        ({"optimizer": "adam"}, "optimizer='adam': it takes one of adamw, sgd"),
+        ({"on-failure": "retry"}, "on-failure='retry': it takes one of abort, skip"),
+        ({"min-successful": 9}, "min-successful=9: there are only 8 clients"),
+        ({"start": "nowhere"}, "start='nowhere' is neither"),
+        ({"device": "gpu"}, "device='gpu'"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value_and_the_mend(wrong: dict[str, Any], words: str, monkeypatch) -> None:
+    with pytest.raises(SettingError) as error:
+        Settings.parse(wrong)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_line_says_so_in_one_line_with_a_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config = str(ROOT / "configs" / "demo.toml")
+    for wrong in ("rounds=0", "tasks=mnist,nist", "nonsense=1", "rounds"):
+        assert call(monkeypatch, "run", config, "-c", wrong, "-c", f"run-dir={tmp_path}/run") == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("atm-fl: ")
+        assert len(said.err.strip().splitlines()) == 1
+        assert not (tmp_path / "run").exists()
+    assert call(monkeypatch, "run", str(tmp_path / "none.toml")) == 2
+    assert "is not a file" in capsys.readouterr().err
+    broken = tmp_path / "broken.toml"
+    broken.write_text("rounds = = 3")
+    assert call(monkeypatch, "run", str(broken)) == 2
+    assert "is not valid TOML" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("runtime", ["plain", "in-process"])
+def test_a_run_ends_with_a_table_and_a_report(
+    runtime: str, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
+    assert call(monkeypatch, "run", str(file), "--runtime", runtime, "-c", "rounds=1") == 0
+    said = capsys.readouterr().out
+    assert "mean" in said
+    assert "report.html" in said.replace("\n", "")
+    assert call(monkeypatch, "run", str(file), "--runtime", runtime, "-c", "rounds=1") == 2
+    assert call(monkeypatch, "run", str(file), "--runtime", runtime, "-c", "resume=true", "-c", "rounds=2") == 0
+    assert call(monkeypatch, "report", config["run-dir"]) == 0
+
+
+@pytest.mark.parametrize("runtime", ["plain", "in-process"])
+def test_a_failed_run_has_a_status(
+    runtime: str, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "run.toml"
+    config["tasks"] = config["tasks"].rsplit(",", 1)[0] + ",/no/such/folder"
+    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
+    assert call(monkeypatch, "run", str(file), "--runtime", runtime) in (1, 2)
+    assert "/no/such/folder does not exist" in capsys.readouterr().err.replace("\n", "")
+
+
+@pytest.mark.parametrize("command", ["tasks", "merges", "settings", "--help"])
+def test_it_explains_itself(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    assert call(monkeypatch, command) == 0
+    assert capsys.readouterr().out
+
+
+def test_pyproject_lists_every_setting_with_its_default() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["flwr"]["app"]["config"] == defaults()
+
+
+@pytest.mark.parametrize("file", ["demo", "pa_atm", "one_shot", "ph_atm"])
+def test_every_configuration_is_valid(file: str, tmp_path: Path) -> None:
+    values = tomllib.loads((ROOT / "configs" / f"{file}.toml").read_text())
+    if values.get("start", "pretrained") != "pretrained":
+        (tmp_path / "config.json").write_text("{}")
+        values["start"] = str(tmp_path)
+    Settings.parse(values)
+
+
+def test_the_library_knows_nothing_of_flower() -> None:
+    code = "import sys, atm_fl.loop, atm_fl.report, atm_fl.experiments.main_table; sys.exit('flwr' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,62 @@
+"""The study of the main table, on tiny tasks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atm_fl.errors import SettingError
+from atm_fl.experiments import main_table
+
+
+@pytest.fixture
+def study(config: dict[str, Any], tmp_path: Path) -> main_table.Study:
+    config.pop("rounds")
+    config.pop("run-dir")
+    lines = [
+        f'folder = "{tmp_path}/study"',
+        "seeds = [0, 1]\nepochs = 2\nrounds = 2\nlong-rounds = 3",
+        "one-shot-scalings = [0.5, 1.0]\natm-scalings = [1.0, 1.5]\n[settings]",
+        *(f"{key} = {json.dumps(value)}" for key, value in config.items()),
+    ]
+    (tmp_path / "study.toml").write_text("\n".join(lines))
+    return main_table.Study.read(tmp_path / "study.toml")
+
+
+def test_a_study_runs_resumes_and_tabulates(study: main_table.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    for units in main_table.phases(study):
+        for unit in units:
+            main_table.run_unit(unit)
+    _, markdown = main_table.table(study)
+    lines = markdown.splitlines()
+    assert len(lines) == 2 + (5 if main_table.best_atm_scaling(study) == 1 else 6)
+    assert lines[2].startswith("| pretrained")
+    assert "PA-ATM, scaling" in lines[-1]
+    assert all(len(line.split("|")) == 3 + 3 + 2 for line in lines)
+    found = main_table.rows(study)
+    assert all(len(seeds) == 2 and len(seeds[0]) == 3 for seeds in found.values())
+
+    # a second go does no work at all
+    monkeypatch.setattr(main_table, "run_loop", lambda *_: pytest.fail("a finished unit ran again"))
+    monkeypatch.setattr(main_table, "Party", lambda *_: pytest.fail("a finished unit ran again"))
+    for units in main_table.phases(study):
+        for unit in units:
+            main_table.run_unit(unit)
+
+
+def test_the_one_shot_scaling_is_the_best_on_validation(study: main_table.Study) -> None:
+    unit = main_table.Unit(study, 0)
+    main_table.run_unit(unit)
+    result = json.loads((unit.folder / "results.json").read_text())
+    best = max(result["validation"], key=lambda scaling: result["validation"][scaling])
+    assert result["scaling"] == float(best)
+    assert set(result["single"]) == {"red", "green", "blue"}
+
+
+def test_a_study_file_that_cannot_work_is_named(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text('folder = "x"\nseed = [1]\n')
+    with pytest.raises(SettingError, match="study.toml is not a study"):
+        main_table.Study.read(tmp_path / "study.toml")

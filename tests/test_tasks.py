@@ -1,0 +1,114 @@
+"""The embedded tasks as they are built from their packages, and folders of images."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_folder
+from PIL import Image
+
+from atm_fl import tasks
+from atm_fl.errors import SettingError
+from atm_fl.settings import Settings, defaults
+
+
+def rows(images: torch.Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images}
+
+
+@pytest.mark.parametrize("name", Settings().task_names)
+def test_an_embedded_task_has_enough_images_and_disjoint_stratified_splits(name: str) -> None:
+    data = tasks.load(name)
+    splits = [data.split(split) for split in tasks.SPLITS]
+    assert sum(len(split.labels) for split in splits) >= 1000
+    for split in splits:
+        assert split.images.shape[1:] == (3, 32, 32)
+        assert split.images.dtype == torch.uint8
+        assert len(split.images) == len(split.labels)
+    everything = [rows(split.images) for split in splits]
+    assert sum(map(len, everything)) == len(set().union(*everything)) == sum(len(split.labels) for split in splits)
+    shares = [np.bincount(split.labels, minlength=len(data.classes)) / len(split.labels) for split in splits]
+    assert min(share.min() for share in shares) > 0
+    assert max(np.abs(share - shares[0]).max() for share in shares) < 0.03
+    found = tasks.find(name)
+    assert found.licence
+    assert found.source
+
+
+def test_a_task_is_the_same_when_it_is_built_again() -> None:
+    built = tasks.split_source(tasks.find("digits").build())
+    loaded = tasks.load("digits")
+    assert np.array_equal(built["train_images"], loaded.train.images.numpy())
+    assert np.array_equal(built["test_labels"], loaded.test.labels.numpy())
+
+
+def test_groups_are_not_parted_and_duplicates_go() -> None:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (300, 8, 8), dtype=np.uint8)
+    images[1] = images[0]
+    groups = np.arange(300) // 3
+    # a group's images carry its number in one corner, so that it can be read back after the split
+    for index, group in enumerate(groups):
+        images[index] = group * 2
+        images[index, 4:] += np.uint8(index % 3)
+    images[1] = images[0]
+    split = tasks.split_source(tasks.Source(images, groups % 2, ["even", "odd"], groups))
+    members = [set(split[f"{name}_images"][:, 0, 0, 0] // 2) for name in tasks.SPLITS]
+    assert sum(len(split[f"{name}_labels"]) for name in tasks.SPLITS) == 299
+    assert sum(map(len, members)) == len(set.union(*members))
+
+
+def test_a_folder_is_a_task_with_no_code(tmp_path: Path) -> None:
+    data = tasks.load(str(make_folder(tmp_path / "pets", 0)), size=48)
+    assert data.name == "pets"
+    assert data.classes == ("class0", "class1", "class2")
+    assert data.train.images.shape == (36, 3, 48, 48)
+    assert data.validation.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def remove_images(root: Path) -> None:
+    for file in (root / "train" / "class1").iterdir():
+        file.unlink()
+
+
+def one_class(root: Path) -> None:
+    for split in ("train", "val", "test"):
+        for name in ("class1", "class2"):
+            shutil.rmtree(root / split / name)
+
+
+def corrupt(root: Path) -> None:
+    file = root / "train" / "class0" / "3.png"
+    file.write_bytes(file.read_bytes()[:60])
+
+
+def stranger(root: Path) -> None:
+    (root / "test" / "class9").mkdir()
+    Image.new("RGB", (8, 8)).save(root / "test" / "class9" / "0.png")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (remove_images, "train/class1 has no images"),
+        (one_class, r"has 1 class folder\(s\); a task needs two classes or more"),
+        (corrupt, "train/class0/3.png is not a readable image"),
+        (stranger, "has a class 'class9' that .*train has not"),
+        (lambda root: shutil.rmtree(root / "test"), "has no folder 'test'"),
+        (shutil.rmtree, "does not exist on this machine"),
+    ],
+)
+def test_a_bad_folder_is_one_clear_line(tmp_path: Path, damage, words: str) -> None:
+    root = make_folder(tmp_path / "pets", 0)
+    damage(root)
+    with pytest.raises(SettingError, match=words) as error:
+        tasks.load(str(root))
+    assert "\n" not in str(error.value)
+
+
+def test_the_default_tasks_are_all_that_are_embedded() -> None:
+    assert set(str(defaults()["tasks"]).split(",")) == set(tasks.tasks())
