@@ -120,7 +120,7 @@ class Party:
             with atomic_write(path) as part:
                 save_file({"weight": made.weight.contiguous(), "bias": made.bias.contiguous()}, str(part))
         stored = load_file(str(path))
-        # Tensors out of a file are not aligned as torch's own are, and matrix products may differ in the last bit with it.
+        # Tensors out of a file are not aligned as torch's own are, and with that a product's last bits may differ.
         return models.Head(stored["weight"].clone(), stored["bias"].clone())
 
 
