@@ -39,7 +39,7 @@ class Settings:
     merge: str = setting("mean", "how the task vectors become one step")
     scaling: float = setting(1.0, "factor on the mean of the task vectors; the paper's α is scaling / T")
     optimizer: str = setting("adamw", "the clients' optimizer, new every round", choices=("adamw", "sgd"))
-    learning_rate: float = setting(5e-4, "its learning rate, without schedule")
+    learning_rate: float = setting(2e-4, "its learning rate, without schedule")
     weight_decay: float = setting(0.1, "its weight decay")
     momentum: float = setting(0.0, "its momentum, of sgd only")
     batch_size: int = setting(32, "images a step")
