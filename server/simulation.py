@@ -65,8 +65,8 @@ def failure(log: Path) -> str:
     """Why a run failed: our own error in its log, or the log's last line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
     ours = re.findall(r"(?:RunError|SettingError): (.+)", text)
-    lines = [line for line in text.splitlines() if line.strip()]
-    return ours[-1] if ours else f"the Flower run failed: {lines[-1] if lines else 'no output'} (see {log})"
+    lines = [line for line in (line.strip(" │╭╮╰╯─") for line in text.splitlines()) if line]
+    return ours[-1] if ours else f"the Flower run failed: {' '.join(lines[-3:]) or 'no output'} (see {log})"
 
 
 @contextmanager
