@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from atm_fl.errors import RunError, SettingError
@@ -44,7 +48,7 @@ def main() -> None:
 
 
 def _complain(error: Exception, status: int) -> int:
-    Console(stderr=True, soft_wrap=True).print(f"[red]atm-fl:[/red] {error}", highlight=False, markup=True)
+    Console(stderr=True, soft_wrap=True).print(f"[red]atm-fl:[/red] {escape(str(error))}", highlight=False)
     return status
 
 
@@ -61,6 +65,7 @@ def run(
     ] = Runtime.RAY,
     app_dir: Annotated[Path, typer.Option("--app", help="the checkout whose apps `flwr run` ships")] = Path(),
     cpus: Annotated[float, typer.Option(help="CPUs that Ray reserves for one client")] = 1,
+    gpus: Annotated[float, typer.Option(help="GPUs, or parts of one, that Ray reserves for one client")] = 0,
 ) -> None:
     """Run a configuration to its end and print its table. The exit status is 0 only if the run completed."""
     from atm_fl.progress import progress
@@ -68,12 +73,14 @@ def run(
 
     settings = read_config(config, override or [])
     check_run_dir(settings)
-    console.print(f"{config.name}: {len(settings.task_names)} tasks, {settings.rounds} rounds → {settings.run_dir}")
-    with progress(settings, console):
+    console.print(
+        f"{config.name}: {len(settings.task_names)} tasks, {settings.rounds} rounds → {escape(settings.run_dir)}"
+    )
+    with _terminated_as_exit(), progress(settings, console):
         if runtime is Runtime.RAY:
             from server.simulation import simulate
 
-            simulate(settings, app_dir.resolve(), cpus)
+            simulate(settings, app_dir.resolve(), cpus, gpus)
         elif runtime is Runtime.IN_PROCESS:
             from clients.app import app as client_app
             from server.app import serve
@@ -87,6 +94,20 @@ def run(
     report(Path(settings.run_dir))
 
 
+@contextmanager
+def _terminated_as_exit() -> Iterator[None]:
+    """Let SIGTERM end the body as Ctrl-C does, so that what it started ends with it."""
+
+    def end(*_: object) -> None:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="a run's directory, finished or not")]) -> None:
     """Print a run's table and write its report.html and accuracy.png."""
@@ -94,7 +115,9 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run's directory, fini
 
     page = write_report(run_dir)
     print_table(run_dir)
-    console.print(f"picture: {run_dir / 'accuracy.png'}\nreport:  {page}", soft_wrap=True, highlight=False)
+    console.print(
+        f"picture: {run_dir / 'accuracy.png'}\nreport:  {page}", soft_wrap=True, highlight=False, markup=False
+    )
 
 
 @app.command()
@@ -160,7 +183,7 @@ def study(
     console.print(screen)
     page = found.folder / "table.md"
     page.write_text(markdown + "\n")
-    console.print(f"table: {page}", highlight=False)
+    console.print(f"table: {page}", highlight=False, markup=False)
 
 
 def read_config(path: Path, overrides: list[str]) -> Any:

@@ -45,8 +45,8 @@ class Backbone(nn.Module):
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).view(1, -1, 1, 1) * 255, False)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images uint8 [n, 3, h, w] → the ViT's input, in its dtype."""
-        pixels = images.to(next(self.vit.parameters()).dtype)
+        """Images uint8 [n, 3, h, w] → the ViT's input, in its dtype and on its device."""
+        pixels = images.to(self.mean.device, next(self.vit.parameters()).dtype)
         if pixels.shape[-1] != self.image_size:
             pixels = functional.interpolate(pixels, size=self.image_size, mode="bicubic", antialias=True)
         return (pixels - self.mean) / self.std
@@ -213,8 +213,8 @@ def _dinov2_state(file: Path, depth: int, grid: int) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def features(model: Backbone, images: Tensor) -> Tensor:
-    """Features [n, d] of images uint8 [n, 3, h, w], in batches."""
-    return torch.cat([model(batch) for batch in images.split(EVALUATION_BATCH)])
+    """Features [n, d] of images uint8 [n, 3, h, w], in batches, on the CPU."""
+    return torch.cat([model(batch) for batch in images.split(EVALUATION_BATCH)]).cpu()
 
 
 def prototypes(model: Backbone, data: Split, classes: int, shots: int, seed: int) -> Head:

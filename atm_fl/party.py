@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import inspect
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,12 +45,13 @@ class SharedModel:
 
 
 @lru_cache(maxsize=1)
-def shared_model(name: str, device: str = "cpu") -> SharedModel:
-    """The process's model, loaded once. SettingError if there is no such device."""
+def shared_model(name: str, device: str) -> SharedModel:
+    """The process's model, loaded once. SettingError if the device is not there."""
     try:
-        return SharedModel(name, device)
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SettingError(f"device={device!r} cannot be used here: {error}") from error
+    return SharedModel(name, device)
 
 
 class Party:
@@ -106,9 +107,11 @@ class Party:
         kind, shots, classes = self.settings.head, self.settings.shots, len(self.data.classes)
         seed = derive_seed(self.settings.seed, "head", self.task)
         images, labels = self.data.train
-        key = f"{vectors.digest(self.model.pretrained)}{vectors.digest(images)}{vectors.digest(labels)}{kind}"
-        key += f"{shots}.{seed}" if kind == "prototypes" else ""
-        path = tasks.cache_dir() / "heads" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+        made_by = inspect.getsource(models.prototypes), inspect.getsource(models.linear_probe), torch.__version__
+        machine = self.settings.device, self.settings.threads
+        data = [vectors.digest(tensor) for tensor in (self.model.pretrained, images, labels)]
+        key = derive_seed(kind, shots, seed, data, made_by, machine)
+        path = tasks.cache_dir() / "heads" / f"{key:016x}.safetensors"
         if not path.exists():
             self.model.load(self.model.pretrained)
             backbone = self.model.module

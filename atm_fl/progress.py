@@ -26,13 +26,17 @@ def progress(settings: Settings, console: Console) -> Iterator[None]:
     stop = threading.Event()
 
     def follow() -> None:
-        printed, begin = -1, time.monotonic()
+        printed, warned, begin = -1, 0, time.monotonic()
         with console.status("starting") as live:
             while True:
                 last = stop.wait(POLL)
                 if path.exists() and path.stat().st_mtime_ns != already:
                     lines = list(read_metrics(path.parent))
-                    printed = _print_rounds(lines, settings, console, printed)
+                    told = [line["text"] for line in lines if line["kind"] == "warning"]
+                    for text in told[warned:]:
+                        console.print(f"warning: {text}", highlight=False, markup=False)
+                    warned = len(told)
+                    printed = _print_rounds(lines, settings, console, printed, last)
                     live.update(_under_way(lines, settings, time.monotonic() - begin))
                 if last:
                     return
@@ -54,11 +58,12 @@ def _accuracies(lines: list[dict[str, Any]], split: str) -> dict[int, dict[str, 
     return found
 
 
-def _print_rounds(lines: list[dict[str, Any]], settings: Settings, console: Console, printed: int) -> int:
+def _print_rounds(lines: list[dict[str, Any]], settings: Settings, console: Console, printed: int, last: bool) -> int:
+    """Print every finished round after `printed`, the final evaluation only when it is the `last` look."""
     accuracies = _accuracies(lines, "validation")
     finished = {line["round"]: line for line in lines if line["kind"] == "merge"}
     for number, tasks in sorted(accuracies.items()):
-        complete = number + 1 in finished or (number == settings.rounds and len(tasks) == len(settings.task_names))
+        complete = number + 1 in finished or (number == settings.rounds and last)
         if number <= printed or not complete:
             continue
         name = "start " if number == 0 else f"round {number}/{settings.rounds}"

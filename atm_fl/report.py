@@ -68,7 +68,7 @@ class AccuracyTable:
         """What the numbers are."""
         if not self.rounds:
             return "no accuracy was measured yet"
-        text = f"{self.split} accuracy % of the merged model after so many rounds; gain in points, last - first column"
+        text = f"{self.split} accuracy % of the merged model by round"
         if any(value is None for row in self.rows for value in row.accuracies):
             text += "; –: not measured, and a mean is over the tasks that were"
         return text

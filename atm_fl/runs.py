@@ -9,10 +9,11 @@ report.html       written when the run ends
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 from atm_fl import vectors
 from atm_fl.errors import RunError, SettingError
 from atm_fl.files import atomic_write
-from atm_fl.party import shared_model
+from atm_fl.models import load_backbone
 from atm_fl.settings import Settings
 
 KEPT_CHECKPOINTS = 2
@@ -42,26 +43,31 @@ class Run:
         self.settings = settings
         self.directory = Path(settings.run_dir)
         check_run_dir(settings)
-        pretrained = shared_model(settings.model)
-        self.layout = pretrained.layout
-        self.base = pretrained.pretrained.clone()
+        backbone = load_backbone(settings.model)
+        self.layout = vectors.Layout.of(backbone)
+        self.base = self.layout.flatten(backbone)
         """The current base model, float32 [n]."""
         self.rounds_done = 0
-        if settings.start != "pretrained":
-            self.base = merged_model(Path(settings.start), self.layout)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if settings.resume:
-            self.rounds_done, self.base = load_checkpoint(self.directory, self.layout, warn=print)
-        self._write_config()
-        self._keep_metrics()
         self._begin = time.time()
         self._board: Any = None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.directory)
+        warnings: list[str] = []
+        if settings.resume:
+            self.rounds_done, self.base = load_checkpoint(self.directory, self.layout, warnings.append)
+        elif settings.start != "pretrained":
+            _, self.base = load_checkpoint(Path(settings.start), self.layout, warnings.append)
+        self._write_config()
+        self._keep_metrics()
+        for text in warnings:
+            self.record("warning", self.rounds_done, text=text)
 
     def record(self, kind: str, round_number: int, **values: Any) -> None:
         """Append a line to metrics.jsonl and the same numbers to TensorBoard.
 
         kind "evaluation" (task, validation, test): accuracy of the base after `round_number` rounds; "tuning" (task,
-        loss, steps, images, norm, seconds_…, bytes_up, bytes_down); "merge" (norm, tasks, cosines, seconds, failures).
+        loss, steps, images, norm, seconds_…, bytes_up, bytes_down); "merge" (norm, tasks, cosines, seconds, failures);
+        "warning" (text).
         """
         line = {"kind": kind, "round": round_number, **values, "time": round(time.time() - self._begin, 3)}
         with open(self.directory / "metrics.jsonl", "a") as file:
@@ -83,15 +89,16 @@ class Run:
         save_checkpoint(self.directory, self.rounds_done, self.base, self.layout)
 
     def close(self) -> None:
-        """Flush TensorBoard's file."""
+        """Flush TensorBoard's file and let others have the directory."""
         if self._board is not None:
             self._board.close()
+        self._lock.close()
 
     def _tensorboard(self) -> Any:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.directory / "tensorboard"))
+            self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.rounds_done + 1)
         return self._board
 
     def _write_config(self) -> None:
@@ -108,12 +115,15 @@ class Run:
             part.write_text(json.dumps(config, indent=2) + "\n")
 
     def _keep_metrics(self) -> None:
-        """Drop the lines that a resumed run will write again: what came after its checkpoint."""
+        """Drop what came after the checkpoint of a resumed run: it will be written again.
+
+        Of the base at the checkpoint itself, test accuracies stay: the rounds to come may evaluate validation only.
+        """
         path, done = self.directory / "metrics.jsonl", self.rounds_done
         kept = [
             line
             for line in (read_metrics(self.directory) if path.exists() else ())
-            if (line["round"] < done if line["kind"] == "evaluation" else line["round"] <= done)
+            if line["round"] < done or (line["round"] == done and (line["kind"] != "evaluation" or "test" in line))
         ]
         with atomic_write(path) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -122,12 +132,17 @@ class Run:
 def check_run_dir(settings: Settings) -> None:
     """SettingError if `run-dir` holds a run and `resume` is false, holds one of another configuration, or has no
     checkpoint to resume from. A directory without a checkpoint holds nothing worth keeping and may be used again."""
-    directory = Path(settings.run_dir)
-    if not any(directory.glob("checkpoint/*.safetensors")):
+    directory, start = Path(settings.run_dir), settings.start
+    if start != "pretrained" and not checkpoints(Path(start)):
+        raise SettingError(f"start={start!r} is neither 'pretrained' nor the directory of a run with a checkpoint")
+    if not checkpoints(directory):
         if settings.resume:
             raise SettingError(f"resume=true, but run-dir={str(directory)!r} holds no checkpoint")
         return
-    theirs, ours = json.loads((directory / "config.json").read_text())["settings"], settings.decisive()
+    config = directory / "config.json"
+    if not config.exists():
+        raise SettingError(f"run-dir={str(directory)!r} holds checkpoints but no config.json; choose another run-dir")
+    theirs, ours = json.loads(config.read_text())["settings"], settings.decisive()
     other = next((key for key in ours if theirs.get(key) != ours[key]), None)
     if other:
         raise SettingError(
@@ -161,38 +176,47 @@ def save_checkpoint(directory: Path, rounds_done: int, base: Tensor, layout: vec
     metadata = {"atm-fl": json.dumps({"rounds": rounds_done, "layout": layout.digest, "base": vectors.digest(base)})}
     with atomic_write(path) as part:
         save_file({name: view.contiguous() for name, view in layout.views(base).items()}, str(part), metadata)
-    for old in sorted(folder.glob("*.safetensors"))[:-KEPT_CHECKPOINTS]:
+    for old in [*checkpoints(directory)[:-KEPT_CHECKPOINTS], *folder.glob(".*.safetensors")]:
         old.unlink()
     return path
 
 
-def load_checkpoint(directory: Path, layout: vectors.Layout, warn: Any = None) -> tuple[int, Tensor]:
+def checkpoints(directory: Path) -> list[Path]:
+    """A run's checkpoint files, oldest first."""
+    return sorted(directory.glob("checkpoint/round-*.safetensors"))
+
+
+def lock(directory: Path) -> Any:
+    """Hold a run's directory until the returned file is closed or the process ends. RunError if it is held already."""
+    file = open(directory / "lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RunError(f"run-dir={str(directory)!r} is in use by another process; wait for it or end it") from None
+    return file
+
+
+def load_checkpoint(directory: Path, layout: vectors.Layout, warn: Callable[[str], object]) -> tuple[int, Tensor]:
     """(rounds done, base) of the newest whole checkpoint; a damaged one is passed over and `warn` is told.
 
     RunError if none is whole, or if it belongs to a model of another layout.
     """
-    for path in sorted((directory / "checkpoint").glob("*.safetensors"), reverse=True):
+    for path in reversed(checkpoints(directory)):
         try:
             with safe_open(str(path), "pt") as file:
                 metadata = json.loads((file.metadata() or {}).get("atm-fl", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            if warn:
-                warn(f"{path} is damaged ({error}); going back to the checkpoint before it")
+            warn(f"{path} is damaged ({error}); going back to the checkpoint before it")
             continue
         if metadata.get("layout") != layout.digest:
             raise RunError(f"{path} holds a model of another layout ({metadata.get('layout')}, not {layout.digest})")
         base = torch.cat([tensors[name].reshape(-1) for name in layout.names])
         if vectors.digest(base) == metadata.get("base"):
             return int(metadata["rounds"]), base
-        if warn:
-            warn(f"{path} is damaged (its digest does not match); going back to the checkpoint before it")
+        warn(f"{path} is damaged (its digest does not match); going back to the checkpoint before it")
     raise RunError(f"{directory} holds no whole checkpoint")
-
-
-def merged_model(directory: Path, layout: vectors.Layout) -> Tensor:
-    """The newest base of another run, float32 [n]."""
-    return load_checkpoint(directory, layout)[1]
 
 
 def processor() -> str:

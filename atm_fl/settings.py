@@ -6,8 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ class Settings:
     )
     run_dir: str = setting("runs/latest", "the run's directory", decides=False)
     resume: bool = setting(False, "go on from the last checkpoint in run-dir", decides=False)
-    min_successful: int = setting(0, "clients that must succeed in a round; 0: all", decides=False)
+    min_successful: int = setting(0, "clients that must succeed in a round under skip; 0: all", decides=False)
     on_failure: str = setting(
         "abort", "when a client fails: end the run, or go on without it", decides=False, choices=("abort", "skip")
     )
@@ -79,6 +78,16 @@ class Settings:
     def task_names(self) -> tuple[str, ...]:
         """The parties' tasks in order."""
         return tuple(name.strip() for name in self.tasks.split(","))
+
+    @property
+    def party_names(self) -> tuple[str, ...]:
+        """The tasks' names in the run: a registered task's own, a folder's last part."""
+        return tuple(name.rstrip("/").rsplit("/", 1)[-1] for name in self.task_names)
+
+    @property
+    def needed(self) -> int:
+        """Clients that must succeed for a round to count: `min-successful` under skip, all under abort."""
+        return (self.on_failure == "skip" and self.min_successful) or len(self.task_names)
 
     def decisive(self) -> dict[str, Any]:
         """The settings that decide a run's weights, by kebab-case key."""
@@ -110,18 +119,14 @@ class Settings:
             raise SettingError(f"device={self.device!r} is no device; it takes cpu, cuda, cuda:1, …") from None
         models.check_backbone(self.model)
         merging.check_merge(self.merge)
-        if len(set(self.task_names)) < len(self.task_names):
-            twice = next(name for name in self.task_names if self.task_names.count(name) > 1)
+        if len(set(self.party_names)) < len(self.party_names):
+            twice = next(name for name in self.party_names if self.party_names.count(name) > 1)
             raise SettingError(f"tasks={self.tasks!r} names {twice!r} twice; each client holds a task of its own")
         for name in self.task_names:
             tasks.check(name)
         if self.min_successful > len(self.task_names):
             raise SettingError(
                 f"min-successful={self.min_successful}: there are only {len(self.task_names)} clients in tasks"
-            )
-        if self.start != "pretrained" and not (Path(self.start) / "config.json").exists():
-            raise SettingError(
-                f"start={self.start!r} is neither 'pretrained' nor a run directory (no config.json in it)"
             )
 
 
@@ -147,4 +152,4 @@ def _typed(key: str, value: Any, kind: str | type) -> Any:
 
 def defaults() -> dict[str, Any]:
     """Every setting's default by kebab-case key."""
-    return {kebab(item.name): item.default for item in fields(Settings) if item.default is not MISSING}
+    return Settings().as_config()

@@ -22,4 +22,4 @@ def named_errors(message: Message, context: Context, call_next: ClientAppCallabl
     except Exception as error:
         log(ERROR, traceback.format_exc())
         reason = f"{type(error).__name__}: {error}"
-    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, " ".join(reason.split())), reply_to=message)

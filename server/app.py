@@ -47,12 +47,11 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
     RunError if a node holds a task that was not asked for, two hold the same, or (as `on-failure` and `min-successful`
     allow) too few come within `node-timeout` or answer.
     """
-    wanted = [name.rstrip("/").rsplit("/", 1)[-1] for name in settings.task_names]
-    needed = max(1, settings.min_successful) if settings.on_failure == "skip" else len(wanted)
+    wanted = settings.party_names
     deadline = time.monotonic() + settings.node_timeout
     while len(nodes := list(grid.get_node_ids())) < len(wanted):
         if time.monotonic() > deadline:
-            if len(nodes) >= needed:
+            if len(nodes) >= settings.needed:
                 break
             raise RunError(
                 f"{len(nodes)} of {len(wanted)} parties came online within node-timeout={settings.node_timeout:g} s"
@@ -75,7 +74,7 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
     missing = [task for task in wanted if task not in holders]
     if missing:
         told = "; ".join([f"roll call: no party holds {', '.join(missing)}", *map(str, failures)])
-        if len(holders) < needed:
+        if len(holders) < settings.needed:
             raise RunError(told)
         log(WARNING, "%s", told)
     return {holders[task]: task for task in wanted if task in holders}

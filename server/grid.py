@@ -82,7 +82,7 @@ class InProcessGrid(Grid):
         # Outside a Flower process nothing sets the identity that every Message needs.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
         self._app = app
-        self._contexts = {
+        self.contexts = {
             partition + 1: Context(
                 run_id=1,
                 node_id=partition + 1,
@@ -106,7 +106,7 @@ class InProcessGrid(Grid):
         raise RuntimeError("use the Message constructor")
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self._contexts)
+        return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
@@ -121,7 +121,7 @@ class InProcessGrid(Grid):
         for message_id in message_ids:
             if message_id in self._waiting:
                 message = self._waiting.pop(message_id)
-                yield self._app(message, self._contexts[message.metadata.dst_node_id])
+                yield self._app(message, self.contexts[message.metadata.dst_node_id])
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         return StreamingGrid(self).send_and_receive(messages, timeout=timeout)

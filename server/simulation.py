@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +17,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from atm_fl.errors import RunError, SettingError
 from atm_fl.settings import Settings
@@ -33,10 +34,11 @@ QUIET = {
 START_TIMEOUT = 60.0
 
 
-def simulate(settings: Settings, app: Path, cpus_per_client: float = 1) -> None:
+def simulate(settings: Settings, app: Path, cpus: float = 1, gpus: float = 0) -> None:
     """Run `settings` with one virtual SuperNode a task. Logs go to flower.log in the run directory.
 
-    app: the folder with pyproject.toml. RunError, with the ServerApp's own message, if the run did not complete.
+    app: the folder with pyproject.toml; cpus, gpus: what Ray reserves for one client. RunError, with the ServerApp's
+    own message, if the run did not complete.
     """
     if not (app / "pyproject.toml").exists():
         raise SettingError(
@@ -49,15 +51,15 @@ def simulate(settings: Settings, app: Path, cpus_per_client: float = 1) -> None:
     with superlink(folder / "flower") as environment:
         config = folder / "flower" / "run.toml"
         config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.as_config().items()))
-        federation = f"num-supernodes={len(settings.task_names)} client-resources-num-cpus={cpus_per_client:g}"
+        federation = f"num-supernodes={len(settings.task_names)} client-resources-num-cpus={cpus:g}"
+        federation += f" client-resources-num-gpus={gpus:g}" if gpus else ""
         command = ["flwr", "run", str(app), "local", "--stream", "--federation-config", federation, "-c", str(config)]
         with open(log, "w") as out:
             subprocess.run(command, env=environment, stdout=out, stderr=subprocess.STDOUT, check=False)
         listed = subprocess.run(
             ["flwr", "list", "local", "--format", "json"], env=environment, capture_output=True, text=True, check=False
         )
-    runs = json.loads(listed.stdout or "{}").get("runs", [])
-    if not runs or runs[0]["status"] != "finished:completed":
+    if '"finished:completed"' not in listed.stdout:
         raise RunError(failure(log))
 
 
@@ -83,7 +85,7 @@ def superlink(home: Path) -> Iterator[dict[str, str]]:
     environment = {**os.environ, **QUIET, "FLWR_HOME": str(home.resolve()), "PATH": path}
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-file", str(home / "superlink.log")]
-    # Ray's processes descend from the SuperLink: a session of its own lets all of them end together.
+    # A session of its own: Ctrl-C should reach us alone, and we end what the SuperLink started.
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -95,11 +97,15 @@ def superlink(home: Path) -> Iterator[dict[str, str]]:
             time.sleep(0.1)
         yield environment
     finally:
+        # Flower's executors and Ray's daemons have sessions of their own, and outlive the SuperLink.
+        started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(10)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for left in started:
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
+        process.kill()
         shutil.rmtree(home / "apps", ignore_errors=True)
 
 

@@ -56,19 +56,12 @@ class Atm(Strategy):
         current, failures = Round(self.run), self._unheard()
         down = 4 * self.run.layout.size
         for task, reply in self._successes(replies, failures):
-            arrays = reply.content.array_records["arrays"]
-            up = sum(len(array.data) for array in arrays.values())
             try:
-                vector = codecs.decode(
-                    {name: array.numpy() for name, array in arrays.items()},
-                    str(reply.content.config_records["info"]["codec"]),
-                    self.run.layout.size,
-                )
-            except ValueError as error:
+                update, up = self._update(reply)
+            except (KeyError, TypeError, ValueError) as error:
                 failures[task] = f"refused: {error}"
                 continue
-            update = Update(vector, _metrics(reply, "evaluation"), _metrics(reply, "tuning"))
-            del arrays, reply.content["arrays"]
+            del reply
             current.add(task, update, bytes_up=up, bytes_down=down)
         self._enforce(failures, f"round {current.number}")
         current.close(failures)
@@ -99,22 +92,35 @@ class Atm(Strategy):
         return [Message(RecordDict(content), node, kind, group_id=str(round_number)) for node in self.nodes]  # type: ignore[arg-type]
 
     def _unheard(self) -> dict[str, str]:
-        return dict.fromkeys(self.nodes.values(), f"no reply within {self.run.settings.round_timeout:g} s")
+        """Every task with the reason that counts until its reply is taken in."""
+        silent = f"no reply within {self.run.settings.round_timeout:g} s"
+        here = self.nodes.values()
+        return {task: silent if task in here else "no party at the roll call" for task in self.run.settings.party_names}
+
+    def _update(self, reply: Message) -> tuple[Update, int]:
+        """A train reply's update, and its bytes. The reply's arrays are freed."""
+        arrays = reply.content.array_records["arrays"]
+        size = sum(len(array.data) for array in arrays.values())
+        codec = str(reply.content.config_records["info"]["codec"])
+        decoded = {name: array.numpy() for name, array in arrays.items()}
+        vector = codecs.decode(decoded, codec, self.run.layout.size)
+        del reply.content["arrays"]
+        return Update(vector, _metrics(reply, "evaluation"), _metrics(reply, "tuning")), size
 
     def _successes(self, replies: Iterable[Message], failures: dict[str, str]) -> Iterator[tuple[str, Message]]:
-        """(task, reply) of the replies that can be used; the others' reasons go into `failures`."""
+        """(task, reply) of the replies that belong; the others' reasons go into `failures`."""
         for reply in replies:
             task = self.nodes[reply.metadata.src_node_id]
             if reply.has_error():
                 failures[task] = reply.error.reason or f"error {reply.error.code}"
                 continue
-            info = reply.content.config_records["info"]
-            if info["task"] != task:
-                failures[task] = f"refused: the node now holds task {info['task']!r}"
-            elif info["layout"] != self.run.layout.digest:
-                failures[task] = f"refused: a vector of layout {info['layout']!s}, not {self.run.layout.digest}"
-            elif info["base"] != self._digest:
-                failures[task] = f"refused: a stale base {info['base']!s}, not {self._digest}"
+            found = dict(reply.content.config_records.get("info", {}))
+            expected = {"task": task, "layout": self.run.layout.digest, "base": self._digest}
+            wrong = [
+                f"{key} {found.get(key)!r}, not {value!r}" for key, value in expected.items() if found.get(key) != value
+            ]
+            if wrong:
+                failures[task] = f"refused: {'; '.join(wrong)}"
             else:
                 del failures[task]
                 yield task, reply
@@ -123,13 +129,13 @@ class Atm(Strategy):
         """RunError, naming tasks and reasons, if the failures are more than the policy allows."""
         if not failures:
             return
-        settings = self.run.settings
+        settings, every = self.run.settings, len(self.run.settings.party_names)
         told = "; ".join(f"{task}: {reason}" for task, reason in failures.items())
-        succeeded, needed = len(self.nodes) - len(failures), settings.min_successful or len(self.nodes)
-        if settings.on_failure == "abort" or succeeded < max(1, needed):
-            policy = f"on-failure={settings.on_failure}, {needed} needed"
-            raise RunError(f"{when}: {succeeded} of {len(self.nodes)} clients succeeded ({policy}). {told}")
+        succeeded = every - len(failures)
+        if succeeded < settings.needed:
+            raise RunError(f"{when}: {succeeded} of {every} clients succeeded, {settings.needed} needed. {told}")
         log(WARNING, "%s goes on without %s", when, told)
+        self.run.record("warning", self.run.rounds_done, text=f"{when} goes on without {told}")
 
 
 def _metrics(reply: Message, prefix: str) -> dict[str, float]:

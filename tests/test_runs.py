@@ -123,20 +123,24 @@ def test_resume_extends_a_finished_run(config: dict[str, Any]) -> None:
     assert same(final(longer.directory), final(extended.directory))
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said(config: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_said(config: dict[str, Any]) -> None:
     whole = run_loop(Settings.parse(config))
+
+    def warnings() -> list[str]:
+        return [line["text"] for line in read_metrics(whole.directory) if line["kind"] == "warning"]
+
     expected = final(whole.directory)
     newest = sorted(whole.directory.glob("checkpoint/*.safetensors"))[-1]
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     run_loop(Settings.parse({**config, "resume": True}))
-    assert "round-00003.safetensors is damaged" in capsys.readouterr().out
+    assert any("round-00003.safetensors is damaged" in text for text in warnings())
     assert same(final(whole.directory), expected)
 
     flipped = bytearray(newest.read_bytes())
     flipped[-5] ^= 1
     newest.write_bytes(bytes(flipped))
     run_loop(Settings.parse({**config, "resume": True}))
-    assert "digest does not match" in capsys.readouterr().out
+    assert any("digest does not match" in text for text in warnings())
     assert same(final(whole.directory), expected)
 
     for path in whole.directory.glob("checkpoint/*.safetensors"):
@@ -172,7 +176,7 @@ def test_heads_outlive_a_restart(config: dict[str, Any], monkeypatch: pytest.Mon
 
     settings = Settings.parse(config)
     first = party.Party(settings, settings.task_names[0]).head.weight
-    monkeypatch.setattr(party.models, "prototypes", lambda *_: pytest.fail("the head was made again"))
+    monkeypatch.setattr(party.models, "features", lambda *_: pytest.fail("the head was made again"))
     assert torch.equal(party.Party(settings, settings.task_names[0]).head.weight, first)
 
 
@@ -185,7 +189,7 @@ def test_a_failing_client_aborts_the_run_by_name_and_keeps_what_was_done(config:
         return reply
 
     settings = Settings.parse(config)
-    with pytest.raises(RunError, match=r"round 2: 2 of 3 clients succeeded .*green: the disk is full"):
+    with pytest.raises(RunError, match=r"round 2: 2 of 3 clients succeeded, 3 needed. green: the disk is full"):
         in_process(settings, tampered(fail_in_round_two, "green"))
     resumed = in_process(Settings.parse({**config, "resume": True}))
     unbroken = in_process(Settings.parse({**config, "run-dir": config["run-dir"] + "-unbroken"}))
@@ -212,10 +216,10 @@ def replace_info(key: str, value: str) -> Callable[[Message, Message], Message]:
     ("change", "words"),
     [
         (replace_vector(np.zeros(7, np.float32)), "green: refused: float32"),
-        (replace_info("layout", "0123"), "green: refused: a vector of layout 0123"),
-        (replace_info("base", "4567"), "green: refused: a stale base 4567"),
+        (replace_info("layout", "0123"), "green: refused: layout '0123', not"),
+        (replace_info("base", "4567"), "green: refused: base '4567', not"),
         (replace_info("codec", "fp1"), "green: refused: codec 'fp1'"),
-        (replace_info("task", "red"), "green: refused: the node now holds task 'red'"),
+        (replace_info("task", "red"), "green: refused: task 'red', not 'green'"),
     ],
 )
 def test_replies_that_do_not_belong_are_refused_by_name(
@@ -223,6 +227,16 @@ def test_replies_that_do_not_belong_are_refused_by_name(
 ) -> None:
     with pytest.raises(RunError, match=words):
         in_process(settings, tampered(change, "green"))
+
+
+@pytest.mark.parametrize("record", ["arrays", "info", "metrics"])
+def test_a_malformed_reply_is_refused_by_name(settings: Settings, record: str) -> None:
+    def drop(message: Message, reply: Message) -> Message:
+        del reply.content[record]
+        return reply
+
+    with pytest.raises(RunError, match=r"round 1: 2 of 3 clients succeeded, 3 needed. green: refused"):
+        in_process(settings, tampered(drop, "green"))
 
 
 def test_a_vector_that_is_not_finite_is_refused_by_name(settings: Settings) -> None:
@@ -241,10 +255,30 @@ def test_skip_goes_on_without_the_failing_client(config: dict[str, Any]) -> None
     run = in_process(settings, drop)
     merged = [line for line in read_metrics(run.directory) if line["kind"] == "merge"]
     assert [line["tasks"] for line in merged] == [["red", "blue"]] * 3
-    assert "stale base" in merged[0]["failures"]["green"]
+    assert "base '0', not" in merged[0]["failures"]["green"]
+    assert any("goes on without green" in line.get("text", "") for line in read_metrics(run.directory))
     strict = Settings.parse({**config, "on-failure": "skip", "min-successful": 3, "run-dir": config["run-dir"] + "2"})
     with pytest.raises(RunError, match="2 of 3 clients succeeded"):
         in_process(strict, drop)
+
+
+def test_skip_goes_on_without_a_party_that_fails_the_roll_call(config: dict[str, Any], folders: list[str]) -> None:
+    shutil.rmtree(folders[1])
+    run = in_process(Settings.parse({**config, "on-failure": "skip", "min-successful": 2}))
+    merged = [line for line in read_metrics(run.directory) if line["kind"] == "merge"]
+    assert merged[0]["tasks"] == ["red", "blue"]
+    assert merged[0]["failures"] == {"green": "no party at the roll call"}
+    all_needed = {**config, "on-failure": "skip", "run-dir": config["run-dir"] + "2"}
+    with pytest.raises(RunError, match="no party holds green"):
+        in_process(Settings.parse(all_needed))
+
+
+def test_a_run_directory_serves_one_process_at_a_time(config: dict[str, Any]) -> None:
+    run = Run(Settings.parse(config))
+    with pytest.raises(RunError, match="is in use by another process"):
+        Run(Settings.parse(config))
+    run.close()
+    Run(Settings.parse(config)).close()
 
 
 def test_the_roll_call_finds_bad_data_before_the_first_round(config: dict[str, Any], folders: list[str]) -> None:
@@ -256,12 +290,19 @@ def test_the_roll_call_finds_bad_data_before_the_first_round(config: dict[str, A
 
 def test_two_clients_with_one_task_are_refused(config: dict[str, Any], folders: list[str]) -> None:
     settings = Settings.parse(config)
-    doubled = {**settings.as_config(), "tasks": ",".join([folders[0], folders[0] + "/", folders[2]])}
     grid = InProcessGrid(client_app, 3, settings.as_config())
-    for context in grid._contexts.values():
-        context.run_config = {**doubled, "tasks": doubled["tasks"].replace(folders[0] + "/,", folders[0] + "/../red,")}
-    with pytest.raises(RunError, match="both hold task 'red'"):
+    grid.contexts[2].node_config = {"data": folders[0]}  # as a SuperNode's --node-config would say it
+    with pytest.raises(RunError, match="nodes 1 and 2 both hold task 'red'"):
         serve(grid, settings)
+
+
+def test_a_node_says_by_its_config_which_task_it_holds(config: dict[str, Any], folders: list[str]) -> None:
+    settings = Settings.parse(config)
+    grid = InProcessGrid(client_app, 3, settings.as_config())
+    for node, folder in zip((3, 1, 2), folders, strict=True):
+        grid.contexts[node].node_config = {"data": folder}
+    run = serve(grid, settings)
+    assert torch.equal(run.base, run_loop(Settings.parse({**config, "run-dir": config["run-dir"] + "2"})).base)
 
 
 def test_too_few_parties_end_the_run_in_bounded_time(config: dict[str, Any]) -> None:

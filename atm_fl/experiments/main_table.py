@@ -25,7 +25,7 @@ from atm_fl.evaluation import mean_accuracy, normalised_accuracy
 from atm_fl.files import atomic_write
 from atm_fl.loop import run_loop
 from atm_fl.party import Party
-from atm_fl.runs import read_metrics
+from atm_fl.runs import checkpoints, read_metrics
 from atm_fl.settings import Settings
 
 Accuracies = dict[str, float]
@@ -100,7 +100,7 @@ def run_unit(unit: Unit) -> str:
     if unit.scaling is None:
         _one_shot(unit)
     else:
-        done = any(unit.folder.glob("checkpoint/*.safetensors"))
+        done = bool(checkpoints(unit.folder))
         more = {"scaling": unit.scaling, "rounds": unit.rounds, "test-every": unit.study.rounds}
         if not done or len(_mean_by_round(unit.folder, "test", unit.rounds)) < len(
             Settings.parse(unit.study.settings).task_names
@@ -112,7 +112,12 @@ def run_unit(unit: Unit) -> str:
 def _one_shot(unit: Unit) -> None:
     """Tune every task alone, then evaluate the scaled means. Vectors stay on disk, so that a break loses one task."""
     settings = unit.study.run_settings(unit.seed, **{"local-epochs": unit.study.epochs})
-    results = unit.folder / "results.json"
+    decides = {"settings": settings.decisive(), "one-shot-scalings": unit.study.one_shot_scalings}
+    config, results = unit.folder / "config.json", unit.folder / "results.json"
+    if config.exists() and json.loads(config.read_text()) != decides:
+        raise SettingError(f"{unit.folder} holds results of another configuration; choose another folder or delete it")
+    with atomic_write(config) as part:
+        part.write_text(json.dumps(decides, indent=1))
     if results.exists():
         return
     parties = [Party(settings, name) for name in settings.task_names]
