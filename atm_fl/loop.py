@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 
 from atm_fl.merging import make_merge
 from atm_fl.party import Party, Update
@@ -52,15 +53,15 @@ class Round:
 
 def run_loop(settings: Settings) -> Run:
     """Run the settings to their end in this process and write the report. Returns the finished run."""
-    run = Run(settings)
-    parties = [Party(settings, name) for name in settings.task_names]
-    while run.rounds_done < settings.rounds:
-        current = Round(run)
+    with closing(Run(settings)) as run:
+        parties = [Party(settings, name) for name in settings.task_names]
+        while run.rounds_done < settings.rounds:
+            current = Round(run)
+            for party in parties:
+                current.add(party.task, party.train(run.base, current.number))
+            current.close()
         for party in parties:
-            current.add(party.task, party.train(run.base, current.number))
-        current.close()
-    for party in parties:
-        run.record("evaluation", run.rounds_done, task=party.task, **party.evaluate(run.base, ("validation", "test")))
-    run.close()
+            accuracies = party.evaluate(run.base, ("validation", "test"))
+            run.record("evaluation", run.rounds_done, task=party.task, **accuracies)
     write_report(run.directory)
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from logging import INFO, WARNING
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -28,14 +29,13 @@ def main(grid: Grid, context: Context) -> None:
 def serve(grid: Grid, settings: Settings) -> Run:
     """Run `settings` with the parties on `grid`; returns the finished run. RunError if it could not finish."""
     grid = StreamingGrid(grid)
-    run = Run(settings)
-    strategy = Atm(run, roll_call(grid, settings))
-    if run.rounds_done < settings.rounds:
-        strategy.start(grid, strategy.arrays(), settings.rounds - run.rounds_done, settings.round_timeout)
-    else:
-        messages = strategy.configure_evaluate(0, strategy.arrays(), ConfigRecord(), grid)
-        strategy.aggregate_evaluate(0, grid.send_and_receive(messages, timeout=settings.round_timeout))
-    run.close()
+    with closing(Run(settings)) as run:
+        strategy = Atm(run, roll_call(grid, settings))
+        if run.rounds_done < settings.rounds:
+            strategy.start(grid, strategy.arrays(), settings.rounds - run.rounds_done, settings.round_timeout)
+        else:
+            messages = strategy.configure_evaluate(0, strategy.arrays(), ConfigRecord(), grid)
+            strategy.aggregate_evaluate(0, grid.send_and_receive(messages, timeout=settings.round_timeout))
     log(INFO, "report: %s", write_report(run.directory))
     return run
 

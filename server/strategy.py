@@ -79,7 +79,10 @@ class Atm(Strategy):
             return None
         failures = self._unheard()
         for task, reply in self._successes(replies, failures):
-            self.run.record("evaluation", self.run.rounds_done, task=task, **_metrics(reply, "evaluation"))
+            try:
+                self.run.record("evaluation", self.run.rounds_done, task=task, **_metrics(reply, "evaluation"))
+            except KeyError as error:
+                failures[task] = f"refused: {error}"
         self._enforce(failures, "the final evaluation")
         return None
 
