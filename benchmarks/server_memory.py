@@ -53,8 +53,9 @@ def peak(clients: int) -> None:
     app.train()(made_up)
     app.evaluate()(made_up)
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Settings.parse({"model": "twenty_million", "rounds": 2, "run-dir": folder}))
-        strategy = Atm(run, {node: f"task{node}" for node in range(1, clients + 1)})
+        tasks = ",".join(f"./task{node}" for node in range(1, clients + 1))
+        run = Run(Settings.parse({"model": "twenty_million", "tasks": tasks, "rounds": 2, "run-dir": folder}))
+        strategy = Atm(run, dict(enumerate(run.settings.party_names, 1)))
         strategy.start(StreamingGrid(InProcessGrid(app, clients, {})), strategy.arrays(), 2)
     print(run.layout.size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 

@@ -105,9 +105,9 @@ class Atm(Strategy):
         arrays = reply.content.array_records["arrays"]
         size = sum(len(array.data) for array in arrays.values())
         codec = str(reply.content.config_records["info"]["codec"])
-        decoded = {name: array.numpy() for name, array in arrays.items()}
+        # Flower's messages are reference cycles: without `pop` their bytes would wait for the garbage collector.
+        decoded = {name: arrays.pop(name).numpy() for name in list(arrays)}
         vector = codecs.decode(decoded, codec, self.run.layout.size)
-        del reply.content["arrays"]
         return Update(vector, _metrics(reply, "evaluation"), _metrics(reply, "tuning")), size
 
     def _successes(self, replies: Iterable[Message], failures: dict[str, str]) -> Iterator[tuple[str, Message]]:
