@@ -179,10 +179,10 @@ def study(
         for units in main_table.phases(found):
             for done in as_completed([pool.submit(main_table.run_unit, unit) for unit in units]):
                 console.print(f"{(time.monotonic() - begin) / 60:5.1f} min: {done.result()}", highlight=False)
-    screen, markdown = main_table.table(found)
-    console.print(screen)
+    text = main_table.table(found)
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
     page = found.folder / "table.md"
-    page.write_text(markdown + "\n")
+    page.write_text(text + "\n")
     console.print(f"table: {page}", highlight=False, markup=False)
 
 

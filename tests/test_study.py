@@ -30,8 +30,7 @@ def test_a_study_runs_resumes_and_tabulates(study: main_table.Study, monkeypatch
     for units in main_table.phases(study):
         for unit in units:
             main_table.run_unit(unit)
-    _, markdown = main_table.table(study)
-    lines = markdown.splitlines()
+    lines = main_table.table(study).splitlines()
     assert len(lines) == 2 + (5 if main_table.best_atm_scaling(study) == 1 else 6)
     assert lines[2].startswith("| pretrained")
     assert "PA-ATM, scaling" in lines[-1]

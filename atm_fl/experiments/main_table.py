@@ -17,7 +17,6 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from atm_fl.errors import SettingError
@@ -187,13 +186,12 @@ def rows(study: Study) -> dict[str, list[Accuracies]]:
     return found
 
 
-def table(study: Study) -> tuple[Table, str]:
-    """The main table for the terminal and as Markdown: test accuracy % per task, mean ± over seeds, normalised."""
+def table(study: Study) -> str:
+    """The main table in Markdown: test accuracy % per task, mean ± over seeds, normalised by the single-task models."""
     found = rows(study)
     single = next(accuracies for name, accuracies in found.items() if name.startswith("single"))
     tasks = list(single[0])
     head = ["model", *tasks, "mean", "normalised"]
-    screen = Table(*head, title=f"test accuracy %, seeds {', '.join(map(str, study.seeds))}")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, seeds in found.items():
         means = [100 * mean_accuracy(accuracies) for accuracies in seeds]
@@ -201,6 +199,5 @@ def table(study: Study) -> tuple[Table, str]:
         relative = mean(normalised_accuracy(a, s) for a, s in zip(seeds, single, strict=True))
         cells = [f"{100 * mean(accuracies[task] for accuracies in seeds):.1f}" for task in tasks]
         row = [name, *cells, f"{mean(means):.1f}{spread}", f"{100 * relative:.1f}"]
-        screen.add_row(*row)
         lines.append("| " + " | ".join(row) + " |")
-    return screen, "\n".join(lines)
+    return "\n".join(lines)
