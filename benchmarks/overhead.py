@@ -1,6 +1,6 @@
 """What Flower costs: seconds a round of the plain loop, the in-process Grid and Ray simulation, side by side.
 
-    python benchmarks/overhead.py [--rounds 4] [--repeats 2]
+    python benchmarks/overhead.py [--rounds 4] [--repeats 2] [--tasks digits,mnist,icons,radicals]
 
 The configuration is the demo's (eight embedded tasks). A round's seconds are the time from one merge to the next, so
 that sending, waiting and writing count; the first round of each run (start-up, caches) is left out; medians over all
@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 from atm_fl.runs import processor, read_metrics
+from atm_fl.settings import defaults
 
 ROOT = Path(__file__).parents[1]
 RUNTIMES = {
@@ -29,10 +30,10 @@ RUNTIMES = {
 }
 
 
-def rounds(arguments: list[str], count: int, folder: str) -> list[float]:
+def rounds(arguments: list[str], count: int, tasks: str, folder: str) -> list[float]:
     """Seconds of every steady round of one run."""
     command = [Path(sys.executable).with_name("atm-fl"), "run", ROOT / "configs/demo.toml", *arguments]
-    command += ["-c", f"run-dir={folder}", "-c", f"rounds={count}", "-c", "test-every=0"]
+    command += ["-c", f"run-dir={folder}", "-c", f"rounds={count}", "-c", "test-every=0", "-c", f"tasks={tasks}"]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     times = [line["time"] for line in read_metrics(Path(folder)) if line["kind"] == "merge"]
     return [after - before for before, after in pairwise(times)]
@@ -42,14 +43,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--tasks", default=defaults()["tasks"])
     args = parser.parse_args()
     seconds: dict[str, list[float]] = {name: [] for name in RUNTIMES}
     for _ in range(args.repeats):
         for name, arguments in RUNTIMES.items():
             with tempfile.TemporaryDirectory() as folder:
-                seconds[name] += rounds(arguments, args.rounds, folder)
+                seconds[name] += rounds(arguments, args.rounds, args.tasks, folder)
     plain = median(seconds["plain loop"])
-    print(f"{processor()}, {os.cpu_count()} cores, 1 thread a client; medians of {len(seconds['plain loop'])} rounds")
+    print(
+        f"{processor()}, {os.cpu_count()} cores, 1 thread a client, tasks {args.tasks}; medians of {len(seconds['plain loop'])} rounds"
+    )
     for name, found in seconds.items():
         spread = f"{min(found):.2f}-{max(found):.2f}"
         print(f"{name:28} {median(found):6.2f} s a round ({spread}), {median(found) / plain:5.2f} x the plain loop")
