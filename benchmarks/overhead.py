@@ -51,9 +51,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 seconds[name] += rounds(arguments, args.rounds, args.tasks, folder)
     plain = median(seconds["plain loop"])
-    print(
-        f"{processor()}, {os.cpu_count()} cores, 1 thread a client, tasks {args.tasks}; medians of {len(seconds['plain loop'])} rounds"
-    )
+    print(f"{os.cpu_count()} cores of {processor()}, 1 thread a client, tasks {args.tasks}")
+    print(f"medians of {len(seconds['plain loop'])} rounds")
     for name, found in seconds.items():
         spread = f"{min(found):.2f}-{max(found):.2f}"
         print(f"{name:28} {median(found):6.2f} s a round ({spread}), {median(found) / plain:5.2f} x the plain loop")
