@@ -15,7 +15,8 @@ from atm_fl import models, tasks, vectors
 from atm_fl.errors import SettingError
 from atm_fl.evaluation import accuracy
 from atm_fl.files import atomic_write
-from atm_fl.settings import Settings, derive_seed
+from atm_fl.seeds import derive_seed
+from atm_fl.settings import Settings
 from atm_fl.tasks import Dataset, Split
 from atm_fl.tuning import task_vector, tune
 

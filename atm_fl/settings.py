@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -133,11 +131,6 @@ class Settings:
 def kebab(name: str) -> str:
     """A Python name as a run-config key."""
     return name.replace("_", "-")
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from a run's seed and what the random numbers are for; other parts give unrelated seeds."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts, default=str).encode()).digest()[:8], "big") >> 1
 
 
 def _typed(key: str, value: Any, kind: str | type) -> Any:

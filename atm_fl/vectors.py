@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -83,39 +84,36 @@ def digest(flat: Tensor) -> str:
 
 
 class Spill:
-    """Vectors [n] kept in one temporary file in `folder` instead of in memory, read back block by block.
+    """Vectors [n] kept in one temporary file in `folder` instead of in memory, and read back through memory maps.
 
-    Resident memory stays at one block of `BLOCK` elements over all vectors, whatever their number.
+    What is mapped belongs to the system's page cache and goes when memory is short: resident memory does not grow with
+    the number of vectors.
     """
-
-    BLOCK = 1 << 22
 
     def __init__(self, folder: Path | None = None) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self.names: list[str] = []
-        self._size = 0
+        self._parts: dict[str, tuple[np.dtype, int]] = {}
 
     def add(self, name: str, vector: Tensor) -> None:
-        """Append a float32 vector; all must have one size."""
-        self._size = vector.numel()
-        self._file.write(vector.detach().cpu().contiguous().numpy().data)
-        self.names.append(name)
+        """Append a vector. ValueError if `name` is there already."""
+        if name in self._parts:
+            raise ValueError(f"{name!r} was added twice")
+        values = vector.detach().cpu().contiguous().numpy()
+        self._file.write(values.data)
+        self._parts[name] = values.dtype, len(values)
 
-    def gram(self) -> Tensor:
-        """The vectors' inner products, float64 [k, k], in the order of `names`."""
-        count = len(self.names)
-        result = torch.zeros(count, count, dtype=torch.float64)
-        width = max(1, self.BLOCK // max(1, count))
-        for start in range(0, self._size, width):
-            block = torch.empty(count, min(width, self._size - start))
-            for row in range(count):
-                self._file.seek(4 * (row * self._size + start))
-                self._file.readinto(block[row].numpy().data)
-            result += (block @ block.T).double()
-        return result
+    def vectors(self) -> dict[str, Tensor]:
+        """The vectors by name, in the order of `add`, on the CPU. They are read from the file when they are looked at."""
+        self._file.flush()
+        found, offset = {}, 0
+        for name, (dtype, size) in self._parts.items():
+            # Mode c: torch wants writable memory, and what is written never reaches the file.
+            found[name] = torch.from_numpy(np.memmap(self._file, dtype, "c", offset, size))
+            offset += dtype.itemsize * size
+        return found
 
     def close(self) -> None:
-        """Delete the file."""
+        """Delete the file; its space is free when the vectors are gone too."""
         self._file.close()
 
 

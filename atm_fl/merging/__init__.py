@@ -1,64 +1,169 @@
-"""Merges: from the task vectors of one round to the step that the base model takes.
+"""Merges: from task vectors to the step that the base model takes.
 
-A merge is a class with `add(task, vector, weight)`, called once a client, and `result()`. To add one, put a file beside
-this one that registers a class::
+A merge is a class that says in `_combine` how a set of task vectors becomes one. To add one, put a file beside this one
+that registers a class of one of the kinds in `kinds.py`::
 
-    @merge("my-merge")
-    class MyMerge: ...
+    @merge("sign-mean")
+    class SignMean(Elementwise):
+        \"\"\"The mean of the signs (one line for `atm-fl merges`; then the paper and the equation).\"\"\"
+
+        size: float = option(0.01, "length of a step", above=0)
+
+        def block(self, rows, entry, scratch):
+            return torch.stack([row.sign() for row in rows]).mean(0) * self.size
+
+Its options can then be set in a run (`merge-options = "size=0.1"`), on the command line (`atm-fl merge --size 0.1`) and
+in Python (`make_merge("sign-mean", layout, size=0.1)`), each checked as declared.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, dataclass_transform
 
 from torch import Tensor
 
 from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.vectors import Layout
 
 
-class Merge(Protocol):
-    """One round's merge. A new object serves every round."""
+def option(
+    default: Any,
+    meaning: str,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> Any:
+    """An option of a merge: its default, a line of documentation and its bounds (`least` and `most` are allowed)."""
+    bounds = {"least": least, "above": above, "most": most, "below": below}
+    return field(default=default, metadata={"meaning": meaning, "bounds": bounds})
 
-    def __init__(self, *, scaling: float) -> None: ...
 
+@dataclass(kw_only=True)
+class Merge(ABC):
+    """One merge of one set of task vectors; a new object serves every round.
+
+    Either all vectors are at hand (`combine`), or they come one by one (`add`, then `result`). Vectors are float32 (or
+    float64) [n], all on one device, where the result is too. None is ever altered.
+
+    layout: the vectors' entries, for merges that treat each in its own way.
+    seed: of merges that draw random numbers; with the names of the tasks it decides them, whatever their order.
+    """
+
+    layout: Layout
+    seed: int = 0
+    scaling: float = option(1.0, "factor on the merged vector (λ)")
+
+    def __post_init__(self) -> None:
+        for item in options(type(self)):
+            check_option(item.name, getattr(self, item.name), item)
+
+    def combine(self, vectors: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Tensor:
+        """The merged vector of `vectors`, by task; weights default to 1.
+
+        ValueError if there is no vector, or one does not fit the layout; SettingError if the merge needs more of them.
+        """
+        for task, vector in vectors.items():
+            self._check_vector(task, vector)
+        if not vectors:
+            raise ValueError("a merge needs at least one task vector")
+        self.check_count(len(vectors))
+        return self._combine(vectors, weights or dict.fromkeys(vectors, 1.0))
+
+    def check_count(self, count: int) -> None:
+        """SettingError if `count` task vectors are too few for this merge."""
+
+    @abstractmethod
     def add(self, task: str, vector: Tensor, weight: float = 1.0) -> None:
-        """Take in the task vector of `task`, float32 [n]. The merge may keep or change the tensor."""
+        """Take in the task vector of `task`; the tensor may be used again afterwards."""
 
+    @abstractmethod
     def result(self) -> Tensor:
-        """The merged vector, float32 [n], to be added to the base. ValueError if nothing was added."""
+        """The merged vector of what was added. The errors of `combine`."""
+
+    @abstractmethod
+    def _combine(self, vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor: ...
+
+    def _check_vector(self, task: str, vector: Tensor) -> None:
+        if vector.shape != (self.layout.size,) or not vector.is_floating_point():
+            raise ValueError(
+                f"{task}: a vector of {vector.dtype} {tuple(vector.shape)} does not fit a layout of "
+                f"{self.layout.size} elements"
+            )
 
 
 _registry: dict[str, type[Merge]] = {}
 _Class = TypeVar("_Class", bound=type[Merge])
 
 
+@dataclass_transform(kw_only_default=True, field_specifiers=(option,))
 def merge(name: str) -> Callable[[_Class], _Class]:
-    """Register the decorated class as the merge `name`."""
+    """Register the decorated class as the merge `name`; its options become keyword arguments."""
 
     def register(found: _Class) -> _Class:
-        _registry[name] = found
+        _registry[name] = dataclass(kw_only=True)(found)
         return found
 
     return register
 
 
 def merges() -> dict[str, type[Merge]]:
-    """All merges by name."""
+    """All merges by name, sorted."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return _registry
+    return dict(sorted(_registry.items()))
 
 
-def check_merge(name: str) -> None:
-    """SettingError, with the nearest known name, if there is no merge `name`."""
-    if name not in merges():
-        raise SettingError(f"merge={name!r} is unknown{did_you_mean(name, _registry)}")
+def options(found: type[Merge]) -> list[Any]:
+    """The options of a merge as dataclass fields: name, type, default, metadata."""
+    return [item for item in fields(found) if "bounds" in item.metadata]
 
 
-def make_merge(name: str, *, scaling: float) -> Merge:
-    """A new merge object for one round."""
-    check_merge(name)
-    return _registry[name](scaling=scaling)
+def check_option(name: str, value: Any, item: Any) -> None:
+    """SettingError if `value` is not of the option's type or is outside its bounds."""
+    kind = str(item.type)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    right = {
+        "float": number and math.isfinite(value),
+        "int": isinstance(value, int) and number,
+        "bool": isinstance(value, bool),
+    }
+    if not right[kind]:
+        words = {"float": "a finite number", "int": "a whole number", "bool": "true or false"}
+        raise SettingError(f"{name.replace('_', '-')}={value!r}: it must be {words[kind]}")
+    bounds = item.metadata["bounds"]
+    if number and not (
+        bounds["least"] <= value <= bounds["most"] and (bounds["above"] < value < bounds["below"] or kind == "bool")
+    ):
+        words_ = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+        told = " and ".join(f"{words_[end]} {bound:g}" for end, bound in bounds.items() if math.isfinite(bound))
+        raise SettingError(f"{name.replace('_', '-')}={value!r}: it must be {told}")
+
+
+def find_merge(name: str) -> type[Merge]:
+    """The class of the merge `name`. SettingError, with the nearest known name, if there is none."""
+    known = merges()
+    if name not in known:
+        raise SettingError(f"merge={name!r} is unknown{did_you_mean(name, known)}")
+    return known[name]
+
+
+def make_merge(name: str, layout: Layout, *, seed: int = 0, **chosen: Any) -> Merge:
+    """A new object of the merge `name`. SettingError if it has no such option or an option's value cannot work."""
+    found = find_merge(name)
+    known = [item.name for item in options(found)]
+    for key in chosen:
+        if key not in known:
+            dashed = [item.replace("_", "-") for item in known]
+            raise SettingError(
+                f"the merge {name!r} has no option {key.replace('_', '-')!r}"
+                f"{did_you_mean(key.replace('_', '-'), dashed)}"
+            )
+    return found(layout=layout, seed=seed, **chosen)

@@ -1,0 +1,36 @@
+"""Consensus task arithmetic."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atm_fl.merging import merge, option
+from atm_fl.merging.kinds import Elementwise, need
+
+
+@merge("consensus")
+class Consensus(Elementwise):
+    """Task arithmetic on the elements that several tasks need (Consensus Task Arithmetic, TALL masks).
+
+    Wang et al. 2024, "Localizing task information" (arXiv:2405.07813): with τ = Σ τₜ the task t needs the elements
+    with |τₜ| ≥ threshold · |τ − τₜ|; merged = scaling · τ on the elements that at least `agreement` tasks need, else 0.
+    Every task has the same threshold here; the authors tune one a task.
+    """
+
+    scaling: float = option(0.3, "λ, the factor on the sum")
+    threshold: float = option(0.4, "λₜ of the masks: the larger, the fewer elements a task needs", least=0)
+    agreement: int = option(2, "tasks that must need an element (k)", least=1)
+
+    def check_count(self, count: int) -> None:
+        need(count, self.agreement, f"consensus with agreement={self.agreement}")
+
+    def block(self, rows: list[Tensor], entry: int, scratch: list[Tensor]) -> Tensor:
+        total, count, others = scratch[:3]
+        total.zero_(), count.zero_()
+        for row in rows:
+            total.add_(row)
+        for row in rows:
+            torch.sub(total, row, out=others).abs_().mul_(self.threshold)
+            count.add_(torch.ge(row.abs_(), others, out=others))
+        return total.mul_(count.ge_(self.agreement))

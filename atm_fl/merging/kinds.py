@@ -1,0 +1,190 @@
+"""The kinds of merges: how they go through the vectors. A merge says only what is its own."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from atm_fl.blocks import Scratch, blocks, empty, gram
+from atm_fl.errors import SettingError
+from atm_fl.merging import Merge
+from atm_fl.vectors import Layout, Spill
+
+Change = Callable[[Tensor, int, Sequence[Tensor]], Tensor]
+"""(block, its entry's number, scratch blocks) → the changed block, in scratch. Blocks come in order, each once."""
+
+
+@dataclass(kw_only=True)
+class Streaming(Merge):
+    """scaling · Σ wₜ f(τₜ) / Σ wₜ, or without the division where the paper has a plain sum (`average = False`).
+
+    Each vector is folded into one running sum and dropped, so that memory does not grow with their number. With all
+    vectors at hand the sum is taken block by block, and each is read from memory once. Sums are in the order of the
+    vectors; the same order gives the same bits.
+    """
+
+    average: ClassVar[bool] = True
+    scratch: ClassVar[int] = 2
+
+    def change(self, task: str, vector: Tensor) -> Change | None:
+        """f for one vector, with what it must know of the whole of it; None: the vector as it is."""
+        return None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._sum: Tensor | None = None
+        self._weight = 0.0
+
+    def add(self, task: str, vector: Tensor, weight: float = 1.0) -> None:
+        self._check_vector(task, vector)
+        fresh = self._sum is None
+        if self._sum is None:
+            self._sum = empty(self.layout.size, vector)
+        fold(self._sum, [vector], [weight], self.layout, [self.change(task, vector)], fresh, self.scratch)
+        self._weight += weight
+
+    def result(self) -> Tensor:
+        if self._sum is None:
+            raise ValueError("a merge needs at least one task vector")
+        total, self._sum = self._sum, None
+        return total.mul_(self.scaling / self._weight if self.average else self.scaling)
+
+    def _combine(self, vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+        factor = self.scaling / sum(weights[task] for task in vectors) if self.average else self.scaling
+        total = empty(self.layout.size, next(iter(vectors.values())))
+        changes = [self.change(task, vector) for task, vector in vectors.items()]
+        coefficients = [factor * weights[task] for task in vectors]
+        fold(total, list(vectors.values()), coefficients, self.layout, changes, True, self.scratch)
+        return total
+
+
+def fold(
+    total: Tensor,
+    vectors: Sequence[Tensor],
+    coefficients: Sequence[float],
+    layout: Layout,
+    changes: Sequence[Change | None] | None = None,
+    fresh: bool = True,
+    scratch: int = 1,
+) -> None:
+    """total ← Σ cₜ f(τₜ), or total + Σ cₜ f(τₜ) unless `fresh`, in one pass."""
+    space = Scratch(scratch, total)
+    changes = changes or [None] * len(vectors)
+    for entry, part in blocks(layout):
+        target, rows, first = total[part], space.rows(part), fresh
+        for vector, coefficient, change in zip(vectors, coefficients, changes, strict=True):
+            block = change(vector[part], entry, rows) if change else vector[part]
+            if first:
+                torch.mul(block, coefficient, out=target)
+            else:
+                target.add_(block, alpha=coefficient)
+            first = False
+
+
+@dataclass(kw_only=True)
+class Joint(Merge):
+    """A merge that needs all vectors at once. Added one by one, they are spilled to a temporary file and mapped."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._spill: Spill | None = None
+        self._device = torch.device("cpu")
+
+    def add(self, task: str, vector: Tensor, weight: float = 1.0) -> None:
+        self._check_vector(task, vector)
+        self._check_weights({task: weight})
+        self._spill = self._spill or Spill()
+        self._spill.add(task, vector)
+        self._device = vector.device
+
+    def result(self) -> Tensor:
+        if self._spill is None:
+            raise ValueError("a merge needs at least one task vector")
+        spill, self._spill = self._spill, None
+        vectors = {task: vector.to(self._device) for task, vector in spill.vectors().items()}
+        spill.close()
+        return self.combine(vectors)
+
+    def _combine(self, vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+        self._check_weights(weights)
+        return self.joined(list(vectors), list(vectors.values()))
+
+    @abstractmethod
+    def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
+        """The merged vector, scaling included."""
+
+    def _check_weights(self, weights: Mapping[str, float]) -> None:
+        for task, weight in weights.items():
+            if weight != 1:
+                raise ValueError(f"{task}: weight={weight}: this merge is not defined for weights other than 1")
+
+
+@dataclass(kw_only=True)
+class Elementwise(Joint):
+    """A merge of each element by itself, given what `prepare` found out about the whole vectors.
+
+    scratch: blocks that `block` may use, as a function of the number of tasks.
+    """
+
+    scratch: ClassVar[Callable[[int], int]] = staticmethod(lambda count: 6)
+
+    def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:
+        """Look at the whole vectors before the blocks come."""
+
+    @abstractmethod
+    def block(self, rows: list[Tensor], entry: int, scratch: list[Tensor]) -> Tensor:
+        """The merged block, without scaling, of one block of every task; the rows may be altered."""
+
+    def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
+        self.prepare(tasks, vectors)
+        total = empty(self.layout.size, vectors[0])
+        count = len(vectors)
+        space = Scratch(count + type(self).scratch(count), total)
+        for entry, part in blocks(self.layout):
+            rows = space.rows(part)
+            for row, vector in zip(rows[:count], vectors, strict=True):
+                row.copy_(vector[part])
+            torch.mul(self.block(rows[:count], entry, rows[count:]), self.scaling, out=total[part])
+        return total
+
+
+@dataclass(kw_only=True)
+class Combination(Joint):
+    """scaling · Σ cₜ τₜ with coefficients that follow from the vectors' inner products alone."""
+
+    @abstractmethod
+    def coefficients(self, tasks: Sequence[str], products: Tensor) -> Tensor:
+        """c, float64 [k], from the inner products, float64 [k, k]."""
+
+    def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
+        coefficients = self.scaling * self.coefficients(tasks, gram(vectors))
+        total = empty(self.layout.size, vectors[0])
+        fold(total, vectors, coefficients.tolist(), self.layout)
+        return total
+
+
+@dataclass(kw_only=True)
+class Entrywise(Joint):
+    """A merge of each entry of the layout (a weight matrix, a bias) by itself."""
+
+    @abstractmethod
+    def entry(self, name: str, tensors: list[Tensor]) -> Tensor:
+        """The merged entry, without scaling, from every task's, in the entry's own shape."""
+
+    def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
+        total = empty(self.layout.size, vectors[0])
+        views = [self.layout.views(vector) for vector in vectors]
+        for name, target in self.layout.views(total).items():
+            torch.mul(self.entry(name, [view[name] for view in views]), self.scaling, out=target)
+        return total
+
+
+def need(count: int, least: int, what: str) -> None:
+    """SettingError if there are fewer than `least` tasks."""
+    if count < least:
+        raise SettingError(f"{what} needs at least {least} tasks, there are {count}")

@@ -1,0 +1,94 @@
+"""PCB-Merging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from atm_fl.blocks import BLOCK, Scratch, empty, ranked_magnitudes
+from atm_fl.merging import merge, option
+from atm_fl.merging.kinds import Joint
+from atm_fl.merging.sparse import kept
+
+
+@merge("pcb")
+class Pcb(Joint):
+    """Weigh each element by its standing within its task and beside the other tasks; drop the low ones.
+
+    Du et al. 2024, "Parameter competition balancing for model merging" (arXiv:2410.02396), equations 1-4: over the n
+    elements of a vector, intra_i = Softmax(T · Norm(τ_i ⊙ τ_i)), inter_i = Σ_j Softmax(Norm(τ_i ⊙ τ_j)), both scaled
+    to [0, 1] by Norm before the Softmax; β_i = intra_i ⊙ inter_i, set to 0 below its `density` largest elements;
+    merged = Σ β_i ⊙ τ_i / Σ β_i, λ = 1. The authors' code differs: it clips the vectors' extremes and takes
+    tanh(τ_i Σ_j τ_j) for the second factor.
+    """
+
+    density: float = option(0.2, "fraction of each task's elements that is kept", above=0, most=1)
+
+    def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
+        size, count = self.layout.size, len(vectors)
+        if size == 0:
+            return vectors[0].clone()
+        # Norm and Softmax do not change with a vector's length; with elements of at most 1 no product overflows.
+        lengths = [max(float(vector.abs().max()), torch.finfo(vector.dtype).tiny) for vector in vectors]
+        low, high, sums = self._products(vectors, lengths)
+        scores, total, weights = (empty(size, vectors[0]) for _ in range(3))
+        total.zero_()
+        weights.zero_()
+        for own, vector in enumerate(vectors):
+            for part, rows, (inter, block) in _stacks(vectors, lengths, 2):
+                inter.zero_()
+                for other, row in enumerate(rows):
+                    if other != own:
+                        _exponential(rows[own], row, low[own, other], high[own, other], block)
+                        # A mean of 1 instead of 1/n, for float32: constant factors of β drop out of the result.
+                        inter.add_(block, alpha=float(size / sums[own, other]))
+                _exponential(rows[own], rows[own], low[own, own], high[own, own], block)
+                inter.add_(block, alpha=float(size / sums[own, own]))
+                torch.mul(inter, block.pow_(count), out=scores[part]).mul_(float(size / sums[own, count]))
+            threshold = ranked_magnitudes(scores, [size - kept(size, self.density)])[0]
+            for part, (block, keep), _ in _stacks([vector, vector], [1, 1], 0):
+                torch.ge(scores[part], threshold, out=keep).mul_(scores[part])
+                weights[part].add_(keep)
+                total[part].addcmul_(keep, block)
+        return total.div_(weights.clamp_min_(torch.finfo(total.dtype).tiny)).mul_(self.scaling)
+
+    def _products(self, vectors: Sequence[Tensor], lengths: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all τ_i ⊙ τ_j the least and greatest element, and Σ exp(Norm); column T of the sums: Σ exp(T · Norm(τ_i²))."""
+        count = len(vectors)
+        low = torch.full((count, count), torch.inf, dtype=torch.float64)
+        high, sums = -low, torch.zeros(count, count + 1, dtype=torch.float64)
+        pairs = [(i, j) for i in range(count) for j in range(i, count)]
+        for _, rows, (block,) in _stacks(vectors, lengths, 1):
+            for i, j in pairs:
+                least, greatest = torch.mul(rows[i], rows[j], out=block).aminmax()
+                low[i, j] = low[j, i] = min(float(low[i, j]), float(least))
+                high[i, j] = high[j, i] = max(float(high[i, j]), float(greatest))
+        for _, rows, (block,) in _stacks(vectors, lengths, 1):
+            for i, j in pairs:
+                _exponential(rows[i], rows[j], low[i, j], high[i, j], block)
+                sums[i, j] = sums[j, i] = sums[i, j] + float(block.sum())
+                if i == j:
+                    sums[i, count] += float(block.pow_(count).sum())
+        return low, high, sums
+
+
+def _stacks(
+    vectors: Sequence[Tensor], lengths: Sequence[float], extra: int
+) -> Iterator[tuple[slice, list[Tensor], list[Tensor]]]:
+    """(elements, one block of each vector over its length, `extra` scratch blocks), block by block."""
+    size, count = vectors[0].numel(), len(vectors)
+    space = Scratch(count + extra, vectors[0])
+    for start in range(0, size, BLOCK):
+        part = slice(start, min(start + BLOCK, size))
+        rows = space.rows(part)
+        for row, vector, length in zip(rows, vectors, lengths, strict=False):
+            torch.mul(vector[part], 1 / length, out=row)
+        yield part, rows[:count], rows[count:]
+
+
+def _exponential(left: Tensor, right: Tensor, low: Tensor, high: Tensor, out: Tensor) -> Tensor:
+    """exp(Norm(left ⊙ right)) into `out`, with Norm(x) = (x − low) / (high − low), or 0 where they are equal."""
+    span = float(high - low)
+    return torch.mul(left, right, out=out).sub_(float(low)).mul_(1 / span if span else 0.0).exp_()

@@ -1,0 +1,100 @@
+"""Merges that a minority of bad vectors cannot move far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from atm_fl.blocks import sort_rows
+from atm_fl.merging import merge, option
+from atm_fl.merging.kinds import Combination, Elementwise, need
+
+
+@merge("median")
+class Median(Elementwise):
+    """The median of each element over the tasks; of an even number, the mean of the middle two.
+
+    Yin et al. 2018, "Byzantine-robust distributed learning" (arXiv:1803.01498), Algorithm 1, option I.
+    """
+
+    scratch: ClassVar[Callable[[int], int]] = staticmethod(lambda count: 1)
+
+    def block(self, rows: list[Tensor], entry: int, scratch: list[Tensor]) -> Tensor:
+        ordered = sort_rows(rows, scratch[0])
+        return ordered[(len(rows) - 1) // 2].add_(ordered[len(rows) // 2]).mul_(0.5)
+
+
+@merge("trimmed-mean")
+class TrimmedMean(Elementwise):
+    """The mean of each element over the tasks without the ⌊trim · T⌋ smallest and as many largest values.
+
+    Yin et al. 2018 (arXiv:1803.01498), Algorithm 1, option II.
+    """
+
+    trim: float = option(0.2, "fraction of the tasks left out at either end", least=0, below=0.5)
+    scratch: ClassVar[Callable[[int], int]] = staticmethod(lambda count: 1)
+
+    def block(self, rows: list[Tensor], entry: int, scratch: list[Tensor]) -> Tensor:
+        out = int(round(self.trim * len(rows), 6))
+        first, *others = sort_rows(rows, scratch[0])[out : len(rows) - out] if out else rows
+        for row in others:
+            first.add_(row)
+        return first.div_(len(others) + 1)
+
+
+@merge("geometric-median")
+class GeometricMedian(Combination):
+    """The point with the smallest sum of distances to the task vectors, by smoothed Weiszfeld iterations.
+
+    Pillutla et al. 2022, "Robust aggregation for federated learning" (arXiv:1912.13445), Algorithm 2: weights
+    1 / max(ν, ‖z − τₜ‖). The point is a combination of the vectors, so that all distances follow from their inner
+    products, and the iterations cost nothing; they go on until the weights stand still (at most 1000). Their ν = 1e-6
+    is relative here, to the mean norm of the vectors. With tasks as far apart as AdamW's the iterations hardly move
+    from the mean.
+    """
+
+    smoothing: float = option(1e-6, "least distance (ν), relative to the mean norm", above=0)
+
+    def coefficients(self, tasks: Sequence[str], products: Tensor) -> Tensor:
+        count = len(tasks)
+        weights = torch.full((count,), 1 / count, dtype=torch.float64)
+        least = self.smoothing * products.diagonal().clamp_min(0).sqrt().mean()
+        if least == 0:
+            return weights
+        for _ in range(1000):
+            towards = products @ weights
+            distances = (weights @ towards - 2 * towards + products.diagonal()).clamp_min(0).sqrt()
+            new = 1 / distances.clamp_min(least)
+            new /= new.sum()
+            done = float((new - weights).abs().max()) < 1e-12
+            weights = new
+            if done:
+                break
+        return weights
+
+
+@merge("multi-krum")
+class MultiKrum(Combination):
+    """The mean of the T − f task vectors that are nearest to their neighbours.
+
+    Blanchard et al. 2017, "Machine learning with adversaries" (NeurIPS): the score of a vector is the sum of its
+    squared distances to its T − f − 2 nearest others; the T − f vectors of the smallest scores are averaged. Equal
+    scores: the task whose name comes first. It needs T ≥ 2 f + 3.
+    """
+
+    f: int = option(1, "vectors that may be bad", least=0)
+
+    def check_count(self, count: int) -> None:
+        need(count, 2 * self.f + 3, f"multi-krum with f={self.f}")
+
+    def coefficients(self, tasks: Sequence[str], products: Tensor) -> Tensor:
+        count, squares = len(tasks), products.diagonal()
+        distances = (squares[:, None] + squares[None, :] - 2 * products).clamp_min(0).fill_diagonal_(torch.inf)
+        scores = distances.sort(dim=1).values[:, : count - self.f - 2].sum(1).tolist()
+        chosen = sorted(range(count), key=lambda row: (scores[row], tasks[row]))[: count - self.f]
+        result = torch.zeros(count, dtype=torch.float64)
+        result[chosen] = 1 / len(chosen)
+        return result

@@ -1,0 +1,128 @@
+"""Means of task vectors of which only some elements are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atm_fl.blocks import ranked_magnitudes
+from atm_fl.merging import merge, option
+from atm_fl.merging.kinds import Change, Streaming
+from atm_fl.seeds import derive_seed
+
+
+def kept(size: int, density: float) -> int:
+    """How many of `size` elements a density keeps: ⌊density · size⌋, but at least one."""
+    return max(1, math.floor(round(density * size, 6)))
+
+
+def largest(vector: Tensor, density: float) -> float:
+    """The λ of `hardshrink`, which keeps what is above it, for the `kept` largest magnitudes and their equals."""
+    threshold = ranked_magnitudes(vector, [vector.numel() - kept(vector.numel(), density)])[0]
+    number = torch.empty(0, dtype=vector.dtype).numpy().dtype.type
+    return float(np.nextafter(number(threshold), number(0)))
+
+
+@merge("magnitude")
+class Magnitude(Streaming):
+    """The mean of the task vectors' largest elements: the `density` fraction of each entry by magnitude.
+
+    Pruning per tensor, as PEFT's `magnitude_prune` and mergekit do. ⌊density · n⌋ elements of an entry are kept, at
+    least one (PEFT: none of a single element), and all that equal the smallest kept.
+    """
+
+    density: float = option(0.2, "fraction of each entry that is kept", above=0, most=1)
+
+    def change(self, task: str, vector: Tensor) -> Change:
+        thresholds = [largest(part, self.density) if len(part) else 0.0 for part in vector.split(self.layout.sizes)]
+
+        def prune(block: Tensor, entry: int, scratch: Sequence[Tensor]) -> Tensor:
+            return torch.ops.aten.hardshrink.out(block, thresholds[entry], out=scratch[0])
+
+        return prune
+
+
+@merge("breadcrumbs")
+class Breadcrumbs(Streaming):
+    """scaling · Σ of the task vectors without each entry's smallest and largest elements.
+
+    Davari and Belilovsky 2023, "Model breadcrumbs" (arXiv:2312.06795), with their λ = 0.3. Of an entry of n elements,
+    sorted by magnitude, those from place ⌊β n⌋ up to, but not including, place ⌈γ n⌉ are kept, with all their equals.
+    We mask whole entries, as the paper says and mergekit does; the authors' code masks each row of a matrix by itself.
+    So the entry of one element is kept, where mergekit up to 0.1.4 refuses it.
+    """
+
+    average: ClassVar[bool] = False
+    scratch: ClassVar[int] = 2
+    scaling: float = option(0.3, "λ, the factor on the sum")
+    beta: float = option(0.85, "fraction of each entry, the smallest, that goes", least=0, below=1)
+    gamma: float = option(0.993, "fraction of each entry above which the largest go", above=0, most=1)
+
+    def change(self, task: str, vector: Tensor) -> Change:
+        bounds = [self._bounds(part) if len(part) else (0.0, 0.0) for part in vector.split(self.layout.sizes)]
+
+        def mask(block: Tensor, entry: int, scratch: Sequence[Tensor]) -> Tensor:
+            low, high = bounds[entry]
+            large, small = scratch
+            torch.ops.aten.hardshrink.out(block, low, out=large)
+            torch.abs(large, out=small)
+            return large.mul_(torch.le(small, high, out=small))
+
+        return mask
+
+    def _bounds(self, entry: Tensor) -> tuple[float, float]:
+        size = len(entry)
+        last = max(0, math.ceil(round(self.gamma * size, 6)) - 1)
+        first = min(math.floor(round(self.beta * size, 6)), last)
+        low, high = ranked_magnitudes(entry, [first, last])
+        number = torch.empty(0, dtype=entry.dtype).numpy().dtype.type
+        return float(np.nextafter(number(low), number(0))), high
+
+
+class Mask:
+    """Random masks of elements that are kept with a probability, the same for a seed wherever and however computed.
+
+    16 random bits decide an element, so that the probability is a multiple of 1/65536; `density` is the exact one.
+    """
+
+    def __init__(self, density: float, *seed: object) -> None:
+        self._threshold = max(1, min(65536, round(density * 65536)))
+        self.density = self._threshold / 65536
+        self._random = np.random.SFC64(derive_seed(*seed))
+        self._rest = np.empty(0, np.int16)
+
+    def draw(self, out: Tensor) -> Tensor:
+        """The next elements of the mask, 1 or 0, into `out`."""
+        size, rest = out.numel(), self._rest
+        if len(rest) < size:
+            fresh = self._random.random_raw((size - len(rest) + 3) // 4).view(np.int16)
+            rest = np.concatenate([rest, fresh]) if len(rest) else fresh
+        bits, self._rest = rest[:size], rest[size:]
+        if self._threshold == 65536:
+            return out.fill_(1)
+        return torch.lt(torch.from_numpy(bits).to(out.device), self._threshold - 32768, out=out)
+
+
+@merge("dare")
+class Dare(Streaming):
+    """The mean of the task vectors, of each of which random elements are dropped and the rest scaled up.
+
+    f(τ) = m ⊙ τ / density with m ~ Bernoulli(density): Yu et al. 2024, "Language models are super Mario"
+    (arXiv:2311.03099), with their p = 1 − density = 0.9. The rescaling is the paper's and PEFT's; mergekit's default
+    rescales to the L1 norm instead.
+    """
+
+    density: float = option(0.1, "probability that an element is kept (1 − p)", least=1e-4, most=1)
+
+    def change(self, task: str, vector: Tensor) -> Change:
+        mask = Mask(self.density, self.seed, "dare", task)
+
+        def drop(block: Tensor, entry: int, scratch: Sequence[Tensor]) -> Tensor:
+            return mask.draw(scratch[0]).mul_(block).mul_(1 / mask.density)
+
+        return drop
