@@ -98,7 +98,7 @@ def _bracketed(vector: Tensor, rank: int, sample: np.ndarray) -> float | None:
 
 
 def gram(vectors: Sequence[Tensor]) -> Tensor:
-    """The vectors' inner products, float64 [k, k] on the CPU. Blocks are summed in the vectors' dtype, totals in float64."""
+    """The vectors' inner products, float64 [k, k] on the CPU: summed in their dtype within a block, then in float64."""
     size, count = vectors[0].numel(), len(vectors)
     total = torch.zeros(count, count, dtype=torch.float64)
     stack = torch.empty(count, min(BLOCK, max(1, size)), dtype=vectors[0].dtype, device=vectors[0].device)

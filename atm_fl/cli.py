@@ -11,13 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
+from typer.core import TyperCommand, TyperOption
 
 from atm_fl.errors import RunError, SettingError
 
@@ -137,13 +142,105 @@ def tasks(build: Annotated[bool, typer.Option(help="build and count every task's
 
 @app.command()
 def merges() -> None:
-    """List the merges."""
+    """List the merges with their options and defaults."""
     from atm_fl.merging import merges as registry
+    from atm_fl.merging import options
 
-    table = Table("merge", "definition")
-    for name, found in sorted(registry().items()):
-        table.add_row(name, (found.__doc__ or "").strip().splitlines()[0])
+    table = Table("merge", "options", "definition", box=SIMPLE)
+    for name, found in registry().items():
+        defaults = "\n".join(f"{item.name.replace('_', '-')}={item.default}" for item in options(found))
+        table.add_row(name, defaults, (found.__doc__ or "").strip().partition("\n")[0])
     console.print(table)
+
+
+class MergeCommand(TyperCommand):
+    """`atm-fl merge` with the options of all merges besides its own; those that are given are in `ctx.obj` by name.
+
+    They are looked up when the command is called: to know the merges, torch must be imported.
+    """
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        *own, help_option = super().get_params(ctx)
+        return [*own, *_merge_options(), help_option]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            rest = super().parse_args(ctx, args)
+        except click.UsageError as error:
+            raise SettingError(error.format_message()) from error
+        given = {str(option.name): ctx.params.pop(str(option.name), None) for option in _merge_options()}
+        ctx.obj = {name: value for name, value in given.items() if value is not None}
+        return rest
+
+
+@cache
+def _merge_options() -> list[TyperOption]:
+    """An option for each that any merge declares; the help says which do, what it means to them and the default."""
+    from atm_fl.merging import merges as registry
+    from atm_fl.merging import options
+
+    declared: dict[str, dict[str, Any]] = {}
+    for name, found in registry().items():
+        for item in options(found):
+            declared.setdefault(item.name, {})[name] = item
+    made = []
+    for key, items in declared.items():
+        meanings: dict[str, list[str]] = {}
+        for name, item in items.items():
+            meanings.setdefault(f"{item.metadata['meaning']} (default {item.default})", []).append(name)
+        *few, most = sorted(meanings.items(), key=lambda entry: len(entry[1]))
+        if len(items) == len(registry()):
+            most = most[0], ["all others" if few else "all"]
+        told = [f"{', '.join(names)}: {meaning}" for meaning, names in [*few, most]]
+        dashed, kind = key.replace("_", "-"), next(iter(items.values())).type
+        made.append(
+            TyperOption(
+                param_decls=[f"--{dashed}/--no-{dashed}" if kind == "bool" else f"--{dashed}"],
+                type={"bool": bool, "int": int, "float": float}[kind],
+                default=None,
+                help=escape("; ".join(told)),
+                rich_help_panel="Options of the methods",
+            )
+        )
+    return made
+
+
+@app.command(cls=MergeCommand)
+def merge(
+    ctx: typer.Context,
+    files: Annotated[list[Path], typer.Argument(help="models fine-tuned from the base, safetensors")],
+    base: Annotated[Path, typer.Option(help="the model they were fine-tuned from, safetensors")],
+    out: Annotated[Path, typer.Option(help="the file to write")],
+    method: Annotated[str, typer.Option(help="how to merge; see `atm-fl merges`")] = "mean",
+    seed: Annotated[int, typer.Option(help="of methods that draw random numbers")] = 0,
+) -> None:
+    """Merge files of any model, fine-tuned from one base, into one: base + merged."""
+    from atm_fl.merge_files import merge_files
+
+    begin = time.monotonic()
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with _terminated_as_exit(), bar:
+        line = bar.add_task("", total=1)
+        try:
+            done = merge_files(
+                base,
+                files,
+                out,
+                method,
+                chosen=ctx.obj,
+                seed=seed,
+                progress=lambda stage, share: bar.update(line, description=escape(stage), completed=share),
+                warn=lambda text: console.print(f"warning: {text}", soft_wrap=True, highlight=False, markup=False),
+            )
+        except OSError as error:
+            raise RunError(f"{out} was not written: {error}") from error
+    console.print(
+        f"{method} of {len(files)} files: {done.tensors} tensors, {done.elements:,} elements, "
+        f"{time.monotonic() - begin:.1f} s → {out}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
 
 
 @app.command("settings")
@@ -164,22 +261,22 @@ def list_settings() -> None:
 
 @app.command()
 def study(
-    config: Annotated[Path, typer.Argument(help="a study's TOML file, as configs/study.toml")],
+    config: Annotated[Path, typer.Argument(help="a study's TOML file, as configs/study.toml or configs/merges.toml")],
     jobs: Annotated[int, typer.Option(help="runs at a time")] = os.cpu_count() or 1,
 ) -> None:
-    """Run a study's contest over seeds, resuming what was begun, and print its table."""
+    """Run a study, resuming what was begun, and print its table."""
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
 
-    from atm_fl.experiments import main_table
+    from atm_fl.experiments import read_study
 
-    found = main_table.Study.read(config)
+    found, kind = read_study(config)
     begin = time.monotonic()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for units in main_table.phases(found):
-            for done in as_completed([pool.submit(main_table.run_unit, unit) for unit in units]):
+        for units in kind.phases(found):
+            for done in as_completed([pool.submit(kind.run_unit, unit) for unit in units]):
                 console.print(f"{(time.monotonic() - begin) / 60:5.1f} min: {done.result()}", highlight=False)
-    text = main_table.table(found)
+    text = kind.table(found)
     console.print(text, soft_wrap=True, highlight=False, markup=False)
     page = found.folder / "table.md"
     page.write_text(text + "\n")

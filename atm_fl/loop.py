@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from contextlib import closing
 
-from atm_fl.merging import make_merge
+from atm_fl.blocks import gram
 from atm_fl.party import Party, Update
 from atm_fl.report import write_report
 from atm_fl.runs import Run
+from atm_fl.scaling import scale_layers
 from atm_fl.settings import Settings
 from atm_fl.vectors import Spill
 
@@ -16,39 +17,44 @@ from atm_fl.vectors import Spill
 class Round:
     """The server's side of one round, without any transport: take in updates in the order of the tasks, then merge.
 
-    Holds the merge's own memory and one update at a time; the vectors that the cosines need are spilled to disk.
+    Holds one update at a time: the vectors are spilled to disk and read back block by block, by the merge and for
+    their cosines, whatever the number of clients.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.number = run.rounds_done + 1
-        self._merge = make_merge(run.settings.merge, scaling=run.settings.scaling)
+        self._scalings = run.settings.task_scalings
         self._spill = Spill(run.directory)
         self._begin = time.perf_counter()
 
     def add(self, task: str, update: Update, **more: float) -> None:
-        """Record what a party measured and fold its vector into the merge."""
+        """Record what a party measured and keep its vector, which may be changed."""
         self.run.record("evaluation", self.number - 1, task=task, **update.evaluation)
         self.run.record("tuning", self.number, task=task, **update.tuning, **more)
-        self._spill.add(task, update.vector)
-        self._merge.add(task, update.vector)
+        self._spill.add(task, update.vector.mul_(self._scalings.get(task, 1.0)))
 
     def close(self, failures: dict[str, str] | None = None) -> None:
         """Merge, move the base, write the checkpoint and the round's line."""
-        step = self._merge.result()
-        gram = self._spill.gram()
+        settings, layout, vectors = self.run.settings, self.run.layout, self._spill.vectors()
+        begin = time.perf_counter()
+        merged = settings.make_merge(layout, self.number).combine(vectors)
+        merged = scale_layers(merged, layout, settings.layer_scalings)
+        seconds_merge = time.perf_counter() - begin
+        products = gram(list(vectors.values()))
         self._spill.close()
-        norms = gram.diagonal().sqrt().clamp_min(1e-30)
+        norms = products.diagonal().sqrt().clamp_min(1e-30)
         self.run.record(
             "merge",
             self.number,
-            norm=float(step.norm()),
-            tasks=self._spill.names,
-            cosines=[[round(value, 6) for value in row] for row in (gram / norms.outer(norms)).tolist()],
+            norm=float(merged.norm()),
+            tasks=list(vectors),
+            cosines=[[round(value, 6) for value in row] for row in (products / norms.outer(norms)).tolist()],
+            seconds_merge=seconds_merge,
             seconds=time.perf_counter() - self._begin,
             failures=failures or {},
         )
-        self.run.advance(step)
+        self.run.advance(merged)
 
 
 def run_loop(settings: Settings) -> Run:

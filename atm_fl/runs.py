@@ -27,6 +27,7 @@ from atm_fl import vectors
 from atm_fl.errors import RunError, SettingError
 from atm_fl.files import atomic_write
 from atm_fl.models import load_backbone
+from atm_fl.scaling import check_layer_scaling
 from atm_fl.settings import Settings
 
 KEPT_CHECKPOINTS = 2
@@ -48,15 +49,18 @@ class Run:
         self.base = self.layout.flatten(backbone)
         """The current base model, float32 [n]."""
         self.rounds_done = 0
+        self.optimizer = settings.make_server_optimizer()
+        check_layer_scaling(settings.layer_scalings, self.layout)
         self._begin = time.time()
         self._board: Any = None
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.directory)
         warnings: list[str] = []
         if settings.resume:
-            self.rounds_done, self.base = load_checkpoint(self.directory, self.layout, warnings.append)
+            found = load_checkpoint(self.directory, self.layout, warnings.append)
+            self.rounds_done, self.base, self.optimizer.state = found
         elif settings.start != "pretrained":
-            _, self.base = load_checkpoint(Path(settings.start), self.layout, warnings.append)
+            _, self.base, _ = load_checkpoint(Path(settings.start), self.layout, warnings.append)
         self._write_config()
         self._keep_metrics()
         for text in warnings:
@@ -77,16 +81,20 @@ class Run:
             if isinstance(value, (int, float)):
                 self._tensorboard().add_scalar(f"{prefix}/{name}", value, round_number)
 
-    def advance(self, step: Tensor) -> None:
-        """End a round: base ← base + step, written to disk before anything else happens.
+    def advance(self, merged: Tensor) -> None:
+        """End a round: base ← base + what the server optimizer makes of `merged`, float32 [n], which may be changed.
 
-        RunError if the step is not finite; the checkpoint before it stays.
+        All is written to disk before anything else happens. RunError if a value is not finite; the checkpoint before
+        it stays.
         """
+        step = self.optimizer.step(merged, self.rounds_done + 1)
         if not bool(torch.isfinite(step).all()):
-            raise RunError(f"round {self.rounds_done + 1}: the merged vector is not finite; try a lower learning-rate")
+            raise RunError(
+                f"round {self.rounds_done + 1}: the step is not finite; try a lower learning-rate or scaling"
+            )
         self.base = self.base + step
         self.rounds_done += 1
-        save_checkpoint(self.directory, self.rounds_done, self.base, self.layout)
+        save_checkpoint(self.directory, self.rounds_done, self.base, self.layout, self.optimizer.state)
 
     def close(self) -> None:
         """Flush TensorBoard's file and let others have the directory."""
@@ -168,14 +176,27 @@ def read_metrics(directory: Path) -> Iterator[dict[str, Any]]:
             return
 
 
-def save_checkpoint(directory: Path, rounds_done: int, base: Tensor, layout: vectors.Layout) -> Path:
-    """Write the base after `rounds_done` rounds, atomically, as named tensors; older ones than the last two go."""
+STATE = "server-optimizer."
+"""What the names of a server optimizer's moments begin with in a checkpoint."""
+
+
+def save_checkpoint(
+    directory: Path, rounds_done: int, base: Tensor, layout: vectors.Layout, state: dict[str, Tensor] | None = None
+) -> Path:
+    """Write the base after `rounds_done` rounds, atomically, as named tensors; older ones than the last two go.
+
+    state: the server optimizer's moments, flat tensors [n].
+    """
     folder = directory / "checkpoint"
     path = folder / f"round-{rounds_done:05d}.safetensors"
+    moments = {STATE + name: moment for name, moment in (state or {}).items()}
+    about = {"rounds": rounds_done, "layout": layout.digest, "base": vectors.digest(base)}
+    about |= {name: vectors.digest(moment) for name, moment in sorted(moments.items())}
     # One key: safetensors writes several in an order of its own each time, and equal runs should be equal files.
-    metadata = {"atm-fl": json.dumps({"rounds": rounds_done, "layout": layout.digest, "base": vectors.digest(base)})}
+    metadata = {"atm-fl": json.dumps(about)}
     with atomic_write(path) as part:
-        save_file({name: view.contiguous() for name, view in layout.views(base).items()}, str(part), metadata)
+        named = {name: view.contiguous() for name, view in layout.views(base).items()}
+        save_file(named | moments, str(part), metadata)
     for old in [*checkpoints(directory)[:-KEPT_CHECKPOINTS], *folder.glob(".*.safetensors")]:
         old.unlink()
     return path
@@ -197,24 +218,28 @@ def lock(directory: Path) -> Any:
     return file
 
 
-def load_checkpoint(directory: Path, layout: vectors.Layout, warn: Callable[[str], object]) -> tuple[int, Tensor]:
-    """(rounds done, base) of the newest whole checkpoint; a damaged one is passed over and `warn` is told.
+def load_checkpoint(
+    directory: Path, layout: vectors.Layout, warn: Callable[[str], object]
+) -> tuple[int, Tensor, dict[str, Tensor]]:
+    """(rounds done, base, server optimizer's moments) of the newest whole checkpoint.
 
-    RunError if none is whole, or if it belongs to a model of another layout.
+    A damaged one is passed over and `warn` is told. RunError if none is whole, or if it belongs to a model of another
+    layout.
     """
     for path in reversed(checkpoints(directory)):
         try:
             with safe_open(str(path), "pt") as file:
-                metadata = json.loads((file.metadata() or {}).get("atm-fl", "{}"))
+                about = json.loads((file.metadata() or {}).get("atm-fl", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             warn(f"{path} is damaged ({error}); going back to the checkpoint before it")
             continue
-        if metadata.get("layout") != layout.digest:
-            raise RunError(f"{path} holds a model of another layout ({metadata.get('layout')}, not {layout.digest})")
-        base = torch.cat([tensors[name].reshape(-1) for name in layout.names])
-        if vectors.digest(base) == metadata.get("base"):
-            return int(metadata["rounds"]), base
+        if about.get("layout") != layout.digest:
+            raise RunError(f"{path} holds a model of another layout ({about.get('layout')}, not {layout.digest})")
+        found = {name: tensors.pop(name).clone() for name in list(tensors) if name.startswith(STATE)}
+        found["base"] = torch.cat([tensors[name].reshape(-1) for name in layout.names])
+        if all(vectors.digest(tensor) == about.get(name) for name, tensor in found.items()):
+            return int(about["rounds"]), found.pop("base"), {k.removeprefix(STATE): v for k, v in found.items()}
         warn(f"{path} is damaged (its digest does not match); going back to the checkpoint before it")
     raise RunError(f"{directory} holds no whole checkpoint")
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 
-from atm_fl import merging, models, tasks
+from atm_fl import models, server_optimizer, tasks
 from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.merging import Merge, make_merge
+from atm_fl.scaling import check_task_scaling
+from atm_fl.seeds import derive_seed
+from atm_fl.server_optimizer import ServerOptimizer
+from atm_fl.vectors import Layout
 
 
 def setting(default: Any, meaning: str, *, decides: bool = True, choices: tuple[str, ...] = ()) -> Any:
@@ -33,8 +39,22 @@ class Settings:
     rounds: int = setting(10, "rounds K of tuning and merging", decides=False)
     local_epochs: int = setting(1, "epochs E that a client tunes a round")
     split: str = setting("train", "what a client tunes on", choices=("train", "validation"))
-    merge: str = setting("mean", "how the task vectors become one step")
-    scaling: float = setting(1.0, "factor on the mean of the task vectors; the paper's α is scaling / T")
+    merge: str = setting("mean", "how the task vectors become one step; see `atm-fl merges`")
+    merge_options: str = setting("", "options of the merge, as 'density=0.1, agreement=3'")
+    scaling: float = setting(
+        0.0, "factor on the merged vector (λ; the mean's is T times the paper's α); 0: the merge's own"
+    )
+    task_scaling: str = setting("", "factors on single tasks' vectors before the merge, as 'mnist=0.5, digits=2'")
+    layer_scaling: str = setting(
+        "", "factors on the merged vector's entries, as '*.mlp.*=1.5, *norm*=0.5'; first match"
+    )
+    server_optimizer: str = setting(
+        "none", "what the server makes of the merged vectors of all rounds", choices=server_optimizer.NAMES
+    )
+    server_learning_rate: float = setting(1.0, "its factor on the step; about 1e-3 for adam, yogi and adagrad")
+    server_momentum: float = setting(0.9, "its β₁, of all but none and adagrad")
+    server_beta2: float = setting(0.99, "its β₂, of adam and yogi")
+    server_epsilon: float = setting(1e-3, "its ε, of adam, yogi and adagrad")
     optimizer: str = setting("adamw", "the clients' optimizer, new every round", choices=("adamw", "sgd"))
     learning_rate: float = setting(2e-4, "its learning rate, without schedule")
     weight_decay: float = setting(0.1, "its weight decay")
@@ -87,6 +107,35 @@ class Settings:
         """Clients that must succeed for a round to count: `min-successful` under skip, all under abort."""
         return (self.on_failure == "skip" and self.min_successful) or len(self.task_names)
 
+    @property
+    def task_scalings(self) -> dict[str, float]:
+        """`task-scaling` as a table."""
+        return _numbers("task-scaling", self.task_scaling)
+
+    @property
+    def layer_scalings(self) -> dict[str, float]:
+        """`layer-scaling` as a table."""
+        return _numbers("layer-scaling", self.layer_scaling)
+
+    def make_merge(self, layout: Layout, round_number: int) -> Merge:
+        """The merge of one round. SettingError if `merge`, `merge-options` or `scaling` cannot work."""
+        chosen = _table("merge-options", self.merge_options)
+        if "scaling" in chosen:
+            raise SettingError(f"merge-options={self.merge_options!r}: scaling is a setting of its own")
+        if self.scaling:
+            chosen["scaling"] = self.scaling
+        return make_merge(self.merge, layout, seed=derive_seed(self.seed, "merge", round_number), **chosen)
+
+    def make_server_optimizer(self) -> ServerOptimizer:
+        """The optimizer of a run, at its start."""
+        return ServerOptimizer(
+            self.server_optimizer,
+            self.server_learning_rate,
+            self.server_momentum,
+            self.server_beta2,
+            self.server_epsilon,
+        )
+
     def decisive(self) -> dict[str, Any]:
         """The settings that decide a run's weights, by kebab-case key."""
         return {kebab(f.name): getattr(self, f.name) for f in fields(self) if f.metadata["decides"]}
@@ -106,7 +155,10 @@ class Settings:
         for name in ("weight_decay", "momentum", "clip_norm", "test_every", "min_successful", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be 0 or more")
-        for name in ("learning_rate", "node_timeout", "round_timeout"):
+        for name in ("server_momentum", "server_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be at least 0 and below 1")
+        for name in ("learning_rate", "server_learning_rate", "server_epsilon", "node_timeout", "round_timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be a positive number")
         if not math.isfinite(self.scaling):
@@ -116,7 +168,9 @@ class Settings:
         except RuntimeError:
             raise SettingError(f"device={self.device!r} is no device; it takes cpu, cuda, cuda:1, …") from None
         models.check_backbone(self.model)
-        merging.check_merge(self.merge)
+        self.make_merge(Layout((), ()), 0).check_count(self.needed)
+        check_task_scaling(self.task_scalings, self.party_names)
+        self.layer_scalings  # noqa: B018 (a table that cannot be read is an error)
         if len(set(self.party_names)) < len(self.party_names):
             twice = next(name for name in self.party_names if self.party_names.count(name) > 1)
             raise SettingError(f"tasks={self.tasks!r} names {twice!r} twice; each client holds a task of its own")
@@ -141,6 +195,31 @@ def _typed(key: str, value: Any, kind: str | type) -> Any:
         example = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string in quotes"}
         raise SettingError(f"{key}={value!r}: it must be {example[str(kind)]}")
     return value
+
+
+def _table(key: str, text: str) -> dict[str, Any]:
+    """A setting of the form 'name=value, name=value' as a table. SettingError if it cannot be read."""
+    found: dict[str, Any] = {}
+    for item in text.split(",") if text.strip() else ():
+        name, separator, value = (part.strip() for part in item.partition("="))
+        try:
+            found[name.replace("-", "_") if key == "merge-options" else name] = tomllib.loads(f"value = {value}")[
+                "value"
+            ]
+        except tomllib.TOMLDecodeError:
+            separator = ""
+        if not separator or not name:
+            raise SettingError(f"{key}={text!r}: {item.strip()!r} is not of the form name=value, with commas between")
+    return found
+
+
+def _numbers(key: str, text: str) -> dict[str, float]:
+    """`_table` with finite numbers for values."""
+    found = _table(key, text)
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise SettingError(f"{key}={text!r}: the factor of {name!r} must be a finite number")
+    return found
 
 
 def defaults() -> dict[str, Any]:

@@ -103,7 +103,7 @@ class Spill:
         self._parts[name] = values.dtype, len(values)
 
     def vectors(self) -> dict[str, Tensor]:
-        """The vectors by name, in the order of `add`, on the CPU. They are read from the file when they are looked at."""
+        """The vectors by name, in the order of `add`, on the CPU; read from the file when they are looked at."""
         self._file.flush()
         found, offset = {}, 0
         for name, (dtype, size) in self._parts.items():

@@ -17,7 +17,7 @@ def study(config: dict[str, Any], tmp_path: Path) -> main_table.Study:
     config.pop("rounds")
     config.pop("run-dir")
     lines = [
-        f'folder = "{tmp_path}/study"',
+        f'study = "main_table"\nfolder = "{tmp_path}/study"',
         "seeds = [0, 1]\nepochs = 2\nrounds = 2\nlong-rounds = 3",
         "one-shot-scalings = [0.5, 1.0]\natm-scalings = [1.0, 1.5]\n[settings]",
         *(f"{key} = {json.dumps(value)}" for key, value in config.items()),
@@ -56,6 +56,6 @@ def test_the_one_shot_scaling_is_the_best_on_validation(study: main_table.Study)
 
 
 def test_a_study_file_that_cannot_work_is_named(tmp_path: Path) -> None:
-    (tmp_path / "study.toml").write_text('folder = "x"\nseed = [1]\n')
+    (tmp_path / "study.toml").write_text('study = "main_table"\nfolder = "x"\nseed = [1]\n')
     with pytest.raises(SettingError, match="study.toml is not a study"):
         main_table.Study.read(tmp_path / "study.toml")

@@ -63,7 +63,7 @@ class Problem:
 
     def round(self, base: Tensor, rate: float, steps: int = 1) -> Tensor:
         """base after one round of mean-merged ATM."""
-        merge = make_merge("mean", scaling=1.0)
+        merge = make_merge("mean", self.layout)
         for task in range(TASKS):
             merge.add(str(task), self.vector(base, task, rate, steps))
         return base + merge.result()

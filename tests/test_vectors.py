@@ -1,25 +1,15 @@
-"""Layouts, binding, spilling and merging."""
+"""Layouts, binding and spilling."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from torch import nn
 
 from atm_fl import codecs
-from atm_fl.merging import make_merge, merges
 from atm_fl.models import load_backbone
 from atm_fl.vectors import Layout, Spill, bind, digest
-
-stacks = arrays(
-    np.float32,
-    st.tuples(st.integers(1, 6), st.integers(1, 40)),
-    elements=st.floats(-1e3, 1e3, width=32, allow_subnormal=False),
-)
 
 
 def test_a_layout_holds_trainable_floats_only_and_views_share_memory() -> None:
@@ -58,46 +48,24 @@ def test_a_bound_module_follows_its_flat_parameter() -> None:
     assert all(not bool(p.any()) for p in model.parameters())
 
 
-@given(stacks)
-def test_spilled_inner_products_are_exact_to_rounding(stack: np.ndarray) -> None:
-    spill = Spill()
-    for number, row in enumerate(torch.from_numpy(stack)):
-        spill.add(str(number), row)
-    expected = stack.astype(np.float64) @ stack.astype(np.float64).T
-    np.testing.assert_allclose(spill.gram().numpy(), expected, rtol=1e-5, atol=1e-5 * np.abs(stack).max() ** 2 + 1e-30)
+def test_a_spill_gives_back_what_was_added_and_its_file_never_changes() -> None:
+    spill, vectors = Spill(), {name: torch.randn(100) for name in "abc"}
+    for name, vector in vectors.items():
+        spill.add(name, vector)
+    for mapped in spill.vectors().values():
+        mapped.zero_()
+    found = spill.vectors()
     spill.close()
+    assert list(found) == ["a", "b", "c"]
+    assert all(torch.equal(found[name], vectors[name]) for name in "abc")
 
 
-def test_the_spill_works_through_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    stack = torch.randn(3, 100)
-    monkeypatch.setattr(Spill, "BLOCK", 21)
+def test_a_spill_refuses_a_name_twice() -> None:
     spill = Spill()
-    for row in stack:
-        spill.add("x", row)
-    torch.testing.assert_close(spill.gram().float(), stack @ stack.T)
-
-
-@given(stacks, st.floats(-3, 3), st.lists(st.floats(0.125, 4), min_size=6, max_size=6))
-def test_the_mean_is_the_scaled_weighted_mean(stack: np.ndarray, scaling: float, weights: list[float]) -> None:
-    merge = make_merge("mean", scaling=scaling)
-    for row, weight in zip(stack, weights, strict=False):
-        merge.add("task", torch.from_numpy(row.copy()), weight)
-    expected = scaling * np.average(stack.astype(np.float64), axis=0, weights=weights[: len(stack)])
-    np.testing.assert_allclose(merge.result().numpy(), expected, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("name", sorted(merges()))
-@given(stack=stacks)
-def test_every_merge_of_equal_vectors_keeps_zero_at_zero_and_its_size(name: str, stack: np.ndarray) -> None:
-    merge = make_merge(name, scaling=1.0)
-    for _ in range(3):
-        merge.add("task", torch.zeros(stack.shape[1]))
-    assert torch.equal(merge.result(), torch.zeros(stack.shape[1]))
-
-
-def test_a_merge_without_vectors_is_an_error() -> None:
-    with pytest.raises(ValueError, match="at least one"):
-        make_merge("mean", scaling=1.0).result()
+    spill.add("a", torch.ones(3))
+    with pytest.raises(ValueError, match="'a' was added twice"):
+        spill.add("a", torch.ones(3))
+    spill.close()
 
 
 def test_vectors_travel_bit_for_bit() -> None:

@@ -35,6 +35,7 @@ Accuracies = dict[str, float]
 class Study:
     """A study's configuration: see configs/study.toml."""
 
+    study: str
     folder: Path
     settings: dict[str, Any]
     seeds: list[int]
@@ -101,7 +102,7 @@ def run_unit(unit: Unit) -> str:
     else:
         done = bool(checkpoints(unit.folder))
         more = {"scaling": unit.scaling, "rounds": unit.rounds, "test-every": unit.study.rounds}
-        if not done or len(_mean_by_round(unit.folder, "test", unit.rounds)) < len(
+        if not done or len(mean_by_round(unit.folder, "test", unit.rounds)) < len(
             Settings.parse(unit.study.settings).task_names
         ):
             run_loop(unit.study.run_settings(unit.seed, **more, **{"run-dir": str(unit.folder), "resume": done}))
@@ -148,7 +149,7 @@ def _one_shot(unit: Unit) -> None:
         part.write_text(json.dumps(found, indent=1))
 
 
-def _mean_by_round(folder: Path, split: str, round_number: int) -> Accuracies:
+def mean_by_round(folder: Path, split: str, round_number: int) -> Accuracies:
     """Each task's accuracy on `split` after `round_number` rounds of a run; empty if it was not evaluated."""
     return {
         line["task"]: line[split]
@@ -162,7 +163,7 @@ def best_atm_scaling(study: Study) -> float:
     return max(
         study.atm_scalings,
         key=lambda scaling: mean_accuracy(
-            _mean_by_round(Unit(study, study.seeds[0], scaling).folder, "validation", study.rounds)
+            mean_by_round(Unit(study, study.seeds[0], scaling).folder, "validation", study.rounds)
         ),
     )
 
@@ -178,9 +179,9 @@ def rows(study: Study) -> dict[str, list[Accuracies]]:
             "pretrained": one_shot["pretrained"],
             f"single-task, {study.epochs} epochs": one_shot["single"],
             f"one-shot mean, tuned scaling, {study.epochs} epochs": one_shot["one-shot"],
-            f"PA-ATM, scaling 1, {study.rounds} rounds": _mean_by_round(plain, "test", study.rounds),
-            f"PA-ATM, scaling {best:g}, {study.rounds} rounds": _mean_by_round(tuned, "test", study.rounds),
-            f"PA-ATM, scaling {best:g}, {study.long_rounds} rounds": _mean_by_round(tuned, "test", study.long_rounds),
+            f"PA-ATM, scaling 1, {study.rounds} rounds": mean_by_round(plain, "test", study.rounds),
+            f"PA-ATM, scaling {best:g}, {study.rounds} rounds": mean_by_round(tuned, "test", study.rounds),
+            f"PA-ATM, scaling {best:g}, {study.long_rounds} rounds": mean_by_round(tuned, "test", study.long_rounds),
         }.items():
             found.setdefault(name, []).append(accuracies)
     return found

@@ -24,7 +24,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 from torch import Tensor
 
@@ -57,6 +57,7 @@ class Merge(ABC):
     seed: of merges that draw random numbers; with the names of the tasks it decides them, whatever their order.
     """
 
+    name: ClassVar[str]
     layout: Layout
     seed: int = 0
     scaling: float = option(1.0, "factor on the merged vector (λ)")
@@ -77,8 +78,17 @@ class Merge(ABC):
         self.check_count(len(vectors))
         return self._combine(vectors, weights or dict.fromkeys(vectors, 1.0))
 
+    def least(self) -> int:
+        """How many task vectors the merge needs."""
+        return 1
+
     def check_count(self, count: int) -> None:
         """SettingError if `count` task vectors are too few for this merge."""
+        if count < self.least():
+            chosen = ", ".join(
+                f"{item.name.replace('_', '-')}={getattr(self, item.name)}" for item in options(type(self))
+            )
+            raise SettingError(f"merge={self.name!r} with {chosen} needs at least {self.least()} tasks, not {count}")
 
     @abstractmethod
     def add(self, task: str, vector: Tensor, weight: float = 1.0) -> None:
@@ -108,6 +118,7 @@ def merge(name: str) -> Callable[[_Class], _Class]:
     """Register the decorated class as the merge `name`; its options become keyword arguments."""
 
     def register(found: _Class) -> _Class:
+        found.name = name
         _registry[name] = dataclass(kw_only=True)(found)
         return found
 

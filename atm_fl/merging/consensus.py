@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from atm_fl.merging import merge, option
-from atm_fl.merging.kinds import Elementwise, need
+from atm_fl.merging.kinds import Elementwise
 
 
 @merge("consensus")
@@ -22,8 +22,8 @@ class Consensus(Elementwise):
     threshold: float = option(0.4, "λₜ of the masks: the larger, the fewer elements a task needs", least=0)
     agreement: int = option(2, "tasks that must need an element (k)", least=1)
 
-    def check_count(self, count: int) -> None:
-        need(count, self.agreement, f"consensus with agreement={self.agreement}")
+    def least(self) -> int:
+        return self.agreement
 
     def block(self, rows: list[Tensor], entry: int, scratch: list[Tensor]) -> Tensor:
         total, count, others = scratch[:3]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from atm_fl.blocks import Scratch, blocks, empty, gram
-from atm_fl.errors import SettingError
 from atm_fl.merging import Merge
 from atm_fl.vectors import Layout, Spill
 
@@ -182,9 +181,3 @@ class Entrywise(Joint):
         for name, target in self.layout.views(total).items():
             torch.mul(self.entry(name, [view[name] for view in views]), self.scaling, out=target)
         return total
-
-
-def need(count: int, least: int, what: str) -> None:
-    """SettingError if there are fewer than `least` tasks."""
-    if count < least:
-        raise SettingError(f"{what} needs at least {least} tasks, there are {count}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from atm_fl.merging import merge
-from atm_fl.merging.kinds import Entrywise, need
+from atm_fl.merging.kinds import Entrywise
 
 
 @merge("model-stock")
@@ -19,8 +19,8 @@ class ModelStock(Entrywise):
     Below 0 the formula has a pole; there we take t = 0.
     """
 
-    def check_count(self, count: int) -> None:
-        need(count, 2, "model-stock")
+    def least(self) -> int:
+        return 2
 
     def entry(self, name: str, tensors: list[Tensor]) -> Tensor:
         count = len(tensors)

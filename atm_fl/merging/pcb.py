@@ -55,7 +55,7 @@ class Pcb(Joint):
         return total.div_(weights.clamp_min_(torch.finfo(total.dtype).tiny)).mul_(self.scaling)
 
     def _products(self, vectors: Sequence[Tensor], lengths: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all τ_i ⊙ τ_j the least and greatest element, and Σ exp(Norm); column T of the sums: Σ exp(T · Norm(τ_i²))."""
+        """Of all τ_i ⊙ τ_j the least, the greatest, and Σ exp(Norm); in the sums' column T Σ exp(T · Norm(τ_i²))."""
         count = len(vectors)
         low = torch.full((count, count), torch.inf, dtype=torch.float64)
         high, sums = -low, torch.zeros(count, count + 1, dtype=torch.float64)

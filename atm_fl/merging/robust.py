@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atm_fl.blocks import sort_rows
 from atm_fl.merging import merge, option
-from atm_fl.merging.kinds import Combination, Elementwise, need
+from atm_fl.merging.kinds import Combination, Elementwise
 
 
 @merge("median")
@@ -87,8 +87,8 @@ class MultiKrum(Combination):
 
     f: int = option(1, "vectors that may be bad", least=0)
 
-    def check_count(self, count: int) -> None:
-        need(count, 2 * self.f + 3, f"multi-krum with f={self.f}")
+    def least(self) -> int:
+        return 2 * self.f + 3
 
     def coefficients(self, tasks: Sequence[str], products: Tensor) -> Tensor:
         count, squares = len(tasks), products.diagonal()

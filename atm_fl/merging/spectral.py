@@ -1,8 +1,8 @@
 """Merges of weight matrices by their singular values. Entries that are no matrices are averaged.
 
-Singular vectors come from the eigenvectors of the Gram matrix of the shorter side, in float64: several times faster than
-an SVD in float32, and more exact wherever σ > 1e-8 σ₁, since squaring the condition number costs float64 less than
-float32 has lost already. What is below `NOISE` is taken as zero, where an SVD invents directions.
+Singular vectors come from the eigenvectors of the Gram matrix of the shorter side, in float64: several times faster
+than an SVD in float32, and more exact wherever σ > 1e-8 σ₁, since squaring the condition number costs float64 less
+than float32 has lost already. What is below `NOISE` is taken as zero, where an SVD invents directions.
 """
 
 from __future__ import annotations

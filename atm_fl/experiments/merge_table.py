@@ -1,0 +1,190 @@
+"""Which merges help inside ATM: PA-ATM with every merge and server optimizer, at default and tuned strength.
+
+A row is a set of settings with one setting to tune. Each row runs once as it is, `rounds` rounds; then every candidate
+value of its tuned setting for `tuning-rounds`, and the one of the best mean validation accuracy on to `rounds`. Every
+run is an ordinary run directory and resumes by itself. Test splits are only read for the table.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from atm_fl.errors import RunError, SettingError
+from atm_fl.evaluation import mean_accuracy
+from atm_fl.experiments.main_table import mean_by_round
+from atm_fl.loop import run_loop
+from atm_fl.runs import checkpoints
+from atm_fl.settings import Settings
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: its own settings, and the values that its tuned setting `tune` may take."""
+
+    name: str
+    settings: dict[str, Any]
+    tune: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's configuration: see configs/merges.toml."""
+
+    study: str
+    folder: Path
+    settings: dict[str, Any]
+    seeds: list[int]
+    rounds: int
+    early: int
+    tuning_rounds: int
+    reference: str
+    rows: list[Row]
+
+    @classmethod
+    def read(cls, path: Path) -> Study:
+        """The study in a TOML file. SettingError if a key is missing or unknown, or a setting cannot work."""
+        try:
+            values = {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text()).items()}
+            rows = [
+                Row(name, row, row.pop("tune", "scaling"), tuple(map(float, row.pop("values"))))
+                for name, row in values.pop("rows").items()
+            ]
+            study = cls(**{**values, "folder": Path(values["folder"]), "rows": rows})
+        except (OSError, tomllib.TOMLDecodeError, TypeError, KeyError) as error:
+            raise SettingError(f"{path} is not a study of merges: {error}") from error
+        if study.reference not in [row.name for row in rows]:
+            raise SettingError(f"{path}: reference={study.reference!r} is none of its rows")
+        for row in rows:
+            for unit in (Unit(study, 0, row, None, 1), *(Unit(study, 0, row, value, 1) for value in row.values)):
+                Settings.parse(unit.settings())
+        return study
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One run: a row, at its own strength (None) or with a value of its tuned setting, up to `rounds` rounds."""
+
+    study: Study
+    seed: int
+    row: Row
+    value: float | None
+    rounds: int
+
+    @property
+    def folder(self) -> Path:
+        """Its run directory."""
+        own = "default" if self.value is None else f"{self.row.tune}-{self.value:g}"
+        return self.study.folder / f"seed-{self.seed}" / self.row.name / own
+
+    def settings(self) -> dict[str, Any]:
+        """Its run config."""
+        tuned = {} if self.value is None else {self.row.tune: self.value}
+        return {
+            **self.study.settings,
+            **self.row.settings,
+            **tuned,
+            "seed": self.seed,
+            "rounds": self.rounds,
+            "test-every": self.study.early,
+            "run-dir": str(self.folder),
+        }
+
+    def __str__(self) -> str:
+        own = "default" if self.value is None else f"{self.row.tune} {self.value:g}"
+        return f"seed {self.seed}, {self.row.name}, {own}, {self.rounds} rounds"
+
+
+def phases(study: Study) -> Iterator[list[Unit]]:
+    """Units that may run side by side; a later phase needs the results of the one before it."""
+    runs = [(seed, row) for seed in study.seeds for row in study.rows]
+    yield [Unit(study, seed, row, None, study.rounds) for seed, row in runs]
+    yield [Unit(study, seed, row, value, study.tuning_rounds) for seed, row in runs for value in row.values]
+    yield [Unit(study, seed, row, best_value(study, seed, row), study.rounds) for seed, row in runs]
+
+
+def run_unit(unit: Unit) -> str:
+    """Do one run, or what is left of it. A run that ends with a RunError is kept as one that came to nothing."""
+    if not finished(unit):
+        settings = Settings.parse(unit.settings() | {"resume": bool(checkpoints(unit.folder))})
+        try:
+            run_loop(settings)
+        except RunError as error:
+            _failure(unit).write_text(f"{error}\n")
+            return f"{unit}: {error}"
+    return str(unit)
+
+
+def finished(unit: Unit) -> bool:
+    """Whether all parties evaluated its base after `rounds` rounds, or it came to nothing."""
+    tasks = Settings.parse(unit.settings()).task_names
+    return _failure(unit).exists() or len(_accuracies(unit, "test", unit.rounds)) == len(tasks)
+
+
+def best_value(study: Study, seed: int, row: Row) -> float | None:
+    """The value (None: the default) with the best mean validation accuracy after `tuning-rounds` rounds."""
+    return max(
+        (None, *row.values), key=lambda value: _validation(Unit(study, seed, row, value, 0), study.tuning_rounds)
+    )
+
+
+def table(study: Study) -> str:
+    """The table in Markdown, means over tasks and seeds: accuracies in %, and the first round at which the validation
+    accuracy is at least the reference row's, untuned, in the last."""
+    early, last = study.early, study.rounds
+    head = ["setting", f"default: test at {early}", f"at {last}", "reaches in"]
+    head += ["tuned", f"test at {early}", f"at {last}", "reaches in"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    reference = next(row for row in study.rows if row.name == study.reference)
+    goals = {seed: _validation(Unit(study, seed, reference, None, last), last) for seed in study.seeds}
+    found = []
+    for row in study.rows:
+        best = {seed: best_value(study, seed, row) for seed in study.seeds}
+        plain = [Unit(study, seed, row, None, last) for seed in study.seeds]
+        tuned = [Unit(study, seed, row, best[seed], last) for seed in study.seeds]
+        values = ", ".join(sorted({"default" if value is None else f"{value:g}" for value in best.values()}))
+        cells = [row.name, *_cells(plain, goals), f"{row.tune} {values}", *_cells(tuned, goals)]
+        found.append((max(_test(tuned), _test(plain)), "| " + " | ".join(cells) + " |"))
+    return "\n".join([*lines, *(line for _, line in sorted(found, key=lambda pair: -pair[0]))])
+
+
+def _cells(units: list[Unit], goals: dict[int, float]) -> list[str]:
+    """Test accuracies early and last, and rounds to the goal, of one setting over the seeds."""
+    early = units[0].study.early
+    accuracies = [mean_accuracy(_accuracies(unit, "test", early)) for unit in units if not _failure(unit).exists()]
+    reached = []
+    for unit in units:
+        rounds = range(1, unit.rounds + 1)
+        reached.append(next((k for k in rounds if _validation(unit, k) >= goals[unit.seed]), None))
+    told = "never" if None in reached else f"{mean(k for k in reached if k):g}"
+    if len(accuracies) < len(units):
+        return ["not finite", "not finite", told]
+    return [f"{100 * mean(accuracies):.1f}", f"{100 * _test(units):.1f}", told]
+
+
+def _test(units: list[Unit]) -> float:
+    """Mean test accuracy in the last round; 0 where a run came to nothing."""
+    return mean(
+        0.0 if _failure(unit).exists() else mean_accuracy(_accuracies(unit, "test", unit.rounds)) for unit in units
+    )
+
+
+def _validation(unit: Unit, round_number: int) -> float:
+    """Mean validation accuracy after a round, −1 if the run did not come so far."""
+    found = _accuracies(unit, "validation", round_number)
+    return mean_accuracy(found) if found else -1.0
+
+
+def _accuracies(unit: Unit, split: str, round_number: int) -> dict[str, float]:
+    """Each task's accuracy, empty if there is none."""
+    return mean_by_round(unit.folder, split, round_number) if (unit.folder / "metrics.jsonl").exists() else {}
+
+
+def _failure(unit: Unit) -> Path:
+    """Where the error is kept of a run that came to nothing."""
+    return unit.folder / "failed.txt"

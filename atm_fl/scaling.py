@@ -1,0 +1,39 @@
+"""Coefficients of single tasks and layers, beside a merge's own `scaling`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.vectors import Layout
+
+
+def check_task_scaling(table: Mapping[str, float], tasks: tuple[str, ...]) -> None:
+    """SettingError if `table` (task → factor on its vector before the merge) names a task that is not there."""
+    for task in table:
+        if task not in tasks:
+            raise SettingError(f"task-scaling: there is no task {task!r}{did_you_mean(task, tasks)}")
+
+
+def check_layer_scaling(table: Mapping[str, float], layout: Layout) -> None:
+    """SettingError if a pattern of `table` matches no entry of the layout."""
+    for pattern in table:
+        if not any(fnmatchcase(name, pattern) for name in layout.names):
+            raise SettingError(
+                f"layer-scaling: {pattern!r} matches no entry of the model; the first are "
+                f"{', '.join(layout.names[:3])}, and * stands for any text"
+            )
+
+
+def scale_layers(merged: Tensor, layout: Layout, table: Mapping[str, float]) -> Tensor:
+    """Multiply each entry of the merged vector [n], in place, by the factor of the first pattern that it matches.
+
+    table: pattern with * and ? → factor, as {"*.mlp.*": 1.5, "*norm*": 0.5}; what matches none keeps its length.
+    """
+    for name, entry in layout.views(merged).items() if table else ():
+        factor = next((factor for pattern, factor in table.items() if fnmatchcase(name, pattern)), 1.0)
+        entry.mul_(factor)
+    return merged
