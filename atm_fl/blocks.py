@@ -110,11 +110,13 @@ def gram(vectors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def sort_rows(rows: list[Tensor], low: Tensor) -> list[Tensor]:
-    """Sort blocks against each other, element by element, in place: Batcher's merge exchange network (Knuth 5.2.2 M).
+def sort_rows(rows: Sequence[Tensor], low: Tensor) -> list[Tensor]:
+    """Sort blocks against each other, element by element: Batcher's merge exchange network (Knuth 5.2.2, algorithm M).
 
-    Minima and maxima of whole blocks need no comparison per element. `low` is scratch. Returns `rows`, smallest first.
+    Minima and maxima of whole blocks need no branch per element. `low` is a scratch block; it and those of `rows` trade
+    places. Returns the sorted blocks, smallest first.
     """
+    rows = list(rows)
     count = len(rows)
     top = 1 << max(0, (count - 1).bit_length() - 1)
     step = top
@@ -125,7 +127,7 @@ def sort_rows(rows: list[Tensor], low: Tensor) -> list[Tensor]:
                 if i & step == r:
                     torch.minimum(rows[i], rows[i + d], out=low)
                     torch.maximum(rows[i], rows[i + d], out=rows[i + d])
-                    rows[i].copy_(low)
+                    rows[i], low = low, rows[i]
             if q == step:
                 break
             d, q, r = q - step, q >> 1, step

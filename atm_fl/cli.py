@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -141,16 +142,22 @@ def tasks(build: Annotated[bool, typer.Option(help="build and count every task's
 
 
 @app.command()
-def merges() -> None:
+def merges(markdown: Annotated[bool, typer.Option(help="as the table of docs/merging.md")] = False) -> None:
     """List the merges with their options and defaults."""
     from atm_fl.merging import merges as registry
     from atm_fl.merging import options
 
-    table = Table("merge", "options", "definition", box=SIMPLE)
+    head = ("merge", "options", "definition", "paper")
+    table = Table(*head, box=SIMPLE)
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, found in registry().items():
-        defaults = "\n".join(f"{item.name.replace('_', '-')}={item.default}" for item in options(found))
-        table.add_row(name, defaults, (found.__doc__ or "").strip().partition("\n")[0])
-    console.print(table)
+        text = found.__doc__ or ""
+        definition = text.strip().partition("\n")[0]
+        chosen = [f"{item.name.replace('_', '-')}={item.default}" for item in options(found)]
+        papers = re.findall(r"arXiv:[\d.]+\d", text)
+        table.add_row(name, "\n".join(chosen), definition, "\n".join(papers))
+        lines.append(f"| {name} | {', '.join(chosen)} | {definition} | {', '.join(papers)} |")
+    console.print("\n".join(lines) if markdown else table, soft_wrap=markdown, markup=False, highlight=False)
 
 
 class MergeCommand(TyperCommand):

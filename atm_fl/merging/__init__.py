@@ -139,7 +139,7 @@ def options(found: type[Merge]) -> list[Any]:
 
 def check_option(name: str, value: Any, item: Any) -> None:
     """SettingError if `value` is not of the option's type or is outside its bounds."""
-    kind = str(item.type)
+    kind = getattr(item.type, "__name__", item.type)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     right = {
         "float": number and math.isfinite(value),

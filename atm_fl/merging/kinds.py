@@ -28,7 +28,9 @@ class Streaming(Merge):
     """
 
     average: ClassVar[bool] = True
+    """Whether the sum is divided by the weights'."""
     scratch: ClassVar[int] = 2
+    """Blocks that a change may use."""
 
     def change(self, task: str, vector: Tensor) -> Change | None:
         """f for one vector, with what it must know of the whole of it; None: the vector as it is."""
@@ -125,12 +127,10 @@ class Joint(Merge):
 
 @dataclass(kw_only=True)
 class Elementwise(Joint):
-    """A merge of each element by itself, given what `prepare` found out about the whole vectors.
+    """A merge of each element by itself, given what `prepare` found out about the whole vectors."""
 
-    scratch: blocks that `block` may use, as a function of the number of tasks.
-    """
-
-    scratch: ClassVar[Callable[[int], int]] = staticmethod(lambda count: 6)
+    scratch: ClassVar[int] = 6
+    """Blocks that `block` may use beside the rows."""
 
     def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:
         """Look at the whole vectors before the blocks come."""
@@ -143,7 +143,7 @@ class Elementwise(Joint):
         self.prepare(tasks, vectors)
         total = empty(self.layout.size, vectors[0])
         count = len(vectors)
-        space = Scratch(count + type(self).scratch(count), total)
+        space = Scratch(count + self.scratch, total)
         for entry, part in blocks(self.layout):
             rows = space.rows(part)
             for row, vector in zip(rows[:count], vectors, strict=True):

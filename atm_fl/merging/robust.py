@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,8 +19,6 @@ class Median(Elementwise):
     Yin et al. 2018, "Byzantine-robust distributed learning" (arXiv:1803.01498), Algorithm 1, option I.
     """
 
-    scratch: ClassVar[Callable[[int], int]] = staticmethod(lambda count: 1)
-
     def block(self, rows: list[Tensor], entry: int, scratch: list[Tensor]) -> Tensor:
         ordered = sort_rows(rows, scratch[0])
         return ordered[(len(rows) - 1) // 2].add_(ordered[len(rows) // 2]).mul_(0.5)
@@ -35,7 +32,6 @@ class TrimmedMean(Elementwise):
     """
 
     trim: float = option(0.2, "fraction of the tasks left out at either end", least=0, below=0.5)
-    scratch: ClassVar[Callable[[int], int]] = staticmethod(lambda count: 1)
 
     def block(self, rows: list[Tensor], entry: int, scratch: list[Tensor]) -> Tensor:
         out = int(round(self.trim * len(rows), 6))
@@ -80,8 +76,8 @@ class GeometricMedian(Combination):
 class MultiKrum(Combination):
     """The mean of the T − f task vectors that are nearest to their neighbours.
 
-    Blanchard et al. 2017, "Machine learning with adversaries" (NeurIPS): the score of a vector is the sum of its
-    squared distances to its T − f − 2 nearest others; the T − f vectors of the smallest scores are averaged. Equal
+    Blanchard et al. 2017, "Machine learning with adversaries" (arXiv:1703.02757): the score of a vector is the sum of
+    its squared distances to its T − f − 2 nearest others; the T − f vectors of the smallest scores are averaged. Equal
     scores: the task whose name comes first. It needs T ≥ 2 f + 3.
     """
 

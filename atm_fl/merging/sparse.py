@@ -32,7 +32,7 @@ def largest(vector: Tensor, density: float) -> float:
 class Magnitude(Streaming):
     """The mean of the task vectors' largest elements: the `density` fraction of each entry by magnitude.
 
-    Pruning per tensor, as PEFT's `magnitude_prune` and mergekit do. ⌊density · n⌋ elements of an entry are kept, at
+    Pruning by magnitude (Han et al. 2015, arXiv:1506.02626) per tensor, as PEFT's `magnitude_prune` and mergekit do. ⌊density · n⌋ elements of an entry are kept, at
     least one (PEFT: none of a single element), and all that equal the smallest kept.
     """
 
@@ -58,7 +58,6 @@ class Breadcrumbs(Streaming):
     """
 
     average: ClassVar[bool] = False
-    scratch: ClassVar[int] = 2
     scaling: float = option(0.3, "λ, the factor on the sum")
     beta: float = option(0.85, "fraction of each entry, the smallest, that goes", least=0, below=1)
     gamma: float = option(0.993, "fraction of each entry above which the largest go", above=0, most=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ def tall(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
 
 
+@dataclass(kw_only=True)
 class Spectral(Entrywise):
     """A merge of matrices [m, n]; other entries are averaged, as the authors of all three methods do."""
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -62,7 +61,6 @@ class DareTies(Elementwise):
     """
 
     density: float = option(0.1, "probability that an element is kept (1 − p)", least=1e-4, most=1)
-    scratch: ClassVar[Callable[[int], int]] = staticmethod(lambda count: 6)
 
     def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:
         self._masks = [Mask(self.density, self.seed, "dare", task) for task in tasks]
