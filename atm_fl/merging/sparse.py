@@ -32,8 +32,9 @@ def largest(vector: Tensor, density: float) -> float:
 class Magnitude(Streaming):
     """The mean of the task vectors' largest elements: the `density` fraction of each entry by magnitude.
 
-    Pruning by magnitude (Han et al. 2015, arXiv:1506.02626) per tensor, as PEFT's `magnitude_prune` and mergekit do. ⌊density · n⌋ elements of an entry are kept, at
-    least one (PEFT: none of a single element), and all that equal the smallest kept.
+    Pruning by magnitude (Han et al. 2015, arXiv:1506.02626) per tensor, as PEFT's `magnitude_prune` and mergekit do it.
+    ⌊density · n⌋ elements of an entry are kept, at least one (PEFT: none of a single element), and all that equal the
+    smallest kept.
     """
 
     density: float = option(0.2, "fraction of each entry that is kept", above=0, most=1)
