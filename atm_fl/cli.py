@@ -219,10 +219,13 @@ def merge(
     base: Annotated[Path, typer.Option(help="the model they were fine-tuned from, safetensors")],
     out: Annotated[Path, typer.Option(help="the file to write")],
     method: Annotated[str, typer.Option(help="how to merge; see `atm-fl merges`")] = "mean",
+    task_scaling: Annotated[str, typer.Option(help="factors on single files, as 'A=0.5, C=2'")] = "",
+    layer_scaling: Annotated[str, typer.Option(help="factors on the merged tensors, as '*.mlp.*=1.5'")] = "",
     seed: Annotated[int, typer.Option(help="of methods that draw random numbers")] = 0,
 ) -> None:
     """Merge files of any model, fine-tuned from one base, into one: base + merged."""
     from atm_fl.merge_files import merge_files
+    from atm_fl.scaling import read_factors
 
     begin = time.monotonic()
     bar = Progress(console=console, transient=True, disable=not console.is_terminal)
@@ -235,6 +238,8 @@ def merge(
                 out,
                 method,
                 chosen=ctx.obj,
+                task_scaling=read_factors("task-scaling", task_scaling),
+                layer_scaling=read_factors("layer-scaling", layer_scaling),
                 seed=seed,
                 progress=lambda stage, share: bar.update(line, description=escape(stage), completed=share),
                 warn=lambda text: console.print(f"warning: {text}", soft_wrap=True, highlight=False, markup=False),

@@ -33,6 +33,7 @@ from atm_fl.blocks import empty
 from atm_fl.errors import RunError, SettingError
 from atm_fl.files import atomic_write
 from atm_fl.merging import Merge, make_merge, options
+from atm_fl.scaling import check_layer_scaling, check_task_scaling, scale_layers
 from atm_fl.vectors import Layout
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -94,6 +95,8 @@ def merge_files(
     method: str = "mean",
     *,
     chosen: Mapping[str, Any] | None = None,
+    task_scaling: Mapping[str, float] | None = None,
+    layer_scaling: Mapping[str, float] | None = None,
     seed: int = 0,
     progress: Progress = lambda stage, share: None,
     warn: Callable[[str], object] = warnings.warn,
@@ -101,6 +104,8 @@ def merge_files(
     """Merge the fine-tuned `files` on the `base` they started from into `out` by the merge `method`.
 
     chosen: the merge's options, by name.
+    task_scaling: factors on single files' vectors before the merge, by name (`task_names`).
+    layer_scaling: factors on the merged vector's entries, as `scaling.scale_layers` takes them.
     seed: for merges that draw random numbers; with the names of the files (`task_names`) it decides them.
     warn: is told of what was left out, was different or is tied.
 
@@ -123,16 +128,20 @@ def merge_files(
         )
     merge = make_merge(method, layout, seed=seed, **chosen or {})
     merge.check_count(len(files))
+    tasks, task_scaling, layer_scaling = task_names(files), task_scaling or {}, layer_scaling or {}
+    check_task_scaling(task_scaling, tuple(tasks))
+    check_layer_scaling(layer_scaling, layout)
 
     total = layout.size * (len(files) + 1)
 
     def tell(stage: str, elements: int) -> None:
         progress(stage, elements / total)
 
-    merged = layout.views(merged_vector(merge, start, others, tell))
-    tasks = task_names(files)
+    vector = merged_vector(merge, start, dict(zip(tasks, others, strict=True)), task_scaling, tell)
+    merged = layout.views(scale_layers(vector, layout, layer_scaling))
     used = {item.name: getattr(merge, item.name) for item in options(type(merge))}
-    made = {"method": method, "options": used, "seed": seed, "base": base.name, "files": tasks}
+    scalings = {"task-scaling": dict(task_scaling), "layer-scaling": dict(layer_scaling)}
+    made = {"method": method, "options": used, **scalings, "seed": seed, "base": base.name, "files": tasks}
 
     def contents() -> Iterator[Tensor]:
         tensors, done = start.open(), layout.size * len(files)
@@ -235,13 +244,17 @@ def tied_entries(base: Checkpoint, others: Sequence[Checkpoint], names: Sequence
 
 
 def merged_vector(
-    merge: Merge, base: Checkpoint, others: Sequence[Checkpoint], tell: Callable[[str, int], None]
+    merge: Merge,
+    base: Checkpoint,
+    others: Mapping[str, Checkpoint],
+    task_scaling: Mapping[str, float],
+    tell: Callable[[str, int], None],
 ) -> Tensor:
-    """The merged vector, float32 [n]. SettingError if a value is not finite, naming file and tensor."""
+    """The merged vector, float32 [n], of files by name. SettingError, naming file and tensor, if one is not finite."""
     vector = empty(merge.layout.size, torch.empty(0))
     views, start = merge.layout.views(vector), base.open()
     done = 0
-    for file, task in zip(others, task_names([file.path for file in others]), strict=True):
+    for task, file in others.items():
         tensors = file.open()
         for name, view in views.items():
             before, after = start.get_tensor(name), tensors.get_tensor(name)
@@ -251,7 +264,7 @@ def merged_vector(
                 raise SettingError(f"{wrong}: {name} is not finite (NaN, infinite or beyond float32)")
             done += view.numel()
             tell(f"reading {task}", done)
-        merge.add(task, vector)
+        merge.add(task, vector.mul_(task_scaling.get(task, 1.0)))
     # The merge has what it needs, and its result may need the space.
     del vector, views, view
     tell(f"merging {len(others)} files", done)

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import math
+import tomllib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor
 
 from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.vectors import Layout
+
+
+def read_table(key: str, text: str) -> dict[str, Any]:
+    """A text of the form 'name=value, name=value' as a table, values as in TOML. SettingError if it cannot be read."""
+    found: dict[str, Any] = {}
+    for item in text.split(",") if text.strip() else ():
+        name, separator, value = (part.strip() for part in item.partition("="))
+        try:
+            found[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            separator = ""
+        if not separator or not name:
+            raise SettingError(f"{key}={text!r}: {item.strip()!r} is not of the form name=value, with commas between")
+    return found
+
+
+def read_factors(key: str, text: str) -> dict[str, float]:
+    """`read_table` of finite numbers."""
+    found = read_table(key, text)
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise SettingError(f"{key}={text!r}: the factor of {name!r} must be a finite number")
+    return found
 
 
 def check_task_scaling(table: Mapping[str, float], tasks: tuple[str, ...]) -> None:

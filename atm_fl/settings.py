@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from atm_fl import models, server_optimizer, tasks
 from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.merging import Merge, make_merge
-from atm_fl.scaling import check_task_scaling
+from atm_fl.scaling import check_task_scaling, read_factors, read_table
 from atm_fl.seeds import derive_seed
 from atm_fl.server_optimizer import ServerOptimizer
 from atm_fl.vectors import Layout
@@ -110,16 +109,17 @@ class Settings:
     @property
     def task_scalings(self) -> dict[str, float]:
         """`task-scaling` as a table."""
-        return _numbers("task-scaling", self.task_scaling)
+        return read_factors("task-scaling", self.task_scaling)
 
     @property
     def layer_scalings(self) -> dict[str, float]:
         """`layer-scaling` as a table."""
-        return _numbers("layer-scaling", self.layer_scaling)
+        return read_factors("layer-scaling", self.layer_scaling)
 
     def make_merge(self, layout: Layout, round_number: int) -> Merge:
         """The merge of one round. SettingError if `merge`, `merge-options` or `scaling` cannot work."""
-        chosen = _table("merge-options", self.merge_options)
+        table = read_table("merge-options", self.merge_options)
+        chosen = {name.replace("-", "_"): value for name, value in table.items()}
         if "scaling" in chosen:
             raise SettingError(f"merge-options={self.merge_options!r}: scaling is a setting of its own")
         if self.scaling:
@@ -195,31 +195,6 @@ def _typed(key: str, value: Any, kind: str | type) -> Any:
         example = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string in quotes"}
         raise SettingError(f"{key}={value!r}: it must be {example[str(kind)]}")
     return value
-
-
-def _table(key: str, text: str) -> dict[str, Any]:
-    """A setting of the form 'name=value, name=value' as a table. SettingError if it cannot be read."""
-    found: dict[str, Any] = {}
-    for item in text.split(",") if text.strip() else ():
-        name, separator, value = (part.strip() for part in item.partition("="))
-        try:
-            found[name.replace("-", "_") if key == "merge-options" else name] = tomllib.loads(f"value = {value}")[
-                "value"
-            ]
-        except tomllib.TOMLDecodeError:
-            separator = ""
-        if not separator or not name:
-            raise SettingError(f"{key}={text!r}: {item.strip()!r} is not of the form name=value, with commas between")
-    return found
-
-
-def _numbers(key: str, text: str) -> dict[str, float]:
-    """`_table` with finite numbers for values."""
-    found = _table(key, text)
-    for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise SettingError(f"{key}={text!r}: the factor of {name!r} must be a finite number")
-    return found
 
 
 def defaults() -> dict[str, Any]:

@@ -88,6 +88,8 @@ def test_the_file_is_like_the_base_and_says_how_it_was_made(base: Path, files: l
     assert made == {
         "method": "ties",
         "options": {"scaling": 1.0, "density": 0.5},
+        "task-scaling": {},
+        "layer-scaling": {},
         "seed": 2,
         "base": "base.safetensors",
         "files": ["a", "b"],
@@ -117,6 +119,18 @@ def test_other_precisions_are_rounded_once(dtype: torch.dtype, tmp_path: Path, f
     torch.testing.assert_close(
         written["conv.weight"], model(1, dtype)["conv.weight"], rtol=max(1e-6, torch.finfo(dtype).eps), atol=1e-6
     )
+
+
+def test_single_files_and_layers_have_their_factors(base: Path, files: list[Path], out: Path) -> None:
+    written, _ = merge(base, files[:2], out, task_scaling={"a": 0.0, "b": 2.0}, layer_scaling={"block.*": 0.5})
+    start, second = model(0), model(2)
+    torch.testing.assert_close(written["conv.weight"], second["conv.weight"])
+    half = (start["block.weight"] + second["block.weight"]) / 2
+    torch.testing.assert_close(written["block.weight"], half)
+    with pytest.raises(SettingError, match="there is no task 'q'"):
+        merge(base, files[:2], out, task_scaling={"q": 1.0})
+    with pytest.raises(SettingError, match="'blk.\\*' matches no entry"):
+        merge(base, files[:2], out, layer_scaling={"blk.*": 1.0})
 
 
 def test_what_is_not_in_every_file_is_said(base: Path, tmp_path: Path, out: Path) -> None:
