@@ -18,12 +18,18 @@ BLOCK = 1 << 16
 """Elements of a block: with a few scratch blocks of float32 it stays in a core's second-level cache."""
 
 
+def parts(size: int) -> Iterator[slice]:
+    """The blocks of a vector of `size` elements, in order."""
+    for start in range(0, size, BLOCK):
+        yield slice(start, min(start + BLOCK, size))
+
+
 def blocks(layout: Layout) -> Iterator[tuple[int, slice]]:
     """(entry's number, elements of the flat vector) of every block, in order."""
     start = 0
     for entry, size in enumerate(layout.sizes):
-        for offset in range(start, start + size, BLOCK):
-            yield entry, slice(offset, min(offset + BLOCK, start + size))
+        for part in parts(size):
+            yield entry, slice(start + part.start, start + part.stop)
         start += size
 
 
@@ -41,9 +47,13 @@ class Scratch:
     def __init__(self, count: int, like: Tensor) -> None:
         self._blocks = torch.empty(count, min(BLOCK, max(1, like.numel())), dtype=like.dtype, device=like.device)
 
+    def stack(self, part: slice) -> Tensor:
+        """The scratch blocks [count, elements], as long as `part`."""
+        return self._blocks[:, : part.stop - part.start]
+
     def rows(self, part: slice) -> list[Tensor]:
-        """The scratch blocks, as long as `part`."""
-        return list(self._blocks[:, : part.stop - part.start])
+        """The scratch blocks one by one, as long as `part`."""
+        return list(self.stack(part))
 
 
 def ranked_magnitudes(vector: Tensor, ranks: Sequence[int]) -> list[float]:
@@ -82,8 +92,7 @@ def _bracketed(vector: Tensor, rank: int, sample: np.ndarray) -> float | None:
     high = sample[int(place + margin)] if place + margin < len(sample) else sample.dtype.type(np.inf)
     below, within, limit = 0, [], vector.numel() // 8
     scratch = Scratch(1, vector)
-    for start in range(0, vector.numel(), BLOCK):
-        part = slice(start, min(start + BLOCK, vector.numel()))
+    for part in parts(vector.numel()):
         block = torch.abs(vector[part], out=scratch.rows(part)[0]).numpy()
         under = block < low
         below += int(np.count_nonzero(under))
@@ -98,15 +107,15 @@ def _bracketed(vector: Tensor, rank: int, sample: np.ndarray) -> float | None:
 
 
 def gram(vectors: Sequence[Tensor]) -> Tensor:
-    """The vectors' inner products, float64 [k, k] on the CPU: summed in their dtype within a block, then in float64."""
+    """The vectors' inner products in float64, [k, k] on the CPU."""
     size, count = vectors[0].numel(), len(vectors)
     total = torch.zeros(count, count, dtype=torch.float64)
-    stack = torch.empty(count, min(BLOCK, max(1, size)), dtype=vectors[0].dtype, device=vectors[0].device)
-    for start in range(0, size, BLOCK):
-        block = stack[:, : min(BLOCK, size - start)]
-        for row, vector in zip(block, vectors, strict=True):
-            row.copy_(vector[start : start + BLOCK])
-        total += (block @ block.T).double().cpu()
+    space = Scratch(count, vectors[0].new_empty(min(BLOCK, size), dtype=torch.float64))
+    for part in parts(size):
+        stack = space.stack(part)
+        for row, vector in zip(stack, vectors, strict=True):
+            row.copy_(vector[part])
+        total += (stack @ stack.T).cpu()
     return total
 
 

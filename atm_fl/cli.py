@@ -184,7 +184,7 @@ class MergeCommand(TyperCommand):
 def _merge_options() -> list[TyperOption]:
     """An option for each that any merge declares; the help says which do, what it means to them and the default."""
     from atm_fl.merging import merges as registry
-    from atm_fl.merging import options
+    from atm_fl.merging import options, type_name
 
     declared: dict[str, dict[str, Any]] = {}
     for name, found in registry().items():
@@ -199,7 +199,7 @@ def _merge_options() -> list[TyperOption]:
         if len(items) == len(registry()):
             most = most[0], ["all others" if few else "all"]
         told = [f"{', '.join(names)}: {meaning}" for meaning, names in [*few, most]]
-        dashed, kind = key.replace("_", "-"), next(iter(items.values())).type
+        dashed, kind = key.replace("_", "-"), type_name(next(iter(items.values())))
         made.append(
             TyperOption(
                 param_decls=[f"--{dashed}/--no-{dashed}" if kind == "bool" else f"--{dashed}"],

@@ -137,9 +137,14 @@ def options(found: type[Merge]) -> list[Any]:
     return [item for item in fields(found) if "bounds" in item.metadata]
 
 
+def type_name(item: Any) -> str:
+    """An option's type: "float", "int" or "bool", whether or not its file has annotations as strings."""
+    return getattr(item.type, "__name__", item.type)
+
+
 def check_option(name: str, value: Any, item: Any) -> None:
     """SettingError if `value` is not of the option's type or is outside its bounds."""
-    kind = getattr(item.type, "__name__", item.type)
+    kind = type_name(item)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     right = {
         "float": number and math.isfinite(value),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,8 +53,9 @@ class Streaming(Merge):
     def result(self) -> Tensor:
         if self._sum is None:
             raise ValueError("a merge needs at least one task vector")
-        total, self._sum = self._sum, None
-        return total.mul_(self.scaling / self._weight if self.average else self.scaling)
+        total, weight = self._sum, self._weight
+        self._sum, self._weight = None, 0.0
+        return total.mul_(self.scaling / weight if self.average else self.scaling)
 
     def _combine(self, vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
         factor = self.scaling / sum(weights[task] for task in vectors) if self.average else self.scaling
@@ -177,7 +179,22 @@ class Entrywise(Joint):
 
     def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
         total = empty(self.layout.size, vectors[0])
-        views = [self.layout.views(vector) for vector in vectors]
-        for name, target in self.layout.views(total).items():
-            torch.mul(self.entry(name, [view[name] for view in views]), self.scaling, out=target)
+        views = [self.layout.views(vector.contiguous()) for vector in vectors]
+        targets = self.layout.views(total)
+
+        def work(name: str) -> None:
+            torch.mul(self.entry(name, [view[name] for view in views]), self.scaling, out=targets[name])
+
+        threads = torch.get_num_threads() if total.device.type == "cpu" else 1
+        if threads == 1:
+            for name in targets:
+                work(name)
+        else:
+            # An eigendecomposition hardly gains from a second core, two at a time do. Largest first, to end together.
+            ordered = sorted(targets, key=lambda name: -targets[name].numel())
+            try:
+                with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                    list(pool.map(work, ordered))
+            finally:
+                torch.set_num_threads(threads)
         return total

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import BLOCK, Scratch, empty, ranked_magnitudes
+from atm_fl.blocks import Scratch, empty, parts, ranked_magnitudes
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import Joint
 from atm_fl.merging.sparse import kept
@@ -78,10 +78,9 @@ def _stacks(
     vectors: Sequence[Tensor], lengths: Sequence[float], extra: int
 ) -> Iterator[tuple[slice, list[Tensor], list[Tensor]]]:
     """(elements, one block of each vector over its length, `extra` scratch blocks), block by block."""
-    size, count = vectors[0].numel(), len(vectors)
+    count = len(vectors)
     space = Scratch(count + extra, vectors[0])
-    for start in range(0, size, BLOCK):
-        part = slice(start, min(start + BLOCK, size))
+    for part in parts(vectors[0].numel()):
         rows = space.rows(part)
         for row, vector, length in zip(rows, vectors, lengths, strict=False):
             torch.mul(vector[part], 1 / length, out=row)

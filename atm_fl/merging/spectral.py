@@ -1,39 +1,41 @@
 """Merges of weight matrices by their singular values. Entries that are no matrices are averaged.
 
-Singular vectors come from the eigenvectors of the Gram matrix of the shorter side, in float64: several times faster
-than an SVD in float32, and more exact wherever σ > 1e-8 σ₁, since squaring the condition number costs float64 less
-than float32 has lost already. What is below `NOISE` is taken as zero, where an SVD invents directions.
+Singular vectors come from the eigenvectors of the Gram matrix of the shorter side. That is several times faster than an
+SVD in float32, and all of it up to the result is float64, so that what squaring the condition number costs is less than
+what an SVD in float32 loses. What is below `NOISE` is taken as zero, where an SVD invents directions.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from atm_fl.errors import SettingError
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import Entrywise
 
 NOISE = 1e-7
-"""Singular values below this part of the largest are zero: float32 vectors hold no more."""
+"""Singular values below this part of a matrix's Frobenius norm are zero: float32 vectors hold no more."""
 
 FUSED = ("in_proj_weight", "qkv.weight")
 """Ends of the names of matrices that hold an attention's query, key and value one above the other."""
 
 
-def right_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The largest `rank` singular values [r] and right singular vectors [n, r] of a float64 [m, n] with m ≥ n.
+def svd(matrix: Tensor, rank: int, norm: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest `rank` singular values [r] of a matrix [m, n], their left [m, r] and right vectors [n, r], in float64.
 
-    Values below `NOISE` · σ₁ are 0, their vectors too.
+    Values below `NOISE` · norm (the matrix's own, unless it is what is left of a larger one) are 0, their vectors too.
     """
-    values, vectors = torch.linalg.eigh(matrix.T @ matrix)
-    values, vectors = values[-rank:].clamp_min(0).sqrt(), vectors[:, -rank:]
-    real = (values > NOISE * values[-1]).double()
-    return values * real, vectors * real
+    matrix, tall = matrix.double(), matrix.shape[0] >= matrix.shape[1]
+    squares, vectors = torch.linalg.eigh(matrix.T @ matrix if tall else matrix @ matrix.T)
+    cut = len(squares) - rank
+    values, vectors = squares[cut:].clamp_min(0).sqrt(), vectors[:, cut:]
+    real = values > NOISE * (matrix.norm() if norm is None else norm)
+    values, vectors = values * real, vectors * real
+    others = (matrix if tall else matrix.T) @ (vectors * inverse(values))
+    return (others, values, vectors) if tall else (vectors, values, others)
 
 
 def inverse(values: Tensor) -> Tensor:
@@ -41,16 +43,11 @@ def inverse(values: Tensor) -> Tensor:
     return torch.where(values > 0, 1 / values, 0)
 
 
-def orthogonaliser(columns: Tensor) -> Tensor:
-    """M [k, k] so that columns · M, for columns float64 [m, k], is their polar factor: UVᵀ of their SVD."""
-    values, vectors = torch.linalg.eigh(columns.T @ columns)
-    values = torch.where(values > NOISE**2 * values[-1], values, 0)
-    return (vectors * inverse(values.sqrt())) @ vectors.T
-
-
-def tall(matrix: Tensor) -> Tensor:
-    """The matrix [m, n] itself, or transposed, so that m ≥ n."""
-    return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+def polar(columns: Tensor) -> Tensor:
+    """The polar factor UVᵀ of columns = UΣVᵀ, float64 [m, k] with m ≥ k: the nearest matrix of orthogonal columns."""
+    squares, vectors = torch.linalg.eigh(columns.T @ columns)
+    squares = torch.where(squares > NOISE**2 * squares.sum(), squares, 0)
+    return columns @ ((vectors * inverse(squares.sqrt())) @ vectors.T)
 
 
 @dataclass(kw_only=True)
@@ -63,7 +60,7 @@ class Spectral(Entrywise):
 
     @abstractmethod
     def matrix(self, matrices: list[Tensor]) -> Tensor:
-        """The merged matrix [m, n] of every task's, m ≥ n."""
+        """The merged matrix, float64 [m, n], of every task's [m, n]."""
 
     def entry(self, name: str, tensors: list[Tensor]) -> Tensor:
         if tensors[0].dim() != 2 or tensors[0].numel() == 0:
@@ -73,12 +70,10 @@ class Spectral(Entrywise):
             return mean.div_(len(tensors))
         rows = tensors[0].shape[0]
         pieces = 3 if self.split_qkv and name.endswith(FUSED) and rows % 3 == 0 else 1
-        merged = []
-        for number in range(pieces):
-            part = slice(number * rows // pieces, (number + 1) * rows // pieces)
-            found = self.matrix([tall(tensor[part]) for tensor in tensors])
-            merged.append(found if tensors[0][part].shape == found.shape else found.T)
-        return torch.cat(merged)
+        parts = [
+            [tensor.double() for tensor in found] for found in zip(*(t.chunk(pieces) for t in tensors), strict=True)
+        ]
+        return torch.cat([self.matrix(matrices) for matrices in parts])
 
 
 @merge("tsv-m")
@@ -92,20 +87,9 @@ class TsvM(Spectral):
     """
 
     def matrix(self, matrices: list[Tensor]) -> Tensor:
-        rank = matrices[0].shape[1] // len(matrices)
-        if rank == 0:
-            return torch.zeros_like(matrices[0])
-        left, sizes, right = [], [], []
-        for matrix in matrices:
-            exact = matrix.double()
-            values, vectors = right_vectors(exact, rank)
-            left.append(exact @ (vectors * inverse(values)))
-            sizes.append(values)
-            right.append(vectors)
-        u, v = torch.cat(left, 1), torch.cat(right, 1)
-        inner = (orthogonaliser(u) * torch.cat(sizes)) @ orthogonaliser(v)
-        dtype = matrices[0].dtype
-        return (u.to(dtype) @ inner.to(dtype)) @ v.T.to(dtype)
+        rank = min(matrices[0].shape) // len(matrices)
+        left, values, right = zip(*(svd(matrix, rank) for matrix in matrices), strict=True)
+        return (polar(torch.cat(left, 1)) * torch.cat(values)) @ polar(torch.cat(right, 1)).T
 
 
 @merge("iso-c")
@@ -117,11 +101,8 @@ class IsoC(Spectral):
     """
 
     def matrix(self, matrices: list[Tensor]) -> Tensor:
-        total = add(matrices)
-        exact = total.double()
-        values, vectors = right_vectors(exact, exact.shape[1])
-        factor = (vectors * (values.mean() * inverse(values))) @ vectors.T
-        return total @ factor.to(total.dtype)
+        left, values, right = svd(add(matrices), min(matrices[0].shape))
+        return values.mean() * (left @ right.T)
 
 
 @merge("iso-cts")
@@ -137,31 +118,20 @@ class IsoCts(Spectral):
     common: float = option(0.8, "fraction of the directions that are common", above=0, most=1)
 
     def matrix(self, matrices: list[Tensor]) -> Tensor:
-        count, rank = len(matrices), matrices[0].shape[1]
-        own = round((rank - int(rank * self.common)) / count)
-        shared = rank - own * count
-        if shared <= 0:
-            raise SettingError(f"iso-cts with common={self.common}: a matrix of rank {rank} leaves no common direction")
-        total = add(matrices).double()
-        values, vectors = right_vectors(total, shared)
-        u = total @ (vectors * inverse(values))
-        left, sizes, right = [], [], []
+        count, rank = len(matrices), min(matrices[0].shape)
+        own = min(round((rank - int(rank * self.common)) / count), rank // count)
+        u, values, v = svd(add(matrices), rank - own * count)
+        found = [(u, values, v)]
         for matrix in matrices if own else []:
             exact = matrix.double()
-            rest = exact - u @ (u.T @ exact)
-            found, directions = right_vectors(rest, own)
-            left.append(rest @ (directions * inverse(found)))
-            sizes.append(found)
-            right.append(directions)
-        u, v = torch.cat([*left, u], 1), torch.cat([*right, vectors], 1)
-        inner = torch.cat([*sizes, values]).mean() * (orthogonaliser(u) @ orthogonaliser(v))
-        dtype = matrices[0].dtype
-        return (u.to(dtype) @ inner.to(dtype)) @ v.T.to(dtype)
+            found.append(svd(exact - u @ (u.T @ exact), own, exact.norm()))
+        left, strengths, right = zip(*found, strict=True)
+        return torch.cat(strengths).mean() * (polar(torch.cat(left, 1)) @ polar(torch.cat(right, 1)).T)
 
 
-def add(matrices: Sequence[Tensor]) -> Tensor:
-    """Their sum, a new tensor."""
-    total = matrices[0].clone()
+def add(matrices: list[Tensor]) -> Tensor:
+    """Their sum, float64."""
+    total = matrices[0].double().clone()
     for matrix in matrices[1:]:
         total.add_(matrix)
     return total

@@ -71,5 +71,7 @@ class CaGrad(Combination):
             constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
             options={"ftol": 1e-14, "maxiter": 500},
         ).x
-        norm = np.sqrt(max(found @ inner @ found, 1e-24))
-        return torch.from_numpy((mean + radius / norm * found) / (1 + self.c**2))
+        norm = np.sqrt(max(found @ inner @ found, 0.0))
+        # Where a mixture of the vectors is 0 no direction serves all tasks, and g_w is the minimiser's rounding.
+        aside = radius / norm * found if norm > 1e-6 else 0.0
+        return torch.from_numpy((mean + aside) / (1 + self.c**2))
