@@ -24,7 +24,7 @@ FUSED = ("in_proj_weight", "qkv.weight")
 
 
 def svd(matrix: Tensor, rank: int, norm: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest `rank` singular values [r] of a matrix [m, n], their left [m, r] and right vectors [n, r], in float64.
+    """The largest `rank` singular values [r] of a matrix [m, n], their left [m, r] and right vectors [n, r]; float64.
 
     Values below `NOISE` · norm (the matrix's own, unless it is what is left of a larger one) are 0, their vectors too.
     """
