@@ -6,7 +6,10 @@ bounds of a layout's entries, so that a pass can treat each entry in its own way
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +18,29 @@ from torch import Tensor
 from atm_fl.vectors import Layout
 
 BLOCK = 1 << 16
-"""Elements of a block: with a few scratch blocks of float32 it stays in a core's second-level cache."""
+"""Elements of a block: with a few scratch blocks of float32 it stays in a core's cache."""
+
+STRETCH = 16
+"""Blocks that one thread goes through before it takes the next."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Block(NamedTuple):
+    """Where a block is: the number of its entry in the layout, and its elements in the flat vector."""
+
+    entry: int
+    part: slice
+
+
+def blocks(layout: Layout) -> Iterator[Block]:
+    """All blocks, in order."""
+    start = 0
+    for entry, size in enumerate(layout.sizes):
+        for part in parts(size):
+            yield Block(entry, slice(start + part.start, start + part.stop))
+        start += size
 
 
 def parts(size: int) -> Iterator[slice]:
@@ -24,13 +49,29 @@ def parts(size: int) -> Iterator[slice]:
         yield slice(start, min(start + BLOCK, size))
 
 
-def blocks(layout: Layout) -> Iterator[tuple[int, slice]]:
-    """(entry's number, elements of the flat vector) of every block, in order."""
-    start = 0
-    for entry, size in enumerate(layout.sizes):
-        for part in parts(size):
-            yield entry, slice(start + part.start, start + part.stop)
-        start += size
+def stretches(all_blocks: Iterable[Item]) -> Iterator[list[Item]]:
+    """Successive blocks, some at a time: what one thread does."""
+    rest = iter(all_blocks)
+    while stretch := list(islice(rest, STRETCH)):
+        yield stretch
+
+
+def in_parallel(work: Callable[[Item], Result], items: Iterable[Item], on: torch.device) -> list[Result]:
+    """[work(item) …] in as many threads as torch may use on the CPU, with torch's own parallelism off meanwhile.
+
+    Torch would split each of many thousand short operations among all cores and wait for the last of them every time:
+    one core that is late, because something else runs on it, then holds up all, ten times and more. Here nothing
+    waits before the end. Which thread does what does not change the result.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or on.type != "cpu":
+        return [work(item) for item in items]
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(work, items))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def empty(size: int, like: Tensor) -> Tensor:
@@ -56,67 +97,77 @@ class Scratch:
         return list(self.stack(part))
 
 
-def ranked_magnitudes(vector: Tensor, ranks: Sequence[int]) -> list[float]:
-    """The exact order statistics of |vector|: for each rank r (from 0) the r-th smallest magnitude.
-
-    Long vectors on the CPU are read once: a sample brackets each rank, and only the few magnitudes within the bracket
-    are sorted out. Where the sample misleads, the whole vector is partitioned instead; the answer is exact either way.
-    """
-    if vector.device.type != "cpu":
-        magnitudes = vector.abs()
-        return [float(torch.kthvalue(magnitudes, rank + 1).values) for rank in ranks]
-    size = vector.numel()
-    found: dict[int, float] = {}
-    if size > SAMPLE * 8:
-        sample = np.sort(np.abs(vector[:: -(-size // SAMPLE)].numpy()))
-        for rank in set(ranks):
-            value = _bracketed(vector, rank, sample)
-            if value is not None:
-                found[rank] = value
-    missing = sorted(set(ranks) - set(found))
-    if missing:
-        partitioned = np.partition(vector.abs().numpy(), missing)
-        found.update({rank: float(partitioned[rank]) for rank in missing})
-    return [found[rank] for rank in ranks]
-
-
 SAMPLE = 1 << 18
 """Magnitudes looked at to bracket a rank."""
 
 
-def _bracketed(vector: Tensor, rank: int, sample: np.ndarray) -> float | None:
-    """The magnitude of `rank`, or None if it does not lie where the sorted sample says that it should."""
-    share = rank / max(1, vector.numel() - 1)
-    place, margin = share * (len(sample) - 1), 5 * (share * (1 - share) * len(sample)) ** 0.5 + 5
-    low = sample[int(place - margin)] if place >= margin else sample.dtype.type(0)
-    high = sample[int(place + margin)] if place + margin < len(sample) else sample.dtype.type(np.inf)
-    below, within, limit = 0, [], vector.numel() // 8
-    scratch = Scratch(1, vector)
-    for part in parts(vector.numel()):
+def ranked_magnitudes(vector: Tensor, ranks: Sequence[int]) -> list[float]:
+    """The exact order statistics of |vector|: for each rank r (from 0) the r-th smallest magnitude.
+
+    Long vectors on the CPU are read once: a sample brackets each rank, and only the few magnitudes within a bracket are
+    sorted out. Where the sample misleads, the whole vector is partitioned instead; the answer is exact either way.
+    """
+    if vector.device.type != "cpu":
+        magnitudes = vector.abs()
+        return [float(torch.kthvalue(magnitudes, rank + 1).values) for rank in ranks]
+    wanted, size = sorted(set(ranks)), vector.numel()
+    found = _bracketed(vector, wanted) if size > 8 * SAMPLE else None
+    if found is None:
+        found, rest, below = [], vector.abs().numpy(), 0
+        for rank in wanted:  # one after another: NumPy partitions by several ranks at once five times slower
+            rest = np.partition(rest, rank - below)[rank - below :]
+            below = rank
+            found.append(float(rest[0]))
+    return [found[wanted.index(rank)] for rank in ranks]
+
+
+def _bracketed(vector: Tensor, ranks: Sequence[int]) -> list[float] | None:
+    """The magnitudes of the ascending `ranks`, or None if one does not lie where a sample says that it should."""
+    size = vector.numel()
+    sample = np.sort(np.abs(vector[:: -(-size // SAMPLE)].numpy()))
+    brackets = []
+    for rank in ranks:
+        share = rank / (size - 1)
+        place, margin = share * (len(sample) - 1), 5 * (share * (1 - share) * len(sample)) ** 0.5 + 5
+        low = sample[int(place - margin)] if place >= margin else 0
+        brackets.append((low, sample[int(place + margin)] if place + margin < len(sample) else np.inf))
+    below = [0] * len(ranks)
+    within: list[list[np.ndarray]] = [[] for _ in ranks]
+    scratch, limit = Scratch(1, vector), size // 8
+    for part in parts(size):
         block = torch.abs(vector[part], out=scratch.rows(part)[0]).numpy()
-        under = block < low
-        below += int(np.count_nonzero(under))
-        within.append(block[~under & (block <= high)])
-        limit -= len(within[-1])
+        large = block[block >= brackets[0][0]]
+        for number, (low, high) in enumerate(brackets):
+            below[number] += len(block) - len(large) + int(np.count_nonzero(large < low))
+            within[number].append(large[(large >= low) & (large <= high)])
+            limit -= len(within[number][-1])
         if limit < 0:
             return None
-    candidates = np.concatenate(within)
-    if not 0 <= rank - below < len(candidates):
-        return None
-    return float(np.partition(candidates, rank - below)[rank - below])
+    found = []
+    for rank, under, pieces in zip(ranks, below, within, strict=True):
+        candidates = np.concatenate(pieces)
+        if not 0 <= rank - under < len(candidates):
+            return None
+        found.append(float(np.partition(candidates, rank - under)[rank - under]))
+    return found
 
 
 def gram(vectors: Sequence[Tensor]) -> Tensor:
     """The vectors' inner products in float64, [k, k] on the CPU."""
     size, count = vectors[0].numel(), len(vectors)
-    total = torch.zeros(count, count, dtype=torch.float64)
-    space = Scratch(count, vectors[0].new_empty(min(BLOCK, size), dtype=torch.float64))
-    for part in parts(size):
-        stack = space.stack(part)
-        for row, vector in zip(stack, vectors, strict=True):
-            row.copy_(vector[part])
-        total += (stack @ stack.T).cpu()
-    return total
+
+    def products(stretch: list[slice]) -> Tensor:
+        total = vectors[0].new_zeros(count, count, dtype=torch.float64)
+        space = Scratch(count, vectors[0].new_empty(min(BLOCK, size), dtype=torch.float64))
+        for part in stretch:
+            stack = space.stack(part)
+            for row, vector in zip(stack, vectors, strict=True):
+                row.copy_(vector[part])
+            total += stack @ stack.T
+        return total.cpu()
+
+    found = in_parallel(products, stretches(parts(size)), vectors[0].device)
+    return sum(found, torch.zeros(count, count, dtype=torch.float64))
 
 
 def sort_rows(rows: Sequence[Tensor], low: Tensor) -> list[Tensor]:

@@ -576,7 +576,7 @@ def test_masks_keep_their_share_of_elements(density: float) -> None:
     size = 1_000_000
     mask = Mask(density, 0, "dare", "task")
     assert mask.density == pytest.approx(density, abs=1 / 131072)
-    kept = mask.draw(torch.empty(size))
+    kept = mask.draw(slice(0, size), torch.empty(size))
     assert set(kept.unique().tolist()) <= {0.0, 1.0}
     assert abs(float(kept.mean()) - mask.density) <= 5 * math.sqrt(mask.density * (1 - mask.density) / size)
 
@@ -584,7 +584,7 @@ def test_masks_keep_their_share_of_elements(density: float) -> None:
 def test_masks_of_neighbours_tasks_and_seeds_are_independent() -> None:
     size, density = 400_000, 0.25
     keys = [(0, "dare", "a"), (0, "dare", "b"), (1, "dare", "a")]
-    masks = [Mask(density, *key).draw(torch.empty(size)) - density for key in keys]
+    masks = [Mask(density, *key).draw(slice(0, size), torch.empty(size)) - density for key in keys]
     bound = 5 * density * (1 - density) / math.sqrt(size)
     for mask, other in itertools.combinations(masks, 2):
         assert abs(float((mask * other).mean())) <= bound
@@ -593,11 +593,15 @@ def test_masks_of_neighbours_tasks_and_seeds_are_independent() -> None:
 
 
 @few
-@given(st.lists(st.integers(0, 40), max_size=8))
-def test_a_mask_is_the_same_however_it_is_cut(sizes: list[int]) -> None:
+@given(st.lists(st.integers(0, 40), max_size=8), st.booleans())
+def test_a_mask_is_the_same_however_it_is_cut(sizes: list[int], forwards: bool) -> None:
     mask = Mask(0.3, 7)
-    pieces = [mask.draw(torch.empty(size)) for size in sizes]
-    whole = Mask(0.3, 7).draw(torch.empty(sum(sizes)))
+    ends = list(itertools.accumulate(sizes, initial=0))
+    parts = [slice(start, end) for start, end in itertools.pairwise(ends)]
+    order = range(len(parts)) if forwards else reversed(range(len(parts)))
+    found = {number: mask.draw(parts[number], torch.empty(sizes[number])) for number in order}
+    pieces = [found[number] for number in range(len(parts))]
+    whole = Mask(0.3, 7).draw(slice(0, sum(sizes)), torch.empty(sum(sizes)))
     assert torch.equal(torch.cat([*pieces, torch.empty(0)]), whole)
 
 
@@ -611,6 +615,18 @@ def test_dare_and_dare_ties_drop_the_same_elements_and_keep_the_expectation() ->
 
 
 # --- passes over blocks
+
+
+@pytest.mark.parametrize("name", sorted(merges()))
+def test_threads_do_not_change_a_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 64)
+    vectors = make(normal, 6, flat(5000).size, torch.float32)
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(make_merge(name, flat(5000), seed=3).combine(vectors))
+        assert torch.get_num_threads() == threads
+    assert torch.equal(*results)
 
 
 def sizes_of_blocks(patch: pytest.MonkeyPatch, sample: int, block: int) -> None:

@@ -90,7 +90,9 @@ def same_masks(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, int], None]:
         monkeypatch.setattr(
             torch,
             "bernoulli",
-            lambda like: Mask(density, seed, "dare", f"task{next(tasks)}").draw(torch.empty_like(like)),
+            lambda like: Mask(density, seed, "dare", f"task{next(tasks)}").draw(
+                slice(0, like.numel()), torch.empty_like(like)
+            ),
         )
 
     return use

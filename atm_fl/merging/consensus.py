@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from atm_fl.blocks import Block
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import Elementwise
 
@@ -25,7 +26,7 @@ class Consensus(Elementwise):
     def least(self) -> int:
         return self.agreement
 
-    def block(self, rows: list[Tensor], entry: int, scratch: list[Tensor]) -> Tensor:
+    def block(self, rows: list[Tensor], block: Block, scratch: list[Tensor]) -> Tensor:
         total, count, others = scratch[:3]
         total.zero_(), count.zero_()
         for row in rows:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import Scratch, blocks, empty, gram
+from atm_fl.blocks import Block, Scratch, blocks, empty, gram, in_parallel, stretches
 from atm_fl.merging import Merge
 from atm_fl.vectors import Layout, Spill
 
-Change = Callable[[Tensor, int, Sequence[Tensor]], Tensor]
-"""(block, its entry's number, scratch blocks) → the changed block, in scratch. Blocks come in order, each once."""
+Change = Callable[[Tensor, Block, Sequence[Tensor]], Tensor]
+"""(elements, where they are, scratch blocks) → the changed elements, in scratch. Several threads may call it."""
 
 
 @dataclass(kw_only=True)
@@ -76,17 +75,21 @@ def fold(
     scratch: int = 1,
 ) -> None:
     """total ← Σ cₜ f(τₜ), or total + Σ cₜ f(τₜ) unless `fresh`, in one pass."""
-    space = Scratch(scratch, total)
     changes = changes or [None] * len(vectors)
-    for entry, part in blocks(layout):
-        target, rows, first = total[part], space.rows(part), fresh
-        for vector, coefficient, change in zip(vectors, coefficients, changes, strict=True):
-            block = change(vector[part], entry, rows) if change else vector[part]
-            if first:
-                torch.mul(block, coefficient, out=target)
-            else:
-                target.add_(block, alpha=coefficient)
-            first = False
+
+    def work(stretch: list[Block]) -> None:
+        space = Scratch(scratch, total)
+        for block in stretch:
+            target, rows, first = total[block.part], space.rows(block.part), fresh
+            for vector, coefficient, change in zip(vectors, coefficients, changes, strict=True):
+                own = change(vector[block.part], block, rows) if change else vector[block.part]
+                if first:
+                    torch.mul(own, coefficient, out=target)
+                else:
+                    target.add_(own, alpha=coefficient)
+                first = False
+
+    in_parallel(work, stretches(blocks(layout)), total.device)
 
 
 @dataclass(kw_only=True)
@@ -138,19 +141,25 @@ class Elementwise(Joint):
         """Look at the whole vectors before the blocks come."""
 
     @abstractmethod
-    def block(self, rows: list[Tensor], entry: int, scratch: list[Tensor]) -> Tensor:
-        """The merged block, without scaling, of one block of every task; the rows may be altered."""
+    def block(self, rows: list[Tensor], block: Block, scratch: list[Tensor]) -> Tensor:
+        """The merged block, without scaling, of one block of every task; the rows may be altered.
+
+        Several threads may call it.
+        """
 
     def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
         self.prepare(tasks, vectors)
-        total = empty(self.layout.size, vectors[0])
-        count = len(vectors)
-        space = Scratch(count + self.scratch, total)
-        for entry, part in blocks(self.layout):
-            rows = space.rows(part)
-            for row, vector in zip(rows[:count], vectors, strict=True):
-                row.copy_(vector[part])
-            torch.mul(self.block(rows[:count], entry, rows[count:]), self.scaling, out=total[part])
+        total, count = empty(self.layout.size, vectors[0]), len(vectors)
+
+        def work(stretch: list[Block]) -> None:
+            space = Scratch(count + self.scratch, total)
+            for block in stretch:
+                rows = space.rows(block.part)
+                for row, vector in zip(rows[:count], vectors, strict=True):
+                    row.copy_(vector[block.part])
+                torch.mul(self.block(rows[:count], block, rows[count:]), self.scaling, out=total[block.part])
+
+        in_parallel(work, stretches(blocks(self.layout)), total.device)
         return total
 
 
@@ -185,16 +194,6 @@ class Entrywise(Joint):
         def work(name: str) -> None:
             torch.mul(self.entry(name, [view[name] for view in views]), self.scaling, out=targets[name])
 
-        threads = torch.get_num_threads() if total.device.type == "cpu" else 1
-        if threads == 1:
-            for name in targets:
-                work(name)
-        else:
-            # An eigendecomposition hardly gains from a second core, two at a time do. Largest first, to end together.
-            ordered = sorted(targets, key=lambda name: -targets[name].numel())
-            try:
-                with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                    list(pool.map(work, ordered))
-            finally:
-                torch.set_num_threads(threads)
+        # An eigendecomposition hardly gains from a second core, two at a time do. Largest first, to end together.
+        in_parallel(work, sorted(targets, key=lambda name: -targets[name].numel()), total.device)
         return total

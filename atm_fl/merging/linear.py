@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from atm_fl.blocks import gram
+from atm_fl.blocks import Block, gram
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import Change, Streaming
 
@@ -47,7 +48,7 @@ class ClippedMean(Streaming):
             return None
         factor = self.max_norm / norm
 
-        def shorten(block: Tensor, entry: int, scratch: Sequence[Tensor]) -> Tensor:
-            return scratch[0].copy_(block).mul_(factor)
+        def shorten(own: Tensor, block: Block, scratch: Sequence[Tensor]) -> Tensor:
+            return torch.mul(own, factor, out=scratch[0])
 
         return shorten

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import sort_rows
+from atm_fl.blocks import Block, sort_rows
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import Combination, Elementwise
 
@@ -19,7 +19,7 @@ class Median(Elementwise):
     Yin et al. 2018, "Byzantine-robust distributed learning" (arXiv:1803.01498), Algorithm 1, option I.
     """
 
-    def block(self, rows: list[Tensor], entry: int, scratch: list[Tensor]) -> Tensor:
+    def block(self, rows: list[Tensor], block: Block, scratch: list[Tensor]) -> Tensor:
         ordered = sort_rows(rows, scratch[0])
         return ordered[(len(rows) - 1) // 2].add_(ordered[len(rows) // 2]).mul_(0.5)
 
@@ -33,7 +33,7 @@ class TrimmedMean(Elementwise):
 
     trim: float = option(0.2, "fraction of the tasks left out at either end", least=0, below=0.5)
 
-    def block(self, rows: list[Tensor], entry: int, scratch: list[Tensor]) -> Tensor:
+    def block(self, rows: list[Tensor], block: Block, scratch: list[Tensor]) -> Tensor:
         out = int(round(self.trim * len(rows), 6))
         first, *others = sort_rows(rows, scratch[0])[out : len(rows) - out] if out else rows
         for row in others:

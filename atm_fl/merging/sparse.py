@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import ranked_magnitudes
+from atm_fl.blocks import Block, in_parallel, ranked_magnitudes
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import Change, Streaming
 from atm_fl.seeds import derive_seed
@@ -23,6 +24,8 @@ def kept(size: int, density: float) -> int:
 
 def largest(vector: Tensor, density: float) -> float:
     """The λ of `hardshrink`, which keeps what is above it, for the `kept` largest magnitudes and their equals."""
+    if vector.numel() == 0:
+        return 0.0
     threshold = ranked_magnitudes(vector, [vector.numel() - kept(vector.numel(), density)])[0]
     number = torch.empty(0, dtype=vector.dtype).numpy().dtype.type
     return float(np.nextafter(number(threshold), number(0)))
@@ -40,10 +43,11 @@ class Magnitude(Streaming):
     density: float = option(0.2, "fraction of each entry that is kept", above=0, most=1)
 
     def change(self, task: str, vector: Tensor) -> Change:
-        thresholds = [largest(part, self.density) if len(part) else 0.0 for part in vector.split(self.layout.sizes)]
+        entries = vector.split(self.layout.sizes)
+        thresholds = in_parallel(lambda part: largest(part, self.density), entries, vector.device)
 
-        def prune(block: Tensor, entry: int, scratch: Sequence[Tensor]) -> Tensor:
-            return torch.ops.aten.hardshrink.out(block, thresholds[entry], out=scratch[0])
+        def prune(own: Tensor, block: Block, scratch: Sequence[Tensor]) -> Tensor:
+            return torch.ops.aten.hardshrink.out(own, thresholds[block.entry], out=scratch[0])
 
         return prune
 
@@ -64,12 +68,12 @@ class Breadcrumbs(Streaming):
     gamma: float = option(0.993, "fraction of each entry above which the largest go", above=0, most=1)
 
     def change(self, task: str, vector: Tensor) -> Change:
-        bounds = [self._bounds(part) if len(part) else (0.0, 0.0) for part in vector.split(self.layout.sizes)]
+        bounds = in_parallel(self._bounds, vector.split(self.layout.sizes), vector.device)
 
-        def mask(block: Tensor, entry: int, scratch: Sequence[Tensor]) -> Tensor:
-            low, high = bounds[entry]
+        def mask(own: Tensor, block: Block, scratch: Sequence[Tensor]) -> Tensor:
+            low, high = bounds[block.entry]
             large, small = scratch
-            torch.ops.aten.hardshrink.out(block, low, out=large)
+            torch.ops.aten.hardshrink.out(own, low, out=large)
             torch.abs(large, out=small)
             return large.mul_(torch.le(small, high, out=small))
 
@@ -77,6 +81,8 @@ class Breadcrumbs(Streaming):
 
     def _bounds(self, entry: Tensor) -> tuple[float, float]:
         size = len(entry)
+        if size == 0:
+            return 0.0, 0.0
         last = max(0, math.ceil(round(self.gamma * size, 6)) - 1)
         first = min(math.floor(round(self.beta * size, 6)), last)
         low, high = ranked_magnitudes(entry, [first, last])
@@ -85,7 +91,7 @@ class Breadcrumbs(Streaming):
 
 
 class Mask:
-    """Random masks of elements that are kept with a probability, the same for a seed wherever and however computed.
+    """A random mask of elements that are kept with a probability, the same for a seed wherever and however computed.
 
     16 random bits decide an element, so that the probability is a multiple of 1/65536; `density` is the exact one.
     """
@@ -93,18 +99,21 @@ class Mask:
     def __init__(self, density: float, *seed: object) -> None:
         self._threshold = max(1, min(65536, round(density * 65536)))
         self.density = self._threshold / 65536
-        self._random = np.random.SFC64(derive_seed(*seed))
-        self._rest = np.empty(0, np.int16)
+        self._seed = derive_seed(*seed)
+        self._own = threading.local()
 
-    def draw(self, out: Tensor) -> Tensor:
-        """The next elements of the mask, 1 or 0, into `out`."""
-        size, rest = out.numel(), self._rest
-        if len(rest) < size:
-            fresh = self._random.random_raw((size - len(rest) + 3) // 4).view(np.int16)
-            rest = np.concatenate([rest, fresh]) if len(rest) else fresh
-        bits, self._rest = rest[:size], rest[size:]
+    def draw(self, part: slice, out: Tensor) -> Tensor:
+        """The mask's elements `part`, 1 or 0, into `out`."""
         if self._threshold == 65536:
             return out.fill_(1)
+        # A number of 64 bits serves four elements. Each thread has a generator, and leaps to where it is needed.
+        if not hasattr(self._own, "random"):
+            self._own.random, self._own.position = np.random.PCG64DXSM(self._seed), 0
+        first, end = part.start // 4, -(-part.stop // 4)
+        if first != self._own.position:
+            self._own.random.advance(first - self._own.position)
+        bits = self._own.random.random_raw(end - first).view(np.int16)[part.start - 4 * first :][: out.numel()]
+        self._own.position = end
         return torch.lt(torch.from_numpy(bits).to(out.device), self._threshold - 32768, out=out)
 
 
@@ -122,7 +131,7 @@ class Dare(Streaming):
     def change(self, task: str, vector: Tensor) -> Change:
         mask = Mask(self.density, self.seed, "dare", task)
 
-        def drop(block: Tensor, entry: int, scratch: Sequence[Tensor]) -> Tensor:
-            return mask.draw(scratch[0]).mul_(block).mul_(1 / mask.density)
+        def drop(own: Tensor, block: Block, scratch: Sequence[Tensor]) -> Tensor:
+            return mask.draw(block.part, scratch[0]).mul_(own).mul_(1 / mask.density)
 
         return drop

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from atm_fl.blocks import Block, in_parallel
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import Elementwise
 from atm_fl.merging.sparse import Mask, largest
@@ -45,9 +46,9 @@ class Ties(Elementwise):
     density: float = option(0.2, "fraction of each task vector that is kept", above=0, most=1)
 
     def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:
-        self._thresholds = [largest(vector, self.density) for vector in vectors]
+        self._thresholds = in_parallel(lambda vector: largest(vector, self.density), vectors, vectors[0].device)
 
-    def block(self, rows: list[Tensor], entry: int, scratch: list[Tensor]) -> Tensor:
+    def block(self, rows: list[Tensor], block: Block, scratch: list[Tensor]) -> Tensor:
         for row, threshold in zip(rows, self._thresholds, strict=True):
             torch.ops.aten.hardshrink.out(row, threshold, out=row)
         return mean_of_elected(rows, scratch)
@@ -65,7 +66,7 @@ class DareTies(Elementwise):
     def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:
         self._masks = [Mask(self.density, self.seed, "dare", task) for task in tasks]
 
-    def block(self, rows: list[Tensor], entry: int, scratch: list[Tensor]) -> Tensor:
+    def block(self, rows: list[Tensor], block: Block, scratch: list[Tensor]) -> Tensor:
         for row, mask in zip(rows, self._masks, strict=True):
-            row.mul_(mask.draw(scratch[5])).mul_(1 / mask.density)
+            row.mul_(mask.draw(block.part, scratch[5])).mul_(1 / mask.density)
         return mean_of_elected(rows, scratch)
