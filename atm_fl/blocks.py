@@ -17,8 +17,8 @@ from torch import Tensor
 
 from atm_fl.vectors import Layout
 
-BLOCK = 1 << 16
-"""Elements of a block: with a few scratch blocks of float32 it stays in a core's cache."""
+BLOCK = 1 << 17
+"""Elements that one operation works on: few enough to stay in a core's cache, enough to be worth a call."""
 
 STRETCH = 16
 """Blocks that one thread goes through before it takes the next."""
@@ -34,19 +34,20 @@ class Block(NamedTuple):
     part: slice
 
 
-def blocks(layout: Layout) -> Iterator[Block]:
-    """All blocks, in order."""
+def blocks(layout: Layout, rows: int = 1) -> Iterator[Block]:
+    """All blocks, in order; shorter ones where operations work on several `rows` at once."""
     start = 0
     for entry, size in enumerate(layout.sizes):
-        for part in parts(size):
+        for part in parts(size, rows):
             yield Block(entry, slice(start + part.start, start + part.stop))
         start += size
 
 
-def parts(size: int) -> Iterator[slice]:
+def parts(size: int, rows: int = 1) -> Iterator[slice]:
     """The blocks of a vector of `size` elements, in order."""
-    for start in range(0, size, BLOCK):
-        yield slice(start, min(start + BLOCK, size))
+    width = max(1, BLOCK // rows)
+    for start in range(0, size, width):
+        yield slice(start, min(start + width, size))
 
 
 def stretches(all_blocks: Iterable[Item]) -> Iterator[list[Item]]:
@@ -82,19 +83,9 @@ def empty(size: int, like: Tensor) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device)
 
 
-class Scratch:
-    """A few blocks that are used again and again."""
-
-    def __init__(self, count: int, like: Tensor) -> None:
-        self._blocks = torch.empty(count, min(BLOCK, max(1, like.numel())), dtype=like.dtype, device=like.device)
-
-    def stack(self, part: slice) -> Tensor:
-        """The scratch blocks [count, elements], as long as `part`."""
-        return self._blocks[:, : part.stop - part.start]
-
-    def rows(self, part: slice) -> list[Tensor]:
-        """The scratch blocks one by one, as long as `part`."""
-        return list(self.stack(part))
+def scratch(count: int, like: Tensor, rows: int = 1) -> Tensor:
+    """`count` blocks of `rows` rows each, [count, rows, width], that are used again and again."""
+    return like.new_empty(count, rows, max(1, min(BLOCK // rows, like.numel())))
 
 
 SAMPLE = 1 << 18
@@ -133,22 +124,22 @@ def _bracketed(vector: Tensor, ranks: Sequence[int]) -> list[float] | None:
         brackets.append((low, sample[int(place + margin)] if place + margin < len(sample) else np.inf))
     below = [0] * len(ranks)
     within: list[list[np.ndarray]] = [[] for _ in ranks]
-    scratch, limit = Scratch(1, vector), size // 8
+    space, limit = scratch(1, vector)[0, 0], size // 8
     for part in parts(size):
-        block = torch.abs(vector[part], out=scratch.rows(part)[0]).numpy()
-        large = block[block >= brackets[0][0]]
+        block = torch.abs(vector[part], out=space[: part.stop - part.start]).numpy()
         for number, (low, high) in enumerate(brackets):
-            below[number] += len(block) - len(large) + int(np.count_nonzero(large < low))
-            within[number].append(large[(large >= low) & (large <= high)])
+            under = block < low
+            below[number] += int(np.count_nonzero(under))
+            within[number].append(block[(block <= high) > under])
             limit -= len(within[number][-1])
         if limit < 0:
             return None
     found = []
-    for rank, under, pieces in zip(ranks, below, within, strict=True):
+    for rank, smaller, pieces in zip(ranks, below, within, strict=True):
         candidates = np.concatenate(pieces)
-        if not 0 <= rank - under < len(candidates):
+        if not 0 <= rank - smaller < len(candidates):
             return None
-        found.append(float(np.partition(candidates, rank - under)[rank - under]))
+        found.append(float(np.partition(candidates, rank - smaller)[rank - smaller]))
     return found
 
 
@@ -158,25 +149,25 @@ def gram(vectors: Sequence[Tensor]) -> Tensor:
 
     def products(stretch: list[slice]) -> Tensor:
         total = vectors[0].new_zeros(count, count, dtype=torch.float64)
-        space = Scratch(count, vectors[0].new_empty(min(BLOCK, size), dtype=torch.float64))
+        space = scratch(1, vectors[0], count)[0].double()
         for part in stretch:
-            stack = space.stack(part)
+            stack = space[:, : part.stop - part.start]
             for row, vector in zip(stack, vectors, strict=True):
                 row.copy_(vector[part])
             total += stack @ stack.T
         return total.cpu()
 
-    found = in_parallel(products, stretches(parts(size)), vectors[0].device)
+    found = in_parallel(products, stretches(parts(size, count)), vectors[0].device)
     return sum(found, torch.zeros(count, count, dtype=torch.float64))
 
 
-def sort_rows(rows: Sequence[Tensor], low: Tensor) -> list[Tensor]:
-    """Sort blocks against each other, element by element: Batcher's merge exchange network (Knuth 5.2.2, algorithm M).
+def sort_rows(stack: Tensor) -> list[Tensor]:
+    """Sort the rows of `stack` [k, w] against each other, element by element; its contents are lost.
 
-    Minima and maxima of whole blocks need no branch per element. `low` is a scratch block; it and those of `rows` trade
-    places. Returns the sorted blocks, smallest first.
+    Batcher's merge exchange network (Knuth 5.2.2, algorithm M): minima and maxima of whole rows need no branch per
+    element. Returns the sorted rows, smallest first.
     """
-    rows = list(rows)
+    rows, low = list(stack), torch.empty_like(stack[0])
     count = len(rows)
     top = 1 << max(0, (count - 1).bit_length() - 1)
     step = top

@@ -9,8 +9,8 @@ that registers a class of one of the kinds in `kinds.py`::
 
         size: float = option(0.01, "length of a step", above=0)
 
-        def block(self, rows, block, scratch):
-            return torch.stack([row.sign() for row in rows]).mean(0) * self.size
+        def block(self, stack, block, scratch):
+            return stack.sign_().mean(0) * self.size
 
 Its options can then be set in a run (`merge-options = "size=0.1"`), on the command line (`atm-fl merge --size 0.1`) and
 in Python (`make_merge("sign-mean", layout, size=0.1)`), each checked as declared.

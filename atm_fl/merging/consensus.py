@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -22,16 +24,13 @@ class Consensus(Elementwise):
     scaling: float = option(0.3, "λ, the factor on the sum")
     threshold: float = option(0.4, "λₜ of the masks: the larger, the fewer elements a task needs", least=0)
     agreement: int = option(2, "tasks that must need an element (k)", least=1)
+    scratch: ClassVar[int] = 1
 
     def least(self) -> int:
         return self.agreement
 
-    def block(self, rows: list[Tensor], block: Block, scratch: list[Tensor]) -> Tensor:
-        total, count, others = scratch[:3]
-        total.zero_(), count.zero_()
-        for row in rows:
-            total.add_(row)
-        for row in rows:
-            torch.sub(total, row, out=others).abs_().mul_(self.threshold)
-            count.add_(torch.ge(row.abs_(), others, out=others))
+    def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
+        total = stack.sum(0)
+        others = torch.sub(total, stack, out=scratch[0]).abs_().mul_(self.threshold)
+        count = torch.ge(stack.abs_(), others, out=others).sum(0)
         return total.mul_(count.ge_(self.agreement))

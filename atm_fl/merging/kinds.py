@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import Block, Scratch, blocks, empty, gram, in_parallel, stretches
+from atm_fl.blocks import Block, blocks, empty, gram, in_parallel, scratch, stretches
 from atm_fl.merging import Merge
 from atm_fl.vectors import Layout, Spill
 
-Change = Callable[[Tensor, Block, Sequence[Tensor]], Tensor]
-"""(elements, where they are, scratch blocks) → the changed elements, in scratch. Several threads may call it."""
+Change = Callable[[Tensor, Block, Tensor], Tensor]
+"""(elements, where they are, scratch blocks [k, w]) → the changed elements, in scratch. Several threads may call it."""
 
 
 @dataclass(kw_only=True)
@@ -72,15 +72,16 @@ def fold(
     layout: Layout,
     changes: Sequence[Change | None] | None = None,
     fresh: bool = True,
-    scratch: int = 1,
+    count: int = 1,
 ) -> None:
-    """total ← Σ cₜ f(τₜ), or total + Σ cₜ f(τₜ) unless `fresh`, in one pass."""
+    """total ← Σ cₜ f(τₜ), or total + Σ cₜ f(τₜ) unless `fresh`, in one pass; each f has `count` scratch blocks."""
     changes = changes or [None] * len(vectors)
 
     def work(stretch: list[Block]) -> None:
-        space = Scratch(scratch, total)
+        space = scratch(count, total)[:, 0]
         for block in stretch:
-            target, rows, first = total[block.part], space.rows(block.part), fresh
+            target, first = total[block.part], fresh
+            rows = space[:, : len(target)]
             for vector, coefficient, change in zip(vectors, coefficients, changes, strict=True):
                 own = change(vector[block.part], block, rows) if change else vector[block.part]
                 if first:
@@ -134,17 +135,17 @@ class Joint(Merge):
 class Elementwise(Joint):
     """A merge of each element by itself, given what `prepare` found out about the whole vectors."""
 
-    scratch: ClassVar[int] = 6
-    """Blocks that `block` may use beside the rows."""
+    scratch: ClassVar[int] = 0
+    """Stacks that `block` may use beside its own."""
 
     def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:
         """Look at the whole vectors before the blocks come."""
 
     @abstractmethod
-    def block(self, rows: list[Tensor], block: Block, scratch: list[Tensor]) -> Tensor:
-        """The merged block, without scaling, of one block of every task; the rows may be altered.
+    def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
+        """The merged block [w], without scaling, of `stack` [T, w]: a block of every task, which may be altered.
 
-        Several threads may call it.
+        scratch: [k, T, w], k as the class says. Several threads may call it.
         """
 
     def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
@@ -152,14 +153,14 @@ class Elementwise(Joint):
         total, count = empty(self.layout.size, vectors[0]), len(vectors)
 
         def work(stretch: list[Block]) -> None:
-            space = Scratch(count + self.scratch, total)
+            space = scratch(1 + self.scratch, total, count)
             for block in stretch:
-                rows = space.rows(block.part)
-                for row, vector in zip(rows[:count], vectors, strict=True):
+                stack, *_ = rows = space[..., : block.part.stop - block.part.start]
+                for row, vector in zip(stack, vectors, strict=True):
                     row.copy_(vector[block.part])
-                torch.mul(self.block(rows[:count], block, rows[count:]), self.scaling, out=total[block.part])
+                torch.mul(self.block(stack, block, rows[1:]), self.scaling, out=total[block.part])
 
-        in_parallel(work, stretches(blocks(self.layout)), total.device)
+        in_parallel(work, stretches(blocks(self.layout, count)), total.device)
         return total
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -48,7 +47,7 @@ class ClippedMean(Streaming):
             return None
         factor = self.max_norm / norm
 
-        def shorten(own: Tensor, block: Block, scratch: Sequence[Tensor]) -> Tensor:
+        def shorten(own: Tensor, block: Block, scratch: Tensor) -> Tensor:
             return torch.mul(own, factor, out=scratch[0])
 
         return shorten

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import Scratch, empty, parts, ranked_magnitudes
+from atm_fl.blocks import empty, parts, ranked_magnitudes, scratch
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import Joint
 from atm_fl.merging.sparse import kept
@@ -79,9 +79,9 @@ def _stacks(
 ) -> Iterator[tuple[slice, list[Tensor], list[Tensor]]]:
     """(elements, one block of each vector over its length, `extra` scratch blocks), block by block."""
     count = len(vectors)
-    space = Scratch(count + extra, vectors[0])
+    space = scratch(count + extra, vectors[0])[:, 0]
     for part in parts(vectors[0].numel()):
-        rows = space.rows(part)
+        rows = list(space[:, : part.stop - part.start])
         for row, vector, length in zip(rows, vectors, lengths, strict=False):
             torch.mul(vector[part], 1 / length, out=row)
         yield part, rows[:count], rows[count:]

@@ -19,9 +19,9 @@ class Median(Elementwise):
     Yin et al. 2018, "Byzantine-robust distributed learning" (arXiv:1803.01498), Algorithm 1, option I.
     """
 
-    def block(self, rows: list[Tensor], block: Block, scratch: list[Tensor]) -> Tensor:
-        ordered = sort_rows(rows, scratch[0])
-        return ordered[(len(rows) - 1) // 2].add_(ordered[len(rows) // 2]).mul_(0.5)
+    def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
+        ordered = sort_rows(stack)
+        return ordered[(len(stack) - 1) // 2].add_(ordered[len(stack) // 2]).mul_(0.5)
 
 
 @merge("trimmed-mean")
@@ -33,9 +33,9 @@ class TrimmedMean(Elementwise):
 
     trim: float = option(0.2, "fraction of the tasks left out at either end", least=0, below=0.5)
 
-    def block(self, rows: list[Tensor], block: Block, scratch: list[Tensor]) -> Tensor:
-        out = int(round(self.trim * len(rows), 6))
-        first, *others = sort_rows(rows, scratch[0])[out : len(rows) - out] if out else rows
+    def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
+        out = int(round(self.trim * len(stack), 6))
+        first, *others = sort_rows(stack)[out : len(stack) - out] if out else stack
         for row in others:
             first.add_(row)
         return first.div_(len(others) + 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -46,7 +45,7 @@ class Magnitude(Streaming):
         entries = vector.split(self.layout.sizes)
         thresholds = in_parallel(lambda part: largest(part, self.density), entries, vector.device)
 
-        def prune(own: Tensor, block: Block, scratch: Sequence[Tensor]) -> Tensor:
+        def prune(own: Tensor, block: Block, scratch: Tensor) -> Tensor:
             return torch.ops.aten.hardshrink.out(own, thresholds[block.entry], out=scratch[0])
 
         return prune
@@ -70,7 +69,7 @@ class Breadcrumbs(Streaming):
     def change(self, task: str, vector: Tensor) -> Change:
         bounds = in_parallel(self._bounds, vector.split(self.layout.sizes), vector.device)
 
-        def mask(own: Tensor, block: Block, scratch: Sequence[Tensor]) -> Tensor:
+        def mask(own: Tensor, block: Block, scratch: Tensor) -> Tensor:
             low, high = bounds[block.entry]
             large, small = scratch
             torch.ops.aten.hardshrink.out(own, low, out=large)
@@ -131,7 +130,7 @@ class Dare(Streaming):
     def change(self, task: str, vector: Tensor) -> Change:
         mask = Mask(self.density, self.seed, "dare", task)
 
-        def drop(own: Tensor, block: Block, scratch: Sequence[Tensor]) -> Tensor:
+        def drop(own: Tensor, block: Block, scratch: Tensor) -> Tensor:
             return mask.draw(block.part, scratch[0]).mul_(own).mul_(1 / mask.density)
 
         return drop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,19 +14,18 @@ from atm_fl.merging.kinds import Elementwise
 from atm_fl.merging.sparse import Mask, largest
 
 
-def mean_of_elected(rows: Sequence[Tensor], scratch: list[Tensor]) -> Tensor:
-    """Elect each element's sign, that of Σ (+ where it is 0), and average the elements that have it, zeros left out.
+def mean_of_elected(stack: Tensor, spare: Tensor) -> Tensor:
+    """[w]: elect each element's sign, that of Σ (+ where it is 0), and average the elements of `stack` [T, w] that have
+    it, zeros left out.
 
     One pass: with S = Σ τ and A = Σ |τ|, the elected elements sum up to sgn(S) · (A + |S|) / 2, which loses no accuracy
     since they are at least half of A; likewise their number from the sums of signs and of their magnitudes.
     """
-    total, mass, signs, count, sign = (block.zero_() for block in scratch[:5])
-    for row in rows:
+    total, sign = stack[0].clone(), torch.sign(stack, out=spare)
+    for row in stack[1:]:  # one by one, since `sum` adds in an order in which equal opposites leave a rest
         total.add_(row)
-        signs.add_(torch.sign(row, out=sign))
-        count.add_(sign.abs_())
-        mass.add_(row.abs_())
-    elected = torch.ge(total, 0, out=sign).mul_(2).sub_(1)
+    signs, count, mass = sign.sum(0), sign.abs_().sum(0), stack.abs_().sum(0)
+    elected = torch.ge(total, 0, out=torch.empty_like(total)).mul_(2).sub_(1)
     agreeing = count.add_(signs.mul_(elected)).clamp_min_(1)  # twice their number, and 1 where there is none
     return mass.add_(total.abs_()).mul_(elected).div_(agreeing)
 
@@ -44,14 +44,15 @@ class Ties(Elementwise):
     """
 
     density: float = option(0.2, "fraction of each task vector that is kept", above=0, most=1)
+    scratch: ClassVar[int] = 1
 
     def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:
         self._thresholds = in_parallel(lambda vector: largest(vector, self.density), vectors, vectors[0].device)
 
-    def block(self, rows: list[Tensor], block: Block, scratch: list[Tensor]) -> Tensor:
-        for row, threshold in zip(rows, self._thresholds, strict=True):
+    def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
+        for row, threshold in zip(stack, self._thresholds, strict=True):
             torch.ops.aten.hardshrink.out(row, threshold, out=row)
-        return mean_of_elected(rows, scratch)
+        return mean_of_elected(stack, scratch[0])
 
 
 @merge("dare-ties")
@@ -62,11 +63,12 @@ class DareTies(Elementwise):
     """
 
     density: float = option(0.1, "probability that an element is kept (1 − p)", least=1e-4, most=1)
+    scratch: ClassVar[int] = 1
 
     def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:
         self._masks = [Mask(self.density, self.seed, "dare", task) for task in tasks]
 
-    def block(self, rows: list[Tensor], block: Block, scratch: list[Tensor]) -> Tensor:
-        for row, mask in zip(rows, self._masks, strict=True):
-            row.mul_(mask.draw(block.part, scratch[5])).mul_(1 / mask.density)
-        return mean_of_elected(rows, scratch)
+    def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
+        for row, own, mask in zip(stack, scratch[0], self._masks, strict=True):
+            row.mul_(mask.draw(block.part, own)).mul_(1 / mask.density)
+        return mean_of_elected(stack, scratch[0])
