@@ -17,10 +17,10 @@ from torch import Tensor
 
 from atm_fl.vectors import Layout
 
-BLOCK = 1 << 17
-"""Elements that one operation works on: few enough to stay in a core's cache, enough to be worth a call."""
+BLOCK = 1 << 19
+"""Elements that one operation works on: few enough to stay in cache, enough to be worth a call from several threads."""
 
-STRETCH = 16
+STRETCH = 4
 """Blocks that one thread goes through before it takes the next."""
 
 Item = TypeVar("Item")
@@ -88,8 +88,8 @@ def scratch(count: int, like: Tensor, rows: int = 1) -> Tensor:
     return like.new_empty(count, rows, max(1, min(BLOCK // rows, like.numel())))
 
 
-SAMPLE = 1 << 18
-"""Magnitudes looked at to bracket a rank."""
+SHORT = 1 << 18
+"""Vectors of up to so many elements are partitioned as a whole."""
 
 
 def ranked_magnitudes(vector: Tensor, ranks: Sequence[int]) -> list[float]:
@@ -102,7 +102,7 @@ def ranked_magnitudes(vector: Tensor, ranks: Sequence[int]) -> list[float]:
         magnitudes = vector.abs()
         return [float(torch.kthvalue(magnitudes, rank + 1).values) for rank in ranks]
     wanted, size = sorted(set(ranks)), vector.numel()
-    found = _bracketed(vector, wanted) if size > 8 * SAMPLE else None
+    found = _bracketed(vector, wanted) if size > SHORT else None
     if found is None:
         found, rest, below = [], vector.abs().numpy(), 0
         for rank in wanted:  # one after another: NumPy partitions by several ranks at once five times slower
@@ -115,22 +115,29 @@ def ranked_magnitudes(vector: Tensor, ranks: Sequence[int]) -> list[float]:
 def _bracketed(vector: Tensor, ranks: Sequence[int]) -> list[float] | None:
     """The magnitudes of the ascending `ranks`, or None if one does not lie where a sample says that it should."""
     size = vector.numel()
-    sample = np.sort(np.abs(vector[:: -(-size // SAMPLE)].numpy()))
+    # With n^(2/3) samples, sorting them and what they leave to be sorted cost about the same.
+    sample = np.sort(np.abs(vector[:: max(1, int(size ** (1 / 3) / 2))].numpy()))
     brackets = []
     for rank in ranks:
         share = rank / (size - 1)
         place, margin = share * (len(sample) - 1), 5 * (share * (1 - share) * len(sample)) ** 0.5 + 5
         low = sample[int(place - margin)] if place >= margin else 0
-        brackets.append((low, sample[int(place + margin)] if place + margin < len(sample) else np.inf))
+        # Near the top all that is larger is soon looked at, too.
+        high = sample[int(place + margin)] if share < 0.95 and place + margin < len(sample) else np.inf
+        brackets.append((low, high))
     below = [0] * len(ranks)
     within: list[list[np.ndarray]] = [[] for _ in ranks]
     space, limit = scratch(1, vector)[0, 0], size // 8
     for part in parts(size):
         block = torch.abs(vector[part], out=space[: part.stop - part.start]).numpy()
         for number, (low, high) in enumerate(brackets):
-            under = block < low
-            below[number] += int(np.count_nonzero(under))
-            within[number].append(block[(block <= high) > under])
+            if high < np.inf:
+                under = block < low
+                below[number] += int(np.count_nonzero(under))
+                within[number].append(block[(block <= high) > under])
+            else:
+                within[number].append(block[block >= low])
+                below[number] += len(block) - len(within[number][-1])
             limit -= len(within[number][-1])
         if limit < 0:
             return None

@@ -12,7 +12,7 @@ memory (mapped files don't count) above what was there before the merge, in vect
 is how a server merges: each vector is read from disk into the same buffer, added, and gone.
 
 Every measurement is written to `measurements.jsonl` in --folder as it comes; --resume takes those from there. The
-vectors stay in --folder for the next run (28 GB with --scale full: 20 vectors, and as much in the system's temporary
+vectors stay in --folder for the next run (14 GB with --scale full: 20 vectors, and as much in the system's temporary
 folder while joint merges spill theirs).
 """
 
@@ -215,7 +215,8 @@ def mergekit(method: str, layout: Layout, vectors: Tensor) -> Call:
     return lambda: merge_state_dicts(models, MERGEKIT[method], parameters=chosen, base="base")
 
 
-FUSION_BENCH = ("mean", "task-arithmetic", "ties", "dare", "tsv-m", "iso-c", "iso-cts")
+# Not its TIES: that holds 49 vectors for 8 tasks, 17 GB.
+FUSION_BENCH = ("mean", "task-arithmetic", "dare", "tsv-m", "iso-c", "iso-cts")
 
 
 def fusion_bench(method: str, layout: Layout, vectors: Tensor) -> Call:
@@ -223,7 +224,6 @@ def fusion_bench(method: str, layout: Layout, vectors: Tensor) -> Call:
     from fusion_bench.method.isotropic_merging.iso_utils import iso_c, iso_cts
     from fusion_bench.method.simple_average import simple_average
     from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction
-    from fusion_bench.method.ties_merging.ties_merging_utils import ties_merging
     from fusion_bench.utils.state_dict_arithmetic import state_dict_mul, state_dict_sum
 
     weight, options = settings(method, layout, len(vectors))
@@ -239,7 +239,6 @@ def fusion_bench(method: str, layout: Layout, vectors: Tensor) -> Call:
     calls: dict[str, Call] = {
         "mean": lambda: simple_average(models),
         "task-arithmetic": lambda: state_dict_mul(state_dict_sum(models), weight),
-        "ties": lambda: ties_merging(vectors, reset_thresh=options.density, merge_func="mean"),
         "dare": dare,
         "tsv-m": lambda: compute_and_sum_svd_mem_reduction(models, accelerator=torch.device("cpu")),
         "iso-c": lambda: iso_c(models, accelerator="cpu"),
@@ -347,7 +346,7 @@ def measure(case: Case, repeats: int, folder: Path) -> dict[str, Any]:
     assert isinstance(result, Tensor)
     if case.by == "ours":
         return row | {"digest": digest(result)}
-    per_entry = case.method == "ties" and case.by != "fusion-bench"
+    per_entry = case.method == "ties"
     reference = (ours_per_entry if per_entry else ours)(case.method, layout, vectors)()
     norm = float(torch.linalg.vector_norm(reference, dtype=torch.float64))
     if case.method in RANDOM:

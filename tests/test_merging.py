@@ -630,7 +630,7 @@ def test_threads_do_not_change_a_bit(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def sizes_of_blocks(patch: pytest.MonkeyPatch, sample: int, block: int) -> None:
-    patch.setattr(blocks, "SAMPLE", sample)
+    patch.setattr(blocks, "SHORT", sample)
     patch.setattr(blocks, "BLOCK", block)
 
 

@@ -141,6 +141,10 @@ class Elementwise(Joint):
     def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:
         """Look at the whole vectors before the blocks come."""
 
+    def take(self, number: int, own: Tensor, block: Block, row: Tensor) -> None:
+        """Put one block of the task `number` into its `row` of the stack, as it is or changed already."""
+        row.copy_(own)
+
     @abstractmethod
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
         """The merged block [w], without scaling, of `stack` [T, w]: a block of every task, which may be altered.
@@ -156,8 +160,8 @@ class Elementwise(Joint):
             space = scratch(1 + self.scratch, total, count)
             for block in stretch:
                 stack, *_ = rows = space[..., : block.part.stop - block.part.start]
-                for row, vector in zip(stack, vectors, strict=True):
-                    row.copy_(vector[block.part])
+                for number, (row, vector) in enumerate(zip(stack, vectors, strict=True)):
+                    self.take(number, vector[block.part], block, row)
                 torch.mul(self.block(stack, block, rows[1:]), self.scaling, out=total[block.part])
 
         in_parallel(work, stretches(blocks(self.layout, count)), total.device)

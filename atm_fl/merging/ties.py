@@ -16,18 +16,14 @@ from atm_fl.merging.sparse import Mask, largest
 
 def mean_of_elected(stack: Tensor, spare: Tensor) -> Tensor:
     """[w]: elect each element's sign, that of Σ (+ where it is 0), and average the elements of `stack` [T, w] that have
-    it, zeros left out.
-
-    One pass: with S = Σ τ and A = Σ |τ|, the elected elements sum up to sgn(S) · (A + |S|) / 2, which loses no accuracy
-    since they are at least half of A; likewise their number from the sums of signs and of their magnitudes.
-    """
-    total, sign = stack[0].clone(), torch.sign(stack, out=spare)
+    it, zeros left out."""
+    total = stack[0].clone()
     for row in stack[1:]:  # one by one, since `sum` adds in an order in which equal opposites leave a rest
         total.add_(row)
-    signs, count, mass = sign.sum(0), sign.abs_().sum(0), stack.abs_().sum(0)
-    elected = torch.ge(total, 0, out=torch.empty_like(total)).mul_(2).sub_(1)
-    agreeing = count.add_(signs.mul_(elected)).clamp_min_(1)  # twice their number, and 1 where there is none
-    return mass.add_(total.abs_()).mul_(elected).div_(agreeing)
+    elected = torch.ge(total, 0, out=total).mul_(2).sub_(1)
+    agreeing = stack.mul_(elected).clamp_min_(0)
+    count = torch.sign(agreeing, out=spare).sum(0)
+    return agreeing.sum(0).mul_(elected).div_(count.clamp_min_(1))
 
 
 @merge("ties")
@@ -49,9 +45,10 @@ class Ties(Elementwise):
     def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:
         self._thresholds = in_parallel(lambda vector: largest(vector, self.density), vectors, vectors[0].device)
 
+    def take(self, number: int, own: Tensor, block: Block, row: Tensor) -> None:
+        torch.ops.aten.hardshrink.out(own, self._thresholds[number], out=row)
+
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
-        for row, threshold in zip(stack, self._thresholds, strict=True):
-            torch.ops.aten.hardshrink.out(row, threshold, out=row)
         return mean_of_elected(stack, scratch[0])
 
 
@@ -68,7 +65,9 @@ class DareTies(Elementwise):
     def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:
         self._masks = [Mask(self.density, self.seed, "dare", task) for task in tasks]
 
+    def take(self, number: int, own: Tensor, block: Block, row: Tensor) -> None:
+        mask = self._masks[number]
+        mask.draw(block.part, row).mul_(own).mul_(1 / mask.density)
+
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
-        for row, own, mask in zip(stack, scratch[0], self._masks, strict=True):
-            row.mul_(mask.draw(block.part, own)).mul_(1 / mask.density)
         return mean_of_elected(stack, scratch[0])
