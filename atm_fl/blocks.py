@@ -6,6 +6,7 @@ bounds of a layout's entries, so that a pass can treat each entry in its own way
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -83,9 +84,19 @@ def empty(size: int, like: Tensor) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device)
 
 
-def scratch(count: int, like: Tensor, rows: int = 1) -> Tensor:
-    """`count` blocks of `rows` rows each, [count, rows, width], that are used again and again."""
-    return like.new_empty(count, rows, max(1, min(BLOCK // rows, like.numel())))
+class Scratch(threading.local):
+    """Blocks [rows, width] that a thread uses again and again: fresh memory would cost more than what is done in it.
+
+    Each thread has its own. A block works on `shared_by` rows at once, and is so much shorter.
+    """
+
+    def __init__(self, rows: int, like: Tensor, shared_by: int = 1, dtype: torch.dtype | None = None) -> None:
+        width = max(1, min(BLOCK // shared_by, like.numel()))
+        self._rows = like.new_empty(rows, width, dtype=dtype or like.dtype)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """The rows, as long as `part`."""
+        return self._rows[:, : part.stop - part.start]
 
 
 SHORT = 1 << 18
@@ -127,9 +138,9 @@ def _bracketed(vector: Tensor, ranks: Sequence[int]) -> list[float] | None:
         brackets.append((low, high))
     below = [0] * len(ranks)
     within: list[list[np.ndarray]] = [[] for _ in ranks]
-    space, limit = scratch(1, vector)[0, 0], size // 8
+    scratch, limit = Scratch(1, vector), size // 8
     for part in parts(size):
-        block = torch.abs(vector[part], out=space[: part.stop - part.start]).numpy()
+        block = torch.abs(vector[part], out=scratch[part][0]).numpy()
         for number, (low, high) in enumerate(brackets):
             if high < np.inf:
                 under = block < low
@@ -154,11 +165,12 @@ def gram(vectors: Sequence[Tensor]) -> Tensor:
     """The vectors' inner products in float64, [k, k] on the CPU."""
     size, count = vectors[0].numel(), len(vectors)
 
+    scratch = Scratch(count, vectors[0], count, torch.float64)
+
     def products(stretch: list[slice]) -> Tensor:
         total = vectors[0].new_zeros(count, count, dtype=torch.float64)
-        space = scratch(1, vectors[0], count)[0].double()
         for part in stretch:
-            stack = space[:, : part.stop - part.start]
+            stack = scratch[part]
             for row, vector in zip(stack, vectors, strict=True):
                 row.copy_(vector[part])
             total += stack @ stack.T
@@ -168,13 +180,13 @@ def gram(vectors: Sequence[Tensor]) -> Tensor:
     return sum(found, torch.zeros(count, count, dtype=torch.float64))
 
 
-def sort_rows(stack: Tensor) -> list[Tensor]:
-    """Sort the rows of `stack` [k, w] against each other, element by element; its contents are lost.
+def sort_rows(stack: Tensor, spare: Tensor) -> list[Tensor]:
+    """Sort the rows of `stack` [k, w] against each other, element by element; its contents and `spare`'s [w] are lost.
 
     Batcher's merge exchange network (Knuth 5.2.2, algorithm M): minima and maxima of whole rows need no branch per
     element. Returns the sorted rows, smallest first.
     """
-    rows, low = list(stack), torch.empty_like(stack[0])
+    rows, low = list(stack), spare
     count = len(rows)
     top = 1 << max(0, (count - 1).bit_length() - 1)
     step = top

@@ -124,3 +124,10 @@ def test_a_message_keeps_its_square_brackets(monkeypatch: pytest.MonkeyPatch, ca
 def test_the_library_knows_nothing_of_flower() -> None:
     code = "import sys, atm_fl.loop, atm_fl.report, atm_fl.experiments.main_table; sys.exit('flwr' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_documentation_lists_the_merges_as_they_are_declared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert call(monkeypatch, "merges", "--markdown") == 0
+    assert capsys.readouterr().out in (ROOT / "docs" / "merging.md").read_text()

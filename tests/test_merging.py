@@ -685,7 +685,7 @@ def test_rows_are_sorted(count: int) -> None:
     else:
         columns = np.random.default_rng(count).integers(0, 2, (count, 20_000)).astype(np.float32)
     columns = np.concatenate([columns, np.random.default_rng(0).normal(size=(count, 500))], 1).astype(np.float32)
-    ordered = sort_rows(torch.from_numpy(columns.copy()))
+    ordered = sort_rows(torch.from_numpy(columns.copy()), torch.empty(columns.shape[1]))
     assert np.array_equal(torch.stack(ordered).numpy(), np.sort(columns, axis=0))
 
 

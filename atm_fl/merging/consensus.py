@@ -30,7 +30,7 @@ class Consensus(Elementwise):
         return self.agreement
 
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
-        total = stack.sum(0)
-        others = torch.sub(total, stack, out=scratch[0]).abs_().mul_(self.threshold)
-        count = torch.ge(stack.abs_(), others, out=others).sum(0)
+        others, (total, count, _) = scratch[: len(stack)], scratch[-3:]
+        torch.sub(torch.sum(stack, 0, out=total), stack, out=others).abs_().mul_(self.threshold)
+        torch.sum(torch.ge(stack.abs_(), others, out=others), 0, out=count)
         return total.mul_(count.ge_(self.agreement))

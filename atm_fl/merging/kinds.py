@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import Block, blocks, empty, gram, in_parallel, scratch, stretches
+from atm_fl.blocks import Block, Scratch, blocks, empty, gram, in_parallel, stretches
 from atm_fl.merging import Merge
 from atm_fl.vectors import Layout, Spill
 
@@ -76,12 +76,11 @@ def fold(
 ) -> None:
     """total ← Σ cₜ f(τₜ), or total + Σ cₜ f(τₜ) unless `fresh`, in one pass; each f has `count` scratch blocks."""
     changes = changes or [None] * len(vectors)
+    scratch = Scratch(count, total)
 
     def work(stretch: list[Block]) -> None:
-        space = scratch(count, total)[:, 0]
         for block in stretch:
-            target, first = total[block.part], fresh
-            rows = space[:, : len(target)]
+            target, rows, first = total[block.part], scratch[block.part], fresh
             for vector, coefficient, change in zip(vectors, coefficients, changes, strict=True):
                 own = change(vector[block.part], block, rows) if change else vector[block.part]
                 if first:
@@ -131,6 +130,10 @@ class Joint(Merge):
                 raise ValueError(f"{task}: weight={weight}: this merge is not defined for weights other than 1")
 
 
+ROWS = 3
+"""Single rows of scratch that every `Elementwise` merge may use."""
+
+
 @dataclass(kw_only=True)
 class Elementwise(Joint):
     """A merge of each element by itself, given what `prepare` found out about the whole vectors."""
@@ -149,20 +152,21 @@ class Elementwise(Joint):
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
         """The merged block [w], without scaling, of `stack` [T, w]: a block of every task, which may be altered.
 
-        scratch: [k, T, w], k as the class says. Several threads may call it.
+        scratch: [k T + ROWS, w], k as the class says. Several threads may call it.
         """
 
     def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
         self.prepare(tasks, vectors)
         total, count = empty(self.layout.size, vectors[0]), len(vectors)
 
+        scratch = Scratch((1 + self.scratch) * count + ROWS, total, count)
+
         def work(stretch: list[Block]) -> None:
-            space = scratch(1 + self.scratch, total, count)
             for block in stretch:
-                stack, *_ = rows = space[..., : block.part.stop - block.part.start]
+                stack, spare = scratch[block.part].tensor_split([count])
                 for number, (row, vector) in enumerate(zip(stack, vectors, strict=True)):
                     self.take(number, vector[block.part], block, row)
-                torch.mul(self.block(stack, block, rows[1:]), self.scaling, out=total[block.part])
+                torch.mul(self.block(stack, block, spare), self.scaling, out=total[block.part])
 
         in_parallel(work, stretches(blocks(self.layout, count)), total.device)
         return total

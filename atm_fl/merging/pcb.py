@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import empty, parts, ranked_magnitudes, scratch
+from atm_fl.blocks import Scratch, empty, parts, ranked_magnitudes
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import Joint
 from atm_fl.merging.sparse import kept
@@ -31,11 +32,13 @@ class Pcb(Joint):
         if size == 0:
             return vectors[0].clone()
         # Norm and Softmax do not change with a vector's length; with elements of at most 1 no product overflows.
-        lengths = [max(float(vector.abs().max()), torch.finfo(vector.dtype).tiny) for vector in vectors]
+        tiny = torch.finfo(vectors[0].dtype).tiny
+        lengths = [max(tiny, *(abs(float(end)) for end in vector.aminmax())) for vector in vectors]
         low, high, sums = self._products(vectors, lengths)
-        scores, total, weights = (empty(size, vectors[0]) for _ in range(3))
-        total.zero_()
-        weights.zero_()
+        total, weights = (empty(size, vectors[0]).zero_() for _ in range(2))
+        with tempfile.NamedTemporaryFile() as file:
+            # A third vector, in a mapped file as a joint merge's vectors are.
+            scores = torch.from_file(file.name, shared=True, size=size, dtype=total.dtype).to(total.device)
         for own, vector in enumerate(vectors):
             for part, rows, (inter, block) in _stacks(vectors, lengths, 2):
                 inter.zero_()
@@ -79,9 +82,9 @@ def _stacks(
 ) -> Iterator[tuple[slice, list[Tensor], list[Tensor]]]:
     """(elements, one block of each vector over its length, `extra` scratch blocks), block by block."""
     count = len(vectors)
-    space = scratch(count + extra, vectors[0])[:, 0]
+    scratch = Scratch(count + extra, vectors[0])
     for part in parts(vectors[0].numel()):
-        rows = list(space[:, : part.stop - part.start])
+        rows = list(scratch[part])
         for row, vector, length in zip(rows, vectors, lengths, strict=False):
             torch.mul(vector[part], 1 / length, out=row)
         yield part, rows[:count], rows[count:]

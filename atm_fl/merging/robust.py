@@ -20,7 +20,7 @@ class Median(Elementwise):
     """
 
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
-        ordered = sort_rows(stack)
+        ordered = sort_rows(stack, scratch[0])
         return ordered[(len(stack) - 1) // 2].add_(ordered[len(stack) // 2]).mul_(0.5)
 
 
@@ -35,7 +35,7 @@ class TrimmedMean(Elementwise):
 
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
         out = int(round(self.trim * len(stack), 6))
-        first, *others = sort_rows(stack)[out : len(stack) - out] if out else stack
+        first, *others = sort_rows(stack, scratch[0])[out : len(stack) - out] if out else stack
         for row in others:
             first.add_(row)
         return first.div_(len(others) + 1)

@@ -14,16 +14,17 @@ from atm_fl.merging.kinds import Elementwise
 from atm_fl.merging.sparse import Mask, largest
 
 
-def mean_of_elected(stack: Tensor, spare: Tensor) -> Tensor:
+def mean_of_elected(stack: Tensor, scratch: Tensor) -> Tensor:
     """[w]: elect each element's sign, that of Σ (+ where it is 0), and average the elements of `stack` [T, w] that have
-    it, zeros left out."""
-    total = stack[0].clone()
+    it, zeros left out. scratch: [T + 3, w]."""
+    *_, total, count, merged = scratch
+    total.copy_(stack[0])
     for row in stack[1:]:  # one by one, since `sum` adds in an order in which equal opposites leave a rest
         total.add_(row)
     elected = torch.ge(total, 0, out=total).mul_(2).sub_(1)
     agreeing = stack.mul_(elected).clamp_min_(0)
-    count = torch.sign(agreeing, out=spare).sum(0)
-    return agreeing.sum(0).mul_(elected).div_(count.clamp_min_(1))
+    torch.sum(torch.sign(agreeing, out=scratch[: len(stack)]), 0, out=count)
+    return torch.sum(agreeing, 0, out=merged).mul_(elected).div_(count.clamp_min_(1))
 
 
 @merge("ties")
@@ -49,7 +50,7 @@ class Ties(Elementwise):
         torch.ops.aten.hardshrink.out(own, self._thresholds[number], out=row)
 
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
-        return mean_of_elected(stack, scratch[0])
+        return mean_of_elected(stack, scratch)
 
 
 @merge("dare-ties")
@@ -70,4 +71,4 @@ class DareTies(Elementwise):
         mask.draw(block.part, row).mul_(own).mul_(1 / mask.density)
 
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
-        return mean_of_elected(stack, scratch[0])
+        return mean_of_elected(stack, scratch)
