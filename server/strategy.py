@@ -37,7 +37,7 @@ class Atm(Strategy):
             INFO,
             "\t└──> merge %s, scaling %s, tasks %s",
             settings.merge,
-            settings.scaling,
+            settings.scaling or "its own",
             ", ".join(self.nodes.values()),
         )
 

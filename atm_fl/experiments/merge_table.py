@@ -128,9 +128,7 @@ def finished(unit: Unit) -> bool:
 
 def best_value(study: Study, seed: int, row: Row) -> float | None:
     """The value (None: the default) with the best mean validation accuracy after `tuning-rounds` rounds."""
-    return max(
-        (None, *row.values), key=lambda value: _validation(Unit(study, seed, row, value, 0), study.tuning_rounds)
-    )
+    return max((None, *row.values), key=lambda value: validation(Unit(study, seed, row, value, 0), study.tuning_rounds))
 
 
 def table(study: Study) -> str:
@@ -141,7 +139,7 @@ def table(study: Study) -> str:
     head += ["tuned", f"test at {early}", f"at {last}", "reaches in"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     reference = next(row for row in study.rows if row.name == study.reference)
-    goals = {seed: _validation(Unit(study, seed, reference, None, last), last) for seed in study.seeds}
+    goals = {seed: validation(Unit(study, seed, reference, None, last), last) for seed in study.seeds}
     found = []
     for row in study.rows:
         best = {seed: best_value(study, seed, row) for seed in study.seeds}
@@ -160,7 +158,7 @@ def _cells(units: list[Unit], goals: dict[int, float]) -> list[str]:
     reached = []
     for unit in units:
         rounds = range(1, unit.rounds + 1)
-        reached.append(next((k for k in rounds if _validation(unit, k) >= goals[unit.seed]), None))
+        reached.append(next((k for k in rounds if validation(unit, k) >= goals[unit.seed]), None))
     told = "never" if None in reached else f"{mean(k for k in reached if k):g}"
     if len(accuracies) < len(units):
         return ["not finite", "not finite", told]
@@ -174,7 +172,7 @@ def _test(units: list[Unit]) -> float:
     )
 
 
-def _validation(unit: Unit, round_number: int) -> float:
+def validation(unit: Unit, round_number: int) -> float:
     """Mean validation accuracy after a round, −1 if the run did not come so far."""
     found = _accuracies(unit, "validation", round_number)
     return mean_accuracy(found) if found else -1.0
