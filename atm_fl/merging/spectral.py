@@ -70,10 +70,8 @@ class Spectral(Entrywise):
             return mean.div_(len(tensors))
         rows = tensors[0].shape[0]
         pieces = 3 if self.split_qkv and name.endswith(FUSED) and rows % 3 == 0 else 1
-        parts = [
-            [tensor.double() for tensor in found] for found in zip(*(t.chunk(pieces) for t in tensors), strict=True)
-        ]
-        return torch.cat([self.matrix(matrices) for matrices in parts])
+        parts = zip(*(tensor.chunk(pieces) for tensor in tensors), strict=True)
+        return torch.cat([self.matrix(list(matrices)) for matrices in parts])
 
 
 @merge("tsv-m")
@@ -131,7 +129,7 @@ class IsoCts(Spectral):
 
 def add(matrices: list[Tensor]) -> Tensor:
     """Their sum, float64."""
-    total = matrices[0].double().clone()
+    total = matrices[0].to(torch.float64, copy=True)
     for matrix in matrices[1:]:
         total.add_(matrix)
     return total
