@@ -133,22 +133,19 @@ def _bracketed(vector: Tensor, ranks: Sequence[int]) -> list[float] | None:
         share = rank / (size - 1)
         place, margin = share * (len(sample) - 1), 5 * (share * (1 - share) * len(sample)) ** 0.5 + 5
         low = sample[int(place - margin)] if place >= margin else 0
-        # Near the top all that is larger is soon looked at, too.
-        high = sample[int(place + margin)] if share < 0.95 and place + margin < len(sample) else np.inf
-        brackets.append((low, high))
+        brackets.append((low, sample[int(place + margin)] if place + margin < len(sample) else np.inf))
     below = [0] * len(ranks)
     within: list[list[np.ndarray]] = [[] for _ in ranks]
-    scratch, limit = Scratch(1, vector), size // 8
+    limit, values = size // 8, vector.numpy()
+    buffers = _selection_buffers(values.dtype)
     for part in parts(size):
-        block = torch.abs(vector[part], out=scratch[part][0]).numpy()
+        block, under, inside = (buffer[: part.stop - part.start] for buffer in buffers)
+        np.abs(values[part], out=block)
         for number, (low, high) in enumerate(brackets):
-            if high < np.inf:
-                under = block < low
-                below[number] += int(np.count_nonzero(under))
-                within[number].append(block[(block <= high) > under])
-            else:
-                within[number].append(block[block >= low])
-                below[number] += len(block) - len(within[number][-1])
+            np.less(block, low, out=under)
+            below[number] += int(np.count_nonzero(under))
+            np.greater(np.less_equal(block, high, out=inside), under, out=inside)
+            within[number].append(block[inside])
             limit -= len(within[number][-1])
         if limit < 0:
             return None
@@ -158,6 +155,18 @@ def _bracketed(vector: Tensor, ranks: Sequence[int]) -> list[float] | None:
         if not 0 <= rank - smaller < len(candidates):
             return None
         found.append(float(np.partition(candidates, rank - smaller)[rank - smaller]))
+    return found
+
+
+_thread = threading.local()
+
+
+def _selection_buffers(dtype: np.dtype) -> tuple[np.ndarray, ...]:
+    """A block of numbers and two of truth values, a thread's own: new ones for each entry would cost half the time."""
+    if getattr(_thread, "made_for", None) != (dtype, BLOCK):
+        _thread.made_for = dtype, BLOCK
+        _thread.buffers = np.empty(BLOCK, dtype), np.empty(BLOCK, bool), np.empty(BLOCK, bool)
+    found: tuple[np.ndarray, ...] = _thread.buffers
     return found
 
 
