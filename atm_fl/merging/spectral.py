@@ -29,7 +29,7 @@ def svd(matrix: Tensor, rank: int, norm: Tensor | None = None) -> tuple[Tensor, 
     Values below `NOISE` · norm (the matrix's own, unless it is what is left of a larger one) are 0, their vectors too.
     """
     matrix, tall = matrix.double(), matrix.shape[0] >= matrix.shape[1]
-    squares, vectors = torch.linalg.eigh(matrix.T @ matrix if tall else matrix @ matrix.T)
+    squares, vectors = torch.linalg.eigh(gram(matrix if tall else matrix.T))
     cut = len(squares) - rank
     values, vectors = squares[cut:].clamp_min(0).sqrt(), vectors[:, cut:]
     real = values > NOISE * (matrix.norm() if norm is None else norm)
@@ -38,16 +38,33 @@ def svd(matrix: Tensor, rank: int, norm: Tensor | None = None) -> tuple[Tensor, 
     return (others, values, vectors) if tall else (vectors, values, others)
 
 
+def gram(columns: Tensor) -> Tensor:
+    """columnsᵀ · columns, [k, k] of [m, k], of which only the upper blocks are computed: five eighths of the work."""
+    if columns.shape[1] < 256:
+        return columns.T @ columns
+    product = columns.new_empty(columns.shape[1], columns.shape[1])
+    width = -(-columns.shape[1] // 4)
+    for left in range(0, columns.shape[1], width):
+        mine = slice(left, left + width)
+        torch.mm(columns[:, mine].T, columns[:, left:], out=product[mine, left:])
+        product[left + width :, mine] = product[mine, left + width :].T
+    return product
+
+
 def inverse(values: Tensor) -> Tensor:
     """1 / values, 0 where they are 0."""
     return torch.where(values > 0, 1 / values, 0)
 
 
-def polar(columns: Tensor) -> Tensor:
-    """The polar factor UVᵀ of columns = UΣVᵀ, float64 [m, k] with m ≥ k: the nearest matrix of orthogonal columns."""
-    squares, vectors = torch.linalg.eigh(columns.T @ columns)
+def polar(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The polar factor UVᵀ of columns = UΣVᵀ, float64 [m, k] with m ≥ k, and Σ [k].
+
+    It is the nearest matrix of orthogonal columns. Singular values below `NOISE` are 0, their directions missing.
+    """
+    squares, vectors = torch.linalg.eigh(gram(columns))
     squares = torch.where(squares > NOISE**2 * squares.sum(), squares, 0)
-    return columns @ ((vectors * inverse(squares.sqrt())) @ vectors.T)
+    values = squares.sqrt()
+    return columns @ ((vectors * inverse(values)) @ vectors.T), values
 
 
 @dataclass(kw_only=True)
@@ -87,7 +104,8 @@ class TsvM(Spectral):
     def matrix(self, matrices: list[Tensor]) -> Tensor:
         rank = min(matrices[0].shape) // len(matrices)
         left, values, right = zip(*(svd(matrix, rank) for matrix in matrices), strict=True)
-        return (polar(torch.cat(left, 1)) * torch.cat(values)) @ polar(torch.cat(right, 1)).T
+        (u, _), (v, _) = polar(torch.cat(left, 1)), polar(torch.cat(right, 1))
+        return (u * torch.cat(values)) @ v.T
 
 
 @merge("iso-c")
@@ -99,8 +117,9 @@ class IsoC(Spectral):
     """
 
     def matrix(self, matrices: list[Tensor]) -> Tensor:
-        left, values, right = svd(add(matrices), min(matrices[0].shape))
-        return values.mean() * (left @ right.T)
+        total = add(matrices)
+        flat, values = polar(total if total.shape[0] >= total.shape[1] else total.T)
+        return values.mean() * (flat if flat.shape == total.shape else flat.T)
 
 
 @merge("iso-cts")
@@ -124,7 +143,8 @@ class IsoCts(Spectral):
             exact = matrix.double()
             found.append(svd(exact - u @ (u.T @ exact), own, exact.norm()))
         left, strengths, right = zip(*found, strict=True)
-        return torch.cat(strengths).mean() * (polar(torch.cat(left, 1)) @ polar(torch.cat(right, 1)).T)
+        (u, _), (v, _) = polar(torch.cat(left, 1)), polar(torch.cat(right, 1))
+        return torch.cat(strengths).mean() * (u @ v.T)
 
 
 def add(matrices: list[Tensor]) -> Tensor:
