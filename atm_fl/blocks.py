@@ -127,13 +127,18 @@ def _bracketed(vector: Tensor, ranks: Sequence[int]) -> list[float] | None:
     """The magnitudes of the ascending `ranks`, or None if one does not lie where a sample says that it should."""
     size = vector.numel()
     # With n^(2/3) samples, sorting them and what they leave to be sorted cost about the same.
-    sample = np.sort(np.abs(vector[:: max(1, int(size ** (1 / 3) / 2))].numpy()))
-    brackets = []
+    sample = np.abs(vector[:: max(1, int(size ** (1 / 3) / 2))].numpy())
+    places = []
     for rank in ranks:
         share = rank / (size - 1)
         place, margin = share * (len(sample) - 1), 5 * (share * (1 - share) * len(sample)) ** 0.5 + 5
-        low = sample[int(place - margin)] if place >= margin else 0
-        brackets.append((low, sample[int(place + margin)] if place + margin < len(sample) else np.inf))
+        places.append((int(place - margin), int(place + margin)))
+    first = max(0, places[0][0])
+    sample = np.sort(np.partition(sample, first)[first:])
+    brackets = [
+        (sample[low - first] if low >= first else 0, sample[high - first] if high - first < len(sample) else np.inf)
+        for low, high in places
+    ]
     below = [0] * len(ranks)
     within: list[list[np.ndarray]] = [[] for _ in ranks]
     limit, values = size // 8, vector.numpy()
@@ -145,7 +150,7 @@ def _bracketed(vector: Tensor, ranks: Sequence[int]) -> list[float] | None:
             np.less(block, low, out=under)
             below[number] += int(np.count_nonzero(under))
             np.greater(np.less_equal(block, high, out=inside), under, out=inside)
-            within[number].append(block[inside])
+            within[number].append(block[np.flatnonzero(inside)])  # twice as fast as block[inside]
             limit -= len(within[number][-1])
         if limit < 0:
             return None

@@ -225,7 +225,7 @@ def test_weighted_merges_are_their_transcriptions(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_vectors_of_one_element(name: str, maker: Callable[..., np.ndarray]) -> None:
     if name == "cagrad" and maker is not normal:
-        pytest.skip("of a task of zero the step is g₀ + 0/0")
+        pytest.skip("of a task of zero the step is g₀ + 0/0: see the test below")
     for seed in range(5):
         agree(make_merge(name, ONE, seed=seed), name, make(maker, 5, 1, torch.float32, seed))
 
@@ -249,6 +249,15 @@ def test_nasty_vectors_change_nothing(name: str, maker: Callable[..., np.ndarray
         vectors = make(maker, count, MIXED.size, dtype)
         for chosen in [{}, *CHOICES.get(name, [])]:
             agree(make_merge(name, MIXED, **chosen), name, vectors)
+
+
+@pytest.mark.parametrize("maker", [some_zero, opposite])
+def test_cagrad_where_a_mixture_of_the_vectors_is_zero_is_the_mean(maker: Callable[..., np.ndarray]) -> None:
+    for seed, count in itertools.product(range(5), [2, 4, 6]):
+        vectors = make(maker, count, MIXED.size, torch.float32, seed)
+        found = make_merge("cagrad", MIXED).combine(vectors)
+        stack = torch.stack(list(vectors.values()))
+        torch.testing.assert_close(found, stack.mean(0) / 1.25, rtol=1e-4, atol=1e-5 * float(stack.abs().max()))
 
 
 @pytest.mark.parametrize("threshold", [0.375, 0.5, 1.0])

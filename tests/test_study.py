@@ -23,7 +23,9 @@ def study(config: dict[str, Any], tmp_path: Path) -> main_table.Study:
         *(f"{key} = {json.dumps(value)}" for key, value in config.items()),
     ]
     (tmp_path / "study.toml").write_text("\n".join(lines))
-    return main_table.Study.read(tmp_path / "study.toml")
+    found, module = read_study(tmp_path / "study.toml")
+    assert module is main_table
+    return found
 
 
 def test_a_study_runs_resumes_and_tabulates(study: main_table.Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +60,7 @@ def test_the_one_shot_scaling_is_the_best_on_validation(study: main_table.Study)
 def test_a_study_file_that_cannot_work_is_named(tmp_path: Path) -> None:
     (tmp_path / "study.toml").write_text('study = "main_table"\nfolder = "x"\nseed = [1]\n')
     with pytest.raises(SettingError, match="study.toml is not a study"):
-        main_table.Study.read(tmp_path / "study.toml")
+        read_study(tmp_path / "study.toml")
 
 
 @pytest.fixture
@@ -107,5 +109,5 @@ def test_a_study_that_does_not_exist_is_named(tmp_path: Path, merges: Path) -> N
     with pytest.raises(SettingError, match="study='merge_tabel' is unknown; did you mean 'merge_table'"):
         read_study(tmp_path / "other.toml")
     merges.write_text(merges.read_text().replace('reference = "mean"', 'reference = "men"'))
-    with pytest.raises(SettingError, match="reference='men' is none of its rows"):
+    with pytest.raises(SettingError, match="reference='men' is none of the study's rows"):
         read_study(merges)

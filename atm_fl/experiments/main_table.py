@@ -9,7 +9,6 @@ splits for every seed, over `one-shot-scalings`; that of PA-ATM on the validatio
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,6 @@ Accuracies = dict[str, float]
 class Study:
     """A study's configuration: see configs/study.toml."""
 
-    study: str
     folder: Path
     settings: dict[str, Any]
     seeds: list[int]
@@ -46,13 +44,9 @@ class Study:
     atm_scalings: list[float]
 
     @classmethod
-    def read(cls, path: Path) -> Study:
-        """The study in a TOML file. SettingError if a key is missing or unknown, or a setting cannot work."""
-        try:
-            values = {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text()).items()}
-            study = cls(**{**values, "folder": Path(values["folder"])})
-        except (OSError, tomllib.TOMLDecodeError, TypeError, KeyError) as error:
-            raise SettingError(f"{path} is not a study: {error}") from error
+    def of(cls, values: dict[str, Any]) -> Study:
+        """The study of a file's values. TypeError or KeyError for a wrong key, SettingError for a wrong setting."""
+        study = cls(**values | {"folder": Path(values["folder"])})
         Settings.parse(study.settings)
         return study
 

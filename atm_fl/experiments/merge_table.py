@@ -7,7 +7,6 @@ run is an ordinary run directory and resumes by itself. Test splits are only rea
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,6 @@ class Row:
 class Study:
     """A study's configuration: see configs/merges.toml."""
 
-    study: str
     folder: Path
     settings: dict[str, Any]
     seeds: list[int]
@@ -47,19 +45,15 @@ class Study:
     rows: list[Row]
 
     @classmethod
-    def read(cls, path: Path) -> Study:
-        """The study in a TOML file. SettingError if a key is missing or unknown, or a setting cannot work."""
-        try:
-            values = {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text()).items()}
-            rows = [
-                Row(name, row, row.pop("tune", "scaling"), tuple(map(float, row.pop("values"))))
-                for name, row in values.pop("rows").items()
-            ]
-            study = cls(**{**values, "folder": Path(values["folder"]), "rows": rows})
-        except (OSError, tomllib.TOMLDecodeError, TypeError, KeyError) as error:
-            raise SettingError(f"{path} is not a study of merges: {error}") from error
+    def of(cls, values: dict[str, Any]) -> Study:
+        """The study of a file's values. TypeError or KeyError for a wrong key, SettingError for a wrong setting."""
+        rows = [
+            Row(name, row, row.pop("tune", "scaling"), tuple(map(float, row.pop("values"))))
+            for name, row in values["rows"].items()
+        ]
+        study = cls(**values | {"folder": Path(values["folder"]), "rows": rows})
         if study.reference not in [row.name for row in rows]:
-            raise SettingError(f"{path}: reference={study.reference!r} is none of its rows")
+            raise SettingError(f"reference={study.reference!r} is none of the study's rows")
         for row in rows:
             for unit in (Unit(study, 0, row, None, 1), *(Unit(study, 0, row, value, 1) for value in row.values)):
                 Settings.parse(unit.settings())

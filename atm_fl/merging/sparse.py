@@ -71,10 +71,9 @@ class Breadcrumbs(Streaming):
 
         def mask(own: Tensor, block: Block, scratch: Tensor) -> Tensor:
             low, high = bounds[block.entry]
-            large, small = scratch
-            torch.ops.aten.hardshrink.out(own, low, out=large)
-            torch.abs(large, out=small)
-            return large.mul_(torch.le(small, high, out=small))
+            kept, largest = scratch
+            torch.ops.aten.hardshrink.out(own, low, out=kept)
+            return kept.sub_(torch.ops.aten.hardshrink.out(own, high, out=largest))
 
         return mask
 

@@ -1,7 +1,7 @@
 """Merges of weight matrices by their singular values. Entries that are no matrices are averaged.
 
 Singular vectors come from the eigenvectors of the Gram matrix of the shorter side. That is several times faster than an
-SVD in float32, and all of it up to the result is float64, so that what squaring the condition number costs is less than
+SVD in float32, and all up to the last product is float64, so that what squaring the condition number costs is less than
 what an SVD in float32 loses. What is below `NOISE` is taken as zero, where an SVD invents directions.
 """
 
@@ -18,6 +18,9 @@ from atm_fl.merging.kinds import Entrywise
 
 NOISE = 1e-7
 """Singular values below this part of a matrix's Frobenius norm are zero: float32 vectors hold no more."""
+
+WELL_CONDITIONED = 100
+"""Up to this ratio of singular values a product in float32 loses no more than float32 vectors had to lose."""
 
 FUSED = ("in_proj_weight", "qkv.weight")
 """Ends of the names of matrices that hold an attention's query, key and value one above the other."""
@@ -56,15 +59,17 @@ def inverse(values: Tensor) -> Tensor:
     return torch.where(values > 0, 1 / values, 0)
 
 
-def polar(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The polar factor UVᵀ of columns = UΣVᵀ, float64 [m, k] with m ≥ k, and Σ [k].
+def polar(columns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The polar factor UVᵀ, `dtype` [m, k] with m ≥ k, of columns = UΣVᵀ, float64, and Σ, float64 [k].
 
     It is the nearest matrix of orthogonal columns. Singular values below `NOISE` are 0, their directions missing.
     """
     squares, vectors = torch.linalg.eigh(gram(columns))
     squares = torch.where(squares > NOISE**2 * squares.sum(), squares, 0)
     values = squares.sqrt()
-    return columns @ ((vectors * inverse(values)) @ vectors.T), values
+    root = gram((vectors * inverse(values).sqrt()).T)  # (columnsᵀ columns)^(-1/2)
+    exact = torch.float64 if bool((values * WELL_CONDITIONED < values[-1:]).any()) else dtype
+    return (columns.to(exact) @ root.to(exact)).to(dtype), values
 
 
 @dataclass(kw_only=True)
@@ -77,14 +82,11 @@ class Spectral(Entrywise):
 
     @abstractmethod
     def matrix(self, matrices: list[Tensor]) -> Tensor:
-        """The merged matrix, float64 [m, n], of every task's [m, n]."""
+        """The merged matrix [m, n] of every task's, in their dtype."""
 
     def entry(self, name: str, tensors: list[Tensor]) -> Tensor:
         if tensors[0].dim() != 2 or tensors[0].numel() == 0:
-            mean = tensors[0].clone()
-            for tensor in tensors[1:]:
-                mean.add_(tensor)
-            return mean.div_(len(tensors))
+            return add(tensors, tensors[0].dtype).div_(len(tensors))
         rows = tensors[0].shape[0]
         pieces = 3 if self.split_qkv and name.endswith(FUSED) and rows % 3 == 0 else 1
         parts = zip(*(tensor.chunk(pieces) for tensor in tensors), strict=True)
@@ -104,8 +106,9 @@ class TsvM(Spectral):
     def matrix(self, matrices: list[Tensor]) -> Tensor:
         rank = min(matrices[0].shape) // len(matrices)
         left, values, right = zip(*(svd(matrix, rank) for matrix in matrices), strict=True)
-        (u, _), (v, _) = polar(torch.cat(left, 1)), polar(torch.cat(right, 1))
-        return (u * torch.cat(values)) @ v.T
+        dtype = matrices[0].dtype
+        (u, _), (v, _) = polar(torch.cat(left, 1), dtype), polar(torch.cat(right, 1), dtype)
+        return (u * torch.cat(values).to(dtype)) @ v.T
 
 
 @merge("iso-c")
@@ -117,8 +120,8 @@ class IsoC(Spectral):
     """
 
     def matrix(self, matrices: list[Tensor]) -> Tensor:
-        total = add(matrices)
-        flat, values = polar(total if total.shape[0] >= total.shape[1] else total.T)
+        total = add(matrices, torch.float64)
+        flat, values = polar(total if total.shape[0] >= total.shape[1] else total.T, matrices[0].dtype)
         return values.mean() * (flat if flat.shape == total.shape else flat.T)
 
 
@@ -137,19 +140,20 @@ class IsoCts(Spectral):
     def matrix(self, matrices: list[Tensor]) -> Tensor:
         count, rank = len(matrices), min(matrices[0].shape)
         own = min(round((rank - int(rank * self.common)) / count), rank // count)
-        u, values, v = svd(add(matrices), rank - own * count)
+        u, values, v = svd(add(matrices, torch.float64), rank - own * count)
         found = [(u, values, v)]
         for matrix in matrices if own else []:
             exact = matrix.double()
             found.append(svd(exact - u @ (u.T @ exact), own, exact.norm()))
         left, strengths, right = zip(*found, strict=True)
-        (u, _), (v, _) = polar(torch.cat(left, 1)), polar(torch.cat(right, 1))
+        dtype = matrices[0].dtype
+        (u, _), (v, _) = polar(torch.cat(left, 1), dtype), polar(torch.cat(right, 1), dtype)
         return torch.cat(strengths).mean() * (u @ v.T)
 
 
-def add(matrices: list[Tensor]) -> Tensor:
-    """Their sum, float64."""
-    total = matrices[0].to(torch.float64, copy=True)
-    for matrix in matrices[1:]:
-        total.add_(matrix)
+def add(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Their sum."""
+    total = tensors[0].to(dtype, copy=True)
+    for tensor in tensors[1:]:
+        total.add_(tensor)
     return total
