@@ -7,13 +7,17 @@ To add a backbone, register a function that returns a `Backbone`::
 
     @backbone("my_vit")
     def my_vit() -> Backbone: ...
+
+Those of open_clip and timm go by their own names: see hub.py.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +28,8 @@ from atm_fl.tasks import Split
 from atm_fl.tasks.photos import package_dir
 
 EVALUATION_BATCH = 256
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What a backbone's passes may be autocast to."""
 LOGIT_SCALE = 20.0
 """Fixed scale of the cosine logits; CLIP's learned one is 100, for features that lie closer together."""
 
@@ -34,6 +40,7 @@ class Backbone(nn.Module):
     Images are resized to the ViT's input size and normalised with `mean` and `std` (of values in 0..1).
     """
 
+    vit: Any
     mean: Tensor
     std: Tensor
 
@@ -41,6 +48,9 @@ class Backbone(nn.Module):
         super().__init__()
         self.vit = vit
         self.image_size = image_size
+        self.precision = torch.float32
+        """What the ViT's passes are autocast to; features are float32 (or the ViT's own dtype) whatever it is."""
+        self.channels_last = False
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).view(1, -1, 1, 1) * 255, False)
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).view(1, -1, 1, 1) * 255, False)
 
@@ -49,32 +59,41 @@ class Backbone(nn.Module):
         pixels = images.to(self.mean.device, next(self.vit.parameters()).dtype)
         if pixels.shape[-1] != self.image_size:
             pixels = functional.interpolate(pixels, size=self.image_size, mode="bicubic", antialias=True)
-        return (pixels - self.mean) / self.std
+        pixels = (pixels - self.mean) / self.std
+        return pixels.contiguous(memory_format=torch.channels_last) if self.channels_last else pixels
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.vit(self.normalise(images))
+        pixels = self.normalise(images)
+        with torch.autocast(pixels.device.type, self.precision, enabled=self.precision != torch.float32):
+            return self.vit(pixels).to(pixels.dtype)
 
 
 class Head(nn.Module):
     """A frozen classifier: logits = scale · normalised features · weightᵀ + bias.
 
-    weight [classes, d], bias [classes]. Both kinds of head, prototypes and linear probe, have this form.
+    weight [classes, d], bias [classes], scale: a number. Prototypes, linear probes and zero-shot heads have this form.
     """
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor, scale: float = LOGIT_SCALE) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, scale: float | Tensor = LOGIT_SCALE) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale = float(scale)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
+
+    def state(self) -> dict[str, Tensor]:
+        """The arguments that make this head again, as tensors."""
+        scale = torch.tensor(self.scale, dtype=torch.float64)
+        return {"weight": self.weight.contiguous(), "bias": self.bias.contiguous(), "scale": scale}
 
     def forward(self, features: Tensor) -> Tensor:
         return self.scale * functional.linear(functional.normalize(features, dim=-1), self.weight) + self.bias
 
 
 _registry: dict[str, Callable[[], Backbone]] = {}
+_families: dict[str, tuple[Callable[[str, str], Backbone], Callable[[str, str], object]]] = {}
 
 
 def backbone(name: str) -> Callable[[Callable[[], Backbone]], Callable[[], Backbone]]:
@@ -92,19 +111,44 @@ def backbones() -> list[str]:
     return sorted(_registry)
 
 
-def check_backbone(name: str) -> None:
-    """SettingError, with the nearest known name, if there is no backbone `name`."""
-    if name not in _registry:
-        raise SettingError(f"model={name!r} is unknown{did_you_mean(name, _registry)}")
+def family(
+    library: str, check: Callable[[str, str], object]
+) -> Callable[[Callable[[str, str], Backbone]], Callable[[str, str], Backbone]]:
+    """Register the decorated function of (name, weights) as the maker of all backbones `library`/name.
+
+    check: raises SettingError, without loading anything, if there is no such backbone or there are no such weights.
+    """
+
+    def register(make: Callable[[str, str], Backbone]) -> Callable[[str, str], Backbone]:
+        _families[library] = make, check
+        return make
+
+    return register
 
 
-def load_backbone(name: str) -> Backbone:
-    """The pretrained backbone `name`, in evaluation mode."""
-    check_backbone(name)
+def _family(name: str) -> tuple[Callable[[str, str], Backbone], Callable[[str, str], object]] | None:
+    importlib.import_module("atm_fl.hub")
+    return _families.get(name.partition("/")[0]) if "/" in name else None
+
+
+def check_backbone(name: str, weights: str = "pretrained") -> None:
+    """SettingError, with the nearest known name, if there is no backbone `name` or there are no such weights of it."""
+    if found := _family(name):
+        found[1](name.partition("/")[2], weights)
+    elif name not in _registry:
+        raise SettingError(f"model={name!r} is unknown{did_you_mean(name, [*_registry, 'open_clip/…', 'timm/…'])}")
+    elif weights != "pretrained":
+        raise SettingError(f"weights={weights!r}: model={name!r} has weights of its own; leave it at 'pretrained'")
+
+
+def load_backbone(name: str, weights: str = "pretrained") -> Backbone:
+    """The backbone `name`, in evaluation mode; open_clip's and timm's with the `weights` that hub.py explains."""
+    check_backbone(name, weights)
     # A ViT draws its initial weights before ours are loaded: without the fork each client's draws would be disturbed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return _registry[name]().eval()
+        found = _family(name)
+        return (found[0](name.partition("/")[2], weights) if found else _registry[name]()).eval()
 
 
 def vit(image_size: int, patch_size: int, width: int, depth: int, heads: int, **more: object) -> nn.Module:

@@ -15,10 +15,12 @@ from atm_fl import models, tasks, vectors
 from atm_fl.errors import SettingError
 from atm_fl.evaluation import accuracy
 from atm_fl.files import atomic_write
+from atm_fl.hub import zero_shot
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Dataset, Split
-from atm_fl.tuning import task_vector, tune
+from atm_fl.trainable import Lora, set_trainable
+from atm_fl.tuning import Tuned, task_vector, tune
 
 
 @dataclass(frozen=True)
@@ -31,28 +33,60 @@ class Update:
 
 
 class SharedModel:
-    """The one backbone of a process, reused in place by every party and round; its entries are one flat tensor."""
+    """The one backbone of a process, reused in place by every party and round; its entries are one flat tensor.
 
-    def __init__(self, name: str, device: str) -> None:
-        self.module = models.load_backbone(name)
+    SettingError if the device is not there, or the backbone has no such entries to train.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.device = find_device(settings.device)
+        self.module = models.load_backbone(settings.model, settings.weights)
+        self.digest = vectors.digest(vectors.Layout.of(self.module).flatten(self.module))
+        """Of the whole pretrained backbone."""
+        set_trainable(self.module, settings.trainable)
         self.layout = vectors.Layout.of(self.module)
         self.pretrained = self.layout.flatten(self.module)
-        self.module.to(device)
+        self.module.to(self.device)
+        self.module.precision = models.PRECISIONS[settings.precision]
+        self.module.channels_last = settings.channels_last
         self.flat: nn.Parameter = vectors.bind(self.module, self.layout)
+        lora = settings.trainable == "lora"
+        self.lora = Lora(self.module, self.layout, settings.lora_rank, settings.lora_alpha) if lora else None
+        if settings.gradient_checkpointing:
+            self.module.vit.set_grad_checkpointing(True)
+        if settings.compile:
+            self.module.vit.compile()
 
     def load(self, base: Tensor) -> None:
         """Set the model's shared entries to `base`, float32 [n]."""
         self.flat.data.copy_(base)
+        if self.lora:
+            self.lora.reset()
+
+    def tune(self, base: Tensor, head: nn.Module, data: Split, settings: Settings, seed: int) -> tuple[Tensor, Tuned]:
+        """Tune `base`, which is loaded, on `data`: (the task vector, float32 [n] on the CPU, what was done)."""
+        if self.lora:
+            self.lora.reset(derive_seed(seed, "lora"))
+            tuned = tune(self.module, head, self.lora.flat, data, settings, seed)
+            return self.lora.vector().cpu(), tuned
+        tuned = tune(self.module, head, self.flat, data, settings, seed)
+        return task_vector(self.flat, base.to(self.device)).cpu(), tuned
 
 
-@lru_cache(maxsize=1)
-def shared_model(name: str, device: str) -> SharedModel:
-    """The process's model, loaded once. SettingError if the device is not there."""
+def find_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the first GPU, or the CPU without one. SettingError if it is not there."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"device={device!r} cannot be used here: {error}") from error
-    return SharedModel(name, device)
+        raise SettingError(f"device={name!r} cannot be used here: {error}") from error
+    return device
+
+
+@lru_cache(maxsize=1)
+def shared_model(settings: Settings) -> SharedModel:
+    """The process's model, loaded once. settings: of_model()."""
+    return SharedModel(settings)
 
 
 class Party:
@@ -65,10 +99,10 @@ class Party:
     def __init__(self, settings: Settings, task: str, name: str = "") -> None:
         torch.set_num_threads(settings.threads)
         self.settings = settings
-        self.model = shared_model(settings.model, settings.device)
+        self.model = shared_model(settings.of_model())
         self.data: Dataset = tasks.load(task, self.model.module.image_size)
         self.task = name or self.data.name
-        self.head = self._make_head().to(settings.device)
+        self.head = self._make_head().to(self.model.device)
         self._splits = {name: self._on_device(self.data.split(name)) for name in tasks.SPLITS}
 
     def evaluate(self, base: Tensor, splits: tuple[str, ...]) -> dict[str, float]:
@@ -83,10 +117,7 @@ class Party:
         evaluation = self.evaluate(base, evaluated_splits(self.settings, round_number - 1))
         evaluated = time.perf_counter()
         seed = derive_seed(self.settings.seed, "tune", self.task, round_number)
-        tuned = tune(
-            self.model.module, self.head, self.model.flat, self._splits[self.settings.split], self.settings, seed
-        )
-        vector = task_vector(self.model.flat, base.to(self.model.flat.device)).cpu()
+        vector, tuned = self.model.tune(base, self.head, self._splits[self.settings.split], self.settings, seed)
         return Update(
             vector,
             evaluation,
@@ -101,31 +132,33 @@ class Party:
         )
 
     def _on_device(self, split: Split) -> Split:
-        return Split(split.images.to(self.settings.device), split.labels.to(self.settings.device))
+        return Split(split.images.to(self.model.device), split.labels.to(self.model.device))
 
     def _make_head(self) -> models.Head:
         """The head, kept on disk so that it outlives rounds and restarts; it never leaves this machine."""
-        kind, shots, classes = self.settings.head, self.settings.shots, len(self.data.classes)
-        seed = derive_seed(self.settings.seed, "head", self.task)
-        images, labels = self.data.train
-        made_by = inspect.getsource(models.prototypes), inspect.getsource(models.linear_probe), torch.__version__
-        machine = self.settings.device, self.settings.threads
-        data = [vectors.digest(tensor) for tensor in (self.model.pretrained, images, labels)]
-        key = derive_seed(kind, shots, seed, data, made_by, machine)
+        settings, data, model = self.settings, self.data, self.model
+        seed = derive_seed(settings.seed, "head", self.task)
+        made_by = [inspect.getsource(made) for made in (models.Head, models.prototypes, models.linear_probe, zero_shot)]
+        machine = str(model.device), settings.threads, torch.__version__
+        content: tuple[object, ...] = (model.digest, data.classes)
+        if settings.head == "zero-shot":
+            content += (settings.model, settings.weights, data.templates)
+        else:
+            content += (vectors.digest(data.train.images), vectors.digest(data.train.labels), settings.shots, seed)
+        key = derive_seed(settings.head, content, made_by, machine)
         path = tasks.cache_dir() / "heads" / f"{key:016x}.safetensors"
         if not path.exists():
-            self.model.load(self.model.pretrained)
-            backbone = self.model.module
-            made = (
-                models.prototypes(backbone, self.data.train, classes, shots, seed)
-                if kind == "prototypes"
-                else models.linear_probe(backbone, self.data.train, classes)
-            )
+            model.load(model.pretrained)
+            if settings.head == "zero-shot":
+                made = zero_shot(settings.model, settings.weights, data.classes, data.templates)
+            elif settings.head == "prototypes":
+                made = models.prototypes(model.module, data.train, len(data.classes), settings.shots, seed)
+            else:
+                made = models.linear_probe(model.module, data.train, len(data.classes))
             with atomic_write(path) as part:
-                save_file({"weight": made.weight.contiguous(), "bias": made.bias.contiguous()}, str(part))
-        stored = load_file(str(path))
+                save_file(made.state(), str(part))
         # Tensors out of a file are not aligned as torch's own are, and with that a product's last bits may differ.
-        return models.Head(stored["weight"].clone(), stored["bias"].clone())
+        return models.Head(**{name: tensor.clone() for name, tensor in load_file(str(path)).items()})
 
 
 def evaluated_splits(settings: Settings, rounds_done: int) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from atm_fl.files import atomic_write
 from atm_fl.models import load_backbone
 from atm_fl.scaling import check_layer_scaling
 from atm_fl.settings import Settings
+from atm_fl.trainable import set_trainable
 
 KEPT_CHECKPOINTS = 2
 
@@ -44,7 +45,8 @@ class Run:
         self.settings = settings
         self.directory = Path(settings.run_dir)
         check_run_dir(settings)
-        backbone = load_backbone(settings.model)
+        backbone = load_backbone(settings.model, settings.weights)
+        set_trainable(backbone, settings.trainable)
         self.layout = vectors.Layout.of(backbone)
         self.base = self.layout.flatten(backbone)
         """The current base model, float32 [n]."""

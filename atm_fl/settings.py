@@ -15,6 +15,7 @@ from atm_fl.merging import Merge, make_merge
 from atm_fl.scaling import check_task_scaling, read_factors, read_table
 from atm_fl.seeds import derive_seed
 from atm_fl.server_optimizer import ServerOptimizer
+from atm_fl.trainable import check_trainable
 from atm_fl.vectors import Layout
 
 
@@ -31,8 +32,14 @@ class Settings:
         "solar,bluemarble,icons,strokes,scripts,radicals,mnist,digits",
         "the parties' tasks in order, separated by commas; one with a slash is a folder of images",
     )
-    model: str = setting("vit_micro", "the shared backbone")
-    head: str = setting("prototypes", "how a party makes its head", choices=("prototypes", "linear-probe"))
+    model: str = setting("vit_micro", "the shared backbone; also open_clip/ViT-B-16, timm/vit_small_patch16_224, …")
+    weights: str = setting(
+        "pretrained", "of an open_clip or timm model: pretrained, a tag of open_clip's, a file, random"
+    )
+    trainable: str = setting("all", "what is tuned and merged: all, attention, last-K (blocks), lora")
+    lora_rank: int = setting(8, "the rank r of lora")
+    lora_alpha: float = setting(16.0, "its α: updates are α / r times B A")
+    head: str = setting("prototypes", "how a party makes its head", choices=("prototypes", "linear-probe", "zero-shot"))
     shots: int = setting(5, "images a class behind a prototype")
     start: str = setting("pretrained", "first base: 'pretrained', or a run directory whose merged model to go on from")
     rounds: int = setting(10, "rounds K of tuning and merging", decides=False)
@@ -59,10 +66,18 @@ class Settings:
     weight_decay: float = setting(0.1, "its weight decay")
     momentum: float = setting(0.0, "its momentum, of sgd only")
     batch_size: int = setting(32, "images a step")
+    accumulate: int = setting(1, "parts of a batch that go through the model one after another; it divides batch-size")
+    precision: str = setting(
+        "fp32", "of the backbone's passes: autocast to bf16 or fp16", choices=("fp32", "bf16", "fp16")
+    )
+    gradient_checkpointing: bool = setting(False, "compute activations again instead of keeping them")
+    channels_last: bool = setting(False, "hand images over in channels-last order")
+    compile: bool = setting(False, "torch.compile the backbone: seconds to minutes at the start of every process")
+    workers: int = setting(0, "processes that decode images that are not in memory", decides=False)
     clip_norm: float = setting(10.0, "gradient norm above which a gradient is scaled down; 0: never")
     seed: int = setting(0, "from which every client's and round's random numbers derive")
     threads: int = setting(1, "CPU threads of one client; sums in another order give other bits")
-    device: str = setting("cpu", "where clients compute: cpu, cuda, cuda:1, …")
+    device: str = setting("auto", "where clients compute: cpu, cuda, cuda:1, …; auto: a GPU if there is one")
     test_every: int = setting(
         0, "also evaluate the test split every so many rounds; 0: before the first and at the end", decides=False
     )
@@ -100,6 +115,12 @@ class Settings:
     def party_names(self) -> tuple[str, ...]:
         """The tasks' names in the run: a registered task's own, a folder's last part."""
         return tuple(name.rstrip("/").rsplit("/", 1)[-1] for name in self.task_names)
+
+    def of_model(self) -> Settings:
+        """These settings with all at their defaults but those that make the model; equal ones can share it."""
+        kept = ["model", "weights", "trainable", "lora_rank", "lora_alpha", "device", "precision"]
+        kept += ["gradient_checkpointing", "channels_last", "compile"]
+        return Settings(**{name: getattr(self, name) for name in kept})
 
     @property
     def needed(self) -> int:
@@ -149,25 +170,40 @@ class Settings:
             value, choices = getattr(self, item.name), item.metadata["choices"]
             if choices and value not in choices:
                 raise SettingError(f"{kebab(item.name)}={value!r}: it takes one of {', '.join(choices)}")
-        for name in ("rounds", "local_epochs", "batch_size", "shots", "threads"):
+        for name in ("rounds", "local_epochs", "batch_size", "accumulate", "lora_rank", "shots", "threads"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be at least 1")
-        for name in ("weight_decay", "momentum", "clip_norm", "test_every", "min_successful", "seed"):
+        for name in ("weight_decay", "momentum", "clip_norm", "test_every", "min_successful", "seed", "workers"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be 0 or more")
         for name in ("server_momentum", "server_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be at least 0 and below 1")
-        for name in ("learning_rate", "server_learning_rate", "server_epsilon", "node_timeout", "round_timeout"):
+        if self.batch_size % self.accumulate:
+            raise SettingError(f"accumulate={self.accumulate}: it must divide batch-size={self.batch_size}")
+        positive = (
+            "learning_rate",
+            "lora_alpha",
+            "server_learning_rate",
+            "server_epsilon",
+            "node_timeout",
+            "round_timeout",
+        )
+        for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be a positive number")
         if not math.isfinite(self.scaling):
             raise SettingError(f"scaling={self.scaling}: it must be a finite number")
         try:
-            torch.device(self.device)
+            torch.device("cpu" if self.device == "auto" else self.device)
         except RuntimeError:
-            raise SettingError(f"device={self.device!r} is no device; it takes cpu, cuda, cuda:1, …") from None
-        models.check_backbone(self.model)
+            raise SettingError(f"device={self.device!r} is no device; it takes auto, cpu, cuda, cuda:1, …") from None
+        models.check_backbone(self.model, self.weights)
+        check_trainable(self.trainable)
+        if self.head == "zero-shot" and not self.model.startswith("open_clip/"):
+            raise SettingError(
+                f"head='zero-shot': model={self.model!r} has no text tower; choose prototypes or an open_clip model"
+            )
         self.make_merge(Layout((), ()), 0).check_count(self.needed)
         check_task_scaling(self.task_scalings, self.party_names)
         self.layer_scalings  # noqa: B018 (a table that cannot be read is an error)

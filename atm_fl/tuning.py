@@ -39,6 +39,8 @@ def tune(model: nn.Module, head: nn.Module, flat: nn.Parameter, data: Split, set
     derives from `seed` alone. The last batch of an epoch may be smaller.
     """
     optimizer = make_optimizer(flat, settings)
+    # Gradients of half precision would vanish; with another precision this changes nothing.
+    scaler = torch.amp.GradScaler(flat.device.type, enabled=settings.precision == "fp16")
     random = torch.Generator().manual_seed(seed)
     assert flat.grad is not None
     steps, total = 0, 0.0
@@ -48,12 +50,15 @@ def tune(model: nn.Module, head: nn.Module, flat: nn.Parameter, data: Split, set
         total = 0.0
         for batch in order.split(settings.batch_size):
             flat.grad.zero_()
-            loss = functional.cross_entropy(head(model(data.images[batch])), data.labels[batch])
-            loss.backward()
+            for part in batch.split(settings.batch_size // settings.accumulate):
+                loss = functional.cross_entropy(head(model(data.images[part])), data.labels[part])
+                scaler.scale(loss * (len(part) / len(batch))).backward()
+                total += loss.item() * len(part)
+            scaler.unscale_(optimizer)
             if settings.clip_norm:
                 nn.utils.clip_grad_norm_(flat, settings.clip_norm)
-            optimizer.step()
-            total += loss.item() * len(batch)
+            scaler.step(optimizer)
+            scaler.update()
             steps += 1
     model.eval()
     return Tuned(steps, settings.local_epochs * len(data.labels), total / len(data.labels))

@@ -20,7 +20,7 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +53,8 @@ class Dataset:
     train: Split
     validation: Split
     test: Split
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    """What zero-shot heads make of a class's name."""
 
     def split(self, name: str) -> Split:
         """The split called `name`: "train", "validation" or "test"."""
@@ -189,7 +191,7 @@ def split_source(source: Source, cap: int = CAP) -> dict[str, np.ndarray]:
 
 
 def _dataset(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
-    splits = {
+    splits: dict[str, Any] = {
         split: Split(torch.from_numpy(arrays[f"{split}_images"]), torch.from_numpy(arrays[f"{split}_labels"]))
         for split in SPLITS
     }

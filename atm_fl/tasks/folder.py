@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ def load_folder(root: Path, size: int) -> Dataset:
     classes = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
     if len(classes) < 2:
         raise SettingError(f"{root / 'train'} has {len(classes)} class folder(s); a task needs two classes or more")
-    splits = {}
+    splits: dict[str, Any] = {}
     for split, folder in FOLDERS.items():
         strangers = sorted({p.name for p in (root / folder).iterdir() if p.is_dir()} - set(classes))
         if strangers:

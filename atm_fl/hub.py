@@ -1,0 +1,119 @@
+"""Backbones by name from open_clip and timm, and the zero-shot heads of CLIP's text tower.
+
+`model = "open_clip/ViT-B-16"` is the image tower of a CLIP, `model = "timm/vit_small_patch16_224"` a ViT of timm's.
+`weights` says which: "pretrained" (CLIP: OpenAI's where there are any), one of open_clip's tags ("laion2b_s34b_b88k"),
+a file, or "random" (drawn from a fixed seed, so that server and clients hold the same; for tests). Tags are downloaded
+by the two libraries, once, into Hugging Face's cache; no download was ever run by this project's tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.models import Backbone, Head, family
+
+RANDOM, PRETRAINED = "random", "pretrained"
+
+
+def clip_weights(name: str, weights: str) -> str | None:
+    """What open_clip takes as `pretrained`: a tag, a file's path, or None for random weights.
+
+    SettingError if open_clip has no image tower `name` that is a ViT, or no weights `weights` for it.
+    """
+    import open_clip
+
+    known = [model for model in open_clip.list_models() if model.startswith("ViT-")]
+    if name not in known:
+        raise SettingError(f"model='open_clip/{name}' is unknown{did_you_mean(name, known)}")
+    if weights == RANDOM:
+        return None
+    if Path(weights).is_file():
+        return weights
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights == PRETRAINED and tags:
+        return "openai" if "openai" in tags else tags[0]
+    if weights in tags:
+        return weights
+    raise SettingError(
+        f"weights={weights!r}: open_clip has no such weights of {name}, and no such file is here; it takes "
+        f"{', '.join([*tags, RANDOM])} or a file"
+    )
+
+
+def load_clip(name: str, weights: str) -> Any:
+    """The whole CLIP model, float32, in evaluation mode. SettingError if its weights cannot be had."""
+    import open_clip
+
+    chosen = clip_weights(name, weights)
+    # OpenAI's towers were trained with another GELU than open_clip's; loaded without it they are a few points worse.
+    quick = bool(chosen and open_clip.get_pretrained_cfg(name, chosen).get("quick_gelu"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            return open_clip.create_model(name, pretrained=chosen, force_quick_gelu=quick).eval()
+        except (RuntimeError, OSError) as error:
+            raise _not_here(f"open_clip/{name}", weights, error) from error
+
+
+@family("open_clip", check=clip_weights)
+def clip_tower(name: str, weights: str) -> Backbone:
+    """The image tower of a CLIP; features are its projected image embeddings, before they are normalised."""
+    visual = load_clip(name, weights).visual
+    return Backbone(visual, visual.image_size[0], visual.image_mean, visual.image_std)
+
+
+def zero_shot(name: str, weights: str, classes: Sequence[str], templates: Sequence[str]) -> Head:
+    """CLIP's own classifier of `classes` (Radford et al. 2021, arXiv:2103.00020).
+
+    A class's weight is the normalised mean of the normalised text embeddings of its name in all `templates` ("a photo
+    of a {}."); the learned logit scale is folded in. The text tower is loaded for this and dropped.
+    """
+    import open_clip
+
+    own = name.removeprefix("open_clip/")
+    clip = load_clip(own, weights)
+    weight = open_clip.build_zero_shot_classifier(clip, open_clip.get_tokenizer(own), list(classes), list(templates))
+    return Head(weight.T.contiguous(), torch.zeros(len(classes)), float(clip.logit_scale.detach().exp()))
+
+
+def check_timm(name: str, weights: str) -> None:
+    """SettingError if timm has no `VisionTransformer` called `name`, or `weights` is none of what `timm_vit` takes."""
+    import timm
+
+    known = timm.list_models("*", module="vision_transformer")
+    if name.partition(".")[0] not in known:
+        raise SettingError(f"model='timm/{name}' is no ViT of timm's{did_you_mean(name, known)}")
+    if weights not in (RANDOM, PRETRAINED) and not Path(weights).is_file():
+        raise SettingError(
+            f"weights={weights!r}: it takes {PRETRAINED}, {RANDOM} or a file (other weights of timm's are models of "
+            "their own: timm/vit_base_patch16_224.dino)"
+        )
+
+
+@family("timm", check=check_timm)
+def timm_vit(name: str, weights: str) -> Backbone:
+    """A ViT of timm's without its classifier; features are what the classifier would get."""
+    import timm
+    from timm.data import resolve_model_data_config
+
+    check_timm(name, weights)
+    file = "" if weights in (RANDOM, PRETRAINED) else weights
+    try:
+        model = timm.create_model(name, pretrained=weights == PRETRAINED, checkpoint_path=file, num_classes=0)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise _not_here(f"timm/{name}", weights, error) from error
+    config = resolve_model_data_config(model)
+    return Backbone(model, config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+
+
+def _not_here(name: str, weights: str, error: Exception) -> SettingError:
+    told = " ".join(str(error).split())[:200]
+    return SettingError(
+        f"model={name!r}: the weights {weights!r} could not be loaded here ({told}); fetch them once on a machine with "
+        "a network and name the file with weights=FILE"
+    )
