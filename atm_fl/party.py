@@ -101,16 +101,15 @@ class Party:
         )
 
     def _on_device(self, split: Split) -> Split:
-        return Split(split.images.to(self.settings.device), split.labels.to(self.settings.device))
+        return split.to(self.settings.device)
 
     def _make_head(self) -> models.Head:
         """The head, kept on disk so that it outlives rounds and restarts; it never leaves this machine."""
         kind, shots, classes = self.settings.head, self.settings.shots, len(self.data.classes)
         seed = derive_seed(self.settings.seed, "head", self.task)
-        images, labels = self.data.train
         made_by = inspect.getsource(models.prototypes), inspect.getsource(models.linear_probe), torch.__version__
         machine = self.settings.device, self.settings.threads
-        data = [vectors.digest(tensor) for tensor in (self.model.pretrained, images, labels)]
+        data = [vectors.digest(self.model.pretrained), *self.data.train.digests]
         key = derive_seed(kind, shots, seed, data, made_by, machine)
         path = tasks.cache_dir() / "heads" / f"{key:016x}.safetensors"
         if not path.exists():

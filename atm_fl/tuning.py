@@ -32,11 +32,13 @@ def make_optimizer(parameter: nn.Parameter, settings: Settings) -> torch.optim.O
     return torch.optim.AdamW([parameter], settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
 
 
-def tune(model: nn.Module, head: nn.Module, flat: nn.Parameter, data: Split, settings: Settings, seed: int) -> Tuned:
+def tune(
+    model: nn.Module, head: nn.Module, flat: nn.Parameter, data: Split, settings: Settings, seed: int, workers: int = 0
+) -> Tuned:
     """Tune `model`, whose entries and gradients are bound to `flat`, in place for `local-epochs` over `data`.
 
     The head stays frozen. A new optimizer starts each call: its state does not outlive a round. The order of the images
-    derives from `seed` alone. The last batch of an epoch may be smaller.
+    derives from `seed` alone. The last batch of an epoch may be smaller. `workers` processes decode image files.
     """
     optimizer = make_optimizer(flat, settings)
     random = torch.Generator().manual_seed(seed)
@@ -46,14 +48,14 @@ def tune(model: nn.Module, head: nn.Module, flat: nn.Parameter, data: Split, set
     for _ in range(settings.local_epochs):
         order = torch.randperm(len(data.labels), generator=random).to(data.labels.device)
         total = 0.0
-        for batch in order.split(settings.batch_size):
+        for images, labels in data.batches(order, settings.batch_size, workers):
             flat.grad.zero_()
-            loss = functional.cross_entropy(head(model(data.images[batch])), data.labels[batch])
+            loss = functional.cross_entropy(head(model(images)), labels)
             loss.backward()
             if settings.clip_norm:
                 nn.utils.clip_grad_norm_(flat, settings.clip_norm)
             optimizer.step()
-            total += loss.item() * len(batch)
+            total += loss.item() * len(labels)
             steps += 1
     model.eval()
     return Tuned(steps, settings.local_epochs * len(data.labels), total / len(data.labels))
