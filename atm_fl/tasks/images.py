@@ -72,8 +72,10 @@ def decode_batches(images: ImageFiles, parts: Sequence[Tensor], workers: int) ->
     )
     try:
         yield from loader
+        return
     except SettingError as error:
         # A worker's error arrives with its traceback as text; its last line is the message.
-        raise SettingError(
-            str(error).strip().rpartition("\n")[2].removeprefix("atm_fl.errors.SettingError: ")
-        ) from error
+        message = str(error).strip().rpartition("\n")[2].removeprefix("atm_fl.errors.SettingError: ")
+        error.__traceback__ = None
+    # Raised anew and unchained: the caught one's traceback, a cycle, holds the workers, which are to end now.
+    raise SettingError(message)
