@@ -143,6 +143,7 @@ def tasks(
         return
     head = ("task", "classes", "train", "test", "GB", "licence", "source")
     table = Table(*head[:-2], "on disk", *head[-2:], box=SIMPLE)
+    table.columns[0].no_wrap = True
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, found in sorted(registry.tasks().items(), key=lambda item: isinstance(item[1], Published)):
         numbers, there = [""] * 4, "embedded"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import pickle
@@ -566,6 +567,22 @@ def test_prepare_refuses_without_space_and_otherwise_checks_caches_and_tells(
         replace(task, read=broken).parts(root, download=True)
     assert call(monkeypatch, "prepare", "--tasks", "fer2013") == 2
     assert f"to {root / 'fer2013' / 'fer2013.csv'} and run this again" in capsys.readouterr().err
+
+
+def test_the_example_of_the_documentation_is_a_task(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (ROOT / "docs" / "data.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.setattr(tasks, "_registry", dict(tasks.tasks()))
+    file = root / "mushrooms.py"
+    file.write_text(code.replace("classes=9, train=6000, test=714", "classes=2, train=8, test=4"))
+    monkeypatch.syspath_prepend(root)
+    importlib.import_module("mushrooms")
+    for part, count in (("train", 4), ("test", 2)):
+        for name in ("agaric", "bolete"):
+            for number in range(count):
+                picture(root / "mushrooms" / part / name / f"{number}.png")
+    data = tasks.load("mushrooms", 16)
+    assert (len(data.train), len(data.validation), len(data.test)) == (7, 1, 4)
+    assert data.prompts()[1] == ["a photo of a bolete."]
 
 
 def test_the_documentation_lists_the_data_sets_as_they_are_declared(

@@ -140,7 +140,8 @@ class Published(Task):
         """`train` begins with its validation images."""
         count = validation_count(len(train))
         kept, held = train.take(slice(count, None)), train.take(slice(count))
-        return Dataset(self.name, tuple(classes), kept, held, test, prompts.TEMPLATES[self.name])
+        templates = prompts.TEMPLATES.get(self.name, Dataset.templates)
+        return Dataset(self.name, tuple(classes), kept, held, test, templates)
 
     def _cache(self, root: Path) -> Path:
         makers = self.read, Published, validation_first, validation_count
