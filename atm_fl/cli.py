@@ -127,18 +127,90 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run's directory, fini
 
 
 @app.command()
-def tasks(build: Annotated[bool, typer.Option(help="build and count every task's splits")] = False) -> None:
-    """List the tasks with their sources and licences."""
+def tasks(
+    build: Annotated[bool, typer.Option(help="count every split, building or reading what is on this machine")] = False,
+    leaks: Annotated[str, typer.Option(help="a task: which of its validation and test images are in train?")] = "",
+    workers: Annotated[int, typer.Option(min=0, help="processes that decode images for --leaks")] = 0,
+    markdown: Annotated[bool, typer.Option(help="the published data sets as the table of docs/data.md")] = False,
+) -> None:
+    """List the tasks with their sources and licences, or check one for leaks (exit status 1 if there are any)."""
     from atm_fl import tasks as registry
+    from atm_fl.tasks.published import Published, data_root
 
-    table = Table("task", "licence", "source", *(["classes", "train", "validation", "test"] if build else []))
-    for name, found in registry.tasks().items():
-        row = [name, found.licence, found.source]
-        if build:
+    if leaks:
+        if _say_leaks(leaks, workers):
+            raise typer.Exit(1)
+        return
+    head = ("task", "classes", "train", "test", "GB", "licence", "source")
+    table = Table(*head[:-2], "on disk", *head[-2:], box=SIMPLE)
+    table.columns[0].no_wrap = True
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, found in sorted(registry.tasks().items(), key=lambda item: isinstance(item[1], Published)):
+        numbers, there = [""] * 4, "embedded"
+        if isinstance(found, Published):
+            numbers = [str(found.classes), str(found.train), str(found.test), f"{found.gigabytes:g}"]
+            there = "yes" if found.on_disk() else "no"
+            lines.append("| " + " | ".join([name, *numbers, found.licence, found.source]) + " |")
+        if build and there != "no":
             data = registry.load(name)
-            row += [str(len(data.classes)), *(str(len(data.split(split).labels)) for split in registry.SPLITS)]
-        table.add_row(*row)
-    console.print(table)
+            counted = f"{len(data.train)} + {len(data.validation)}"
+            numbers[:3] = [str(len(data.classes)), counted, str(len(data.test))]
+        table.add_row(name, *numbers, there, found.licence, found.source)
+    if markdown:
+        console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+    else:
+        console.print(table)
+        console.print(
+            f"published data sets are looked for in {data_root()}", soft_wrap=True, highlight=False, markup=False
+        )
+
+
+def _say_leaks(name: str, workers: int) -> bool:
+    """Print a task's leaks; whether an image of validation or test is in train."""
+    from atm_fl import tasks as registry
+    from atm_fl.tasks.leaks import SIZE, describe, find_leaks
+
+    data = registry.load(name, SIZE)
+    found = find_leaks(data, workers)
+    for leaks in found:
+        console.print(describe(data, leaks), soft_wrap=True, highlight=False, markup=False)
+    return any(leaks.exact for leaks in found)
+
+
+@app.command()
+def prepare(
+    tasks: Annotated[str, typer.Option(help="published data sets, separated by commas; see `atm-fl tasks`")],
+    root: Annotated[Path | None, typer.Option(help="where to; default $ATM_FL_DATA or ~/.cache/atm-fl/data")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="processes that decode images")] = 0,
+) -> None:
+    """Download published data sets, check them, and say which test images are also in train."""
+    from atm_fl.tasks import leaks
+    from atm_fl.tasks import published as library
+
+    folder = (root or library.data_root()).expanduser().resolve()
+    chosen = [library.find_published(name.strip()) for name in tasks.split(",")]
+    needed, free = library.space(chosen, folder)
+    console.print(
+        f"{folder}: {needed:.1f} GB needed, {free:.1f} GB free", soft_wrap=True, highlight=False, markup=False
+    )
+    if needed > free:
+        raise SettingError(
+            f"{folder} has {free:.1f} GB free of the {needed:.1f} GB that are needed; choose another --root"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for found in chosen:
+        console.print(f"{found.name}: {found.source}", soft_wrap=True, highlight=False, markup=False)
+        found.parts(folder, download=True)
+        data = found.load(leaks.SIZE, folder)
+        for leak in leaks.find_leaks(data, workers):
+            console.print(leaks.describe(data, leak), soft_wrap=True, highlight=False, markup=False)
+        console.print(
+            f"{found.name}: {len(data.classes)} classes, {len(data.train)} training, {len(data.validation)} validation "
+            f"and {len(data.test)} test images",
+            highlight=False,
+        )
+    if folder != library.data_root().resolve():
+        console.print(f"runs find it with ATM_FL_DATA={folder}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()

@@ -67,18 +67,23 @@ def clip_tower(name: str, weights: str) -> Backbone:
     return Backbone(visual, visual.image_size[0], visual.image_mean, visual.image_std)
 
 
-def zero_shot(name: str, weights: str, classes: Sequence[str], templates: Sequence[str]) -> Head:
-    """CLIP's own classifier of `classes` (Radford et al. 2021, arXiv:2103.00020).
+def zero_shot(name: str, weights: str, prompts: Sequence[Sequence[str]]) -> Head:
+    """CLIP's own classifier (Radford et al. 2021, arXiv:2103.00020) of classes described by sentences each.
 
-    A class's weight is the normalised mean of the normalised text embeddings of its name in all `templates` ("a photo
-    of a {}."); the learned logit scale is folded in. The text tower is loaded for this and dropped.
+    A class's weight is the normalised mean of the normalised text embeddings of its sentences ("a photo of a cat.", "a
+    drawing of a cat."); the learned logit scale is folded in. The text tower is loaded for this and dropped.
     """
     import open_clip
 
     own = name.removeprefix("open_clip/")
-    clip = load_clip(own, weights)
-    weight = open_clip.build_zero_shot_classifier(clip, open_clip.get_tokenizer(own), list(classes), list(templates))
-    return Head(weight.T.contiguous(), torch.zeros(len(classes)), float(clip.logit_scale.detach().exp()))
+    clip, tokenizer = load_clip(own, weights), open_clip.get_tokenizer(own)
+    # Classes may have different numbers of sentences; open_clip's function wants as many of each at a time.
+    columns = [
+        open_clip.build_zero_shot_classifier(clip, tokenizer, [""], [lambda _, text=text: text for text in texts])
+        for texts in prompts
+    ]
+    weight = torch.cat(columns, 1).T.contiguous()
+    return Head(weight, torch.zeros(len(weight)), float(clip.logit_scale.detach().exp()))
 
 
 def check_timm(name: str, weights: str) -> None:

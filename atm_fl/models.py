@@ -256,9 +256,9 @@ def _dinov2_state(file: Path, depth: int, grid: int) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def features(model: Backbone, images: Tensor) -> Tensor:
-    """Features [n, d] of images uint8 [n, 3, h, w], in batches, on the CPU."""
-    return torch.cat([model(batch) for batch in images.split(EVALUATION_BATCH)]).cpu()
+def features(model: Backbone, data: Split, workers: int = 0) -> Tensor:
+    """Features [n, d] of the images of `data`, in batches, on the CPU; `workers` processes decode image files."""
+    return torch.cat([model(images) for images, _ in data.batches(None, EVALUATION_BATCH, workers)]).cpu()
 
 
 def prototypes(model: Backbone, data: Split, classes: int, shots: int, seed: int) -> Head:
@@ -269,18 +269,18 @@ def prototypes(model: Backbone, data: Split, classes: int, shots: int, seed: int
     random = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data.labels), generator=random)
     chosen = [order[data.labels[order] == label][:shots] for label in range(classes)]
-    found = functional.normalize(features(model, data.images[torch.cat(chosen)]), dim=-1)
+    found = functional.normalize(features(model, data.take(torch.cat(chosen))), dim=-1)
     means = torch.stack([part.mean(0) for part in found.split([len(part) for part in chosen])])
     centre = means.mean(0)
     weight = functional.normalize(means - centre, dim=-1)
     return Head(weight, -LOGIT_SCALE * (weight @ centre))
 
 
-def linear_probe(model: Backbone, data: Split, classes: int) -> Head:
+def linear_probe(model: Backbone, data: Split, classes: int, workers: int = 0) -> Head:
     """A head fitted to the normalised features of all of `data` by logistic regression (scikit-learn, C = 1)."""
     from sklearn.linear_model import LogisticRegression
 
-    found = functional.normalize(features(model, data.images), dim=-1) * LOGIT_SCALE
+    found = functional.normalize(features(model, data, workers), dim=-1) * LOGIT_SCALE
     fitted = LogisticRegression(max_iter=1000).fit(found.numpy(), data.labels.numpy())
     weight, bias = torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
     if classes == 2:  # scikit-learn returns one row for two classes

@@ -109,7 +109,10 @@ class Party:
         """Accuracy of `base`, float32 [n], with this party's head on each of `splits`."""
         torch.set_num_threads(self.settings.threads)
         self.model.load(base)
-        return {split: accuracy(self.model.module, self.head, self._splits[split]) for split in splits}
+        return {
+            split: accuracy(self.model.module, self.head, self._splits[split], self.settings.workers)
+            for split in splits
+        }
 
     def train(self, base: Tensor, round_number: int) -> Update:
         """Evaluate the received base, tune it for `local-epochs`, and return the task vector against it."""
@@ -132,7 +135,7 @@ class Party:
         )
 
     def _on_device(self, split: Split) -> Split:
-        return Split(split.images.to(self.model.device), split.labels.to(self.model.device))
+        return split.to(self.model.device)
 
     def _make_head(self) -> models.Head:
         """The head, kept on disk so that it outlives rounds and restarts; it never leaves this machine."""
@@ -142,19 +145,19 @@ class Party:
         machine = str(model.device), settings.threads, torch.__version__
         content: tuple[object, ...] = (model.digest, data.classes)
         if settings.head == "zero-shot":
-            content += (settings.model, settings.weights, data.templates)
+            content += (settings.model, settings.weights, data.prompts())
         else:
-            content += (vectors.digest(data.train.images), vectors.digest(data.train.labels), settings.shots, seed)
+            content += (*data.train.digests, settings.shots, seed)
         key = derive_seed(settings.head, content, made_by, machine)
         path = tasks.cache_dir() / "heads" / f"{key:016x}.safetensors"
         if not path.exists():
             model.load(model.pretrained)
             if settings.head == "zero-shot":
-                made = zero_shot(settings.model, settings.weights, data.classes, data.templates)
+                made = zero_shot(settings.model, settings.weights, data.prompts())
             elif settings.head == "prototypes":
                 made = models.prototypes(model.module, data.train, len(data.classes), settings.shots, seed)
             else:
-                made = models.linear_probe(model.module, data.train, len(data.classes))
+                made = models.linear_probe(model.module, data.train, len(data.classes), settings.workers)
             with atomic_write(path) as part:
                 save_file(made.state(), str(part))
         # Tensors out of a file are not aligned as torch's own are, and with that a product's last bits may differ.

@@ -48,12 +48,13 @@ def tune(model: nn.Module, head: nn.Module, flat: nn.Parameter, data: Split, set
     for _ in range(settings.local_epochs):
         order = torch.randperm(len(data.labels), generator=random).to(data.labels.device)
         total = 0.0
-        for batch in order.split(settings.batch_size):
+        for images, labels in data.batches(order, settings.batch_size, settings.workers):
             flat.grad.zero_()
-            for part in batch.split(settings.batch_size // settings.accumulate):
-                loss = functional.cross_entropy(head(model(data.images[part])), data.labels[part])
-                scaler.scale(loss * (len(part) / len(batch))).backward()
-                total += loss.item() * len(part)
+            size = settings.batch_size // settings.accumulate
+            for part, wanted in zip(images.split(size), labels.split(size), strict=True):
+                loss = functional.cross_entropy(head(model(part)), wanted)
+                scaler.scale(loss * (len(wanted) / len(labels))).backward()
+                total += loss.item() * len(wanted)
             scaler.unscale_(optimizer)
             if settings.clip_norm:
                 nn.utils.clip_grad_norm_(flat, settings.clip_norm)

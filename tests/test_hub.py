@@ -22,6 +22,7 @@ from atm_fl.vectors import Layout, bind
 
 CLASSES = ["a red thing", "a green thing", "a blue thing"]
 TEMPLATES = ["a photo of a {}.", "a blurry photo of a {}.", "art of the {}."]
+PROMPTS = [[template.format(name) for template in TEMPLATES] for name in CLASSES]
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_random_weights_are_the_same_everywhere_and_disturb_no_other_draws(clip:
 
 def test_a_zero_shot_head_is_clips_own_classifier(clip: str) -> None:
     own = hub.load_clip(clip.removeprefix("open_clip/"), "random")
-    model, head = models.load_backbone(clip, "random"), hub.zero_shot(clip, "random", CLASSES, TEMPLATES)
+    model, head = models.load_backbone(clip, "random"), hub.zero_shot(clip, "random", PROMPTS)
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():
         pixels = (images / 255 - torch.tensor(own.visual.image_mean).view(1, 3, 1, 1)) / torch.tensor(

@@ -60,9 +60,9 @@ def test_a_linear_probe_is_sklearns_logistic_regression(classes: int) -> None:
     data = Split(data.images[kept], data.labels[kept])
     model = models.load_backbone("tiny")
     head = models.linear_probe(model, data, classes)
-    features = functional.normalize(models.features(model, data.images), dim=-1) * models.LOGIT_SCALE
+    features = functional.normalize(models.features(model, data), dim=-1) * models.LOGIT_SCALE
     theirs = LogisticRegression(max_iter=1000).fit(features.numpy(), data.labels.numpy())
-    ours = head(models.features(model, data.images)).softmax(-1)
+    ours = head(models.features(model, data)).softmax(-1)
     torch.testing.assert_close(
         ours.double(), torch.from_numpy(theirs.predict_proba(features.numpy())).double(), rtol=1e-3, atol=1e-4
     )

@@ -1,7 +1,8 @@
 """Tasks: image classification data sets, one registry, fixed splits.
 
-A source is a function that returns every image it has; this module resizes, removes duplicates, splits and caches. To
-add a task put one small file beside this one::
+Embedded tasks come with pip packages: a source is a function that returns every image it has; this module resizes,
+removes duplicates, splits and caches. Published data sets are read from disk as they are: see `published.py`. To add an
+embedded task put one small file beside this one::
 
     @task("flowers", licence="CC0", source="PyPI flowers 1.0")
     def flowers() -> Source:
@@ -17,17 +18,18 @@ import importlib
 import inspect
 import os
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from atm_fl import vectors
 from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.files import atomic_write
+from atm_fl.tasks.images import ImageFiles, decode_batches
 
 IMAGE_SIZE = 32
 SPLITS = ("train", "validation", "test")
@@ -37,16 +39,60 @@ VALIDATION, TEST = 0.15, 0.25
 SPLIT_SEED = 0
 
 
-class Split(NamedTuple):
-    """Images uint8 [n, 3, 32, 32] and labels int64 [n]."""
+@dataclass(frozen=True)
+class Split:
+    """Images and their labels, int64 [n].
 
-    images: Tensor
+    images: uint8 [n, 3, h, w] in memory (or [n, 1, h, w], grey), or files that are decoded when a batch is taken. Both
+    are read through `batches`, and chosen from by `take`.
+    """
+
+    images: Tensor | ImageFiles
     labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor | slice) -> Split:
+        """The split of the items at `index`, int64 [k], in that order, or a slice of it; files are not decoded."""
+        images = self.images[index] if isinstance(self.images, Tensor) else self.images.take(index)
+        return Split(images, self.labels[index])
+
+    def to(self, device: str | torch.device) -> Split:
+        """This split on `device`; of files only the labels move, their images follow batch by batch."""
+        images = self.images.to(device) if isinstance(self.images, Tensor) else self.images
+        return Split(images, self.labels.to(device))
+
+    def batches(
+        self, order: Tensor | None = None, batch_size: int = 256, workers: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images uint8 [k, 3, h, w] and labels int64 [k] of the items in `order`, all by default; the last may be less.
+
+        Files are decoded by `workers` processes ahead of the reader, with 0 in this one; the batches are the same.
+        SettingError names the file that is not an image.
+        """
+        if order is None:
+            order = torch.arange(len(self), device=self.labels.device)
+        parts = order.split(batch_size)
+        if isinstance(self.images, Tensor):
+            pixels: Iterator[Tensor] = (self.images[part].expand(-1, 3, -1, -1) for part in parts)
+        else:
+            pixels = decode_batches(self.images, [part.cpu() for part in parts], workers)
+        yield from zip(pixels, (self.labels[part] for part in parts), strict=True)
+
+    @property
+    def digests(self) -> tuple[str, str]:
+        """Short hashes of images and labels. Equal ones mean equal data; of files names and sizes are hashed."""
+        images = vectors.digest(self.images) if isinstance(self.images, Tensor) else self.images.digest
+        return images, vectors.digest(self.labels)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One task's data: class names and the three fixed, disjoint, stratified splits."""
+    """One task's data: class names, the three fixed, disjoint splits, and templates of sentences for text heads.
+
+    A class name may hold several wordings with a semicolon between them.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -54,13 +100,19 @@ class Dataset:
     validation: Split
     test: Split
     templates: tuple[str, ...] = ("a photo of a {}.",)
-    """What zero-shot heads make of a class's name."""
 
     def split(self, name: str) -> Split:
         """The split called `name`: "train", "validation" or "test"."""
         if name not in SPLITS:
             raise SettingError(f"split={name!r} is unknown; it takes one of {', '.join(SPLITS)}")
         return getattr(self, name)
+
+    def prompts(self) -> list[list[str]]:
+        """For each class its sentences: every template with every wording of the class name."""
+        return [
+            [template.format(wording.strip()) for wording in name.split(";") for template in self.templates]
+            for name in self.classes
+        ]
 
 
 @dataclass(frozen=True)
@@ -79,12 +131,39 @@ class Source:
 
 @dataclass(frozen=True)
 class Task:
-    """A registered task: where its images come from, under which licence, and the function that builds them."""
+    """A registered task: where its images come from and under which licence."""
 
     name: str
     licence: str
     source: str
+
+    def load(self, size: int) -> Dataset:
+        """The task's data; images that are not kept at a size of their own are brought to `size` pixels."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Embedded(Task):
+    """A task out of an installed package, and the function that builds it. Its images are 32 x 32."""
+
     build: Callable[[], Source]
+
+    def load(self, size: int) -> Dataset:
+        """The first call builds the data (seconds) and caches them under `cache_dir()`; `size` is the backbone's."""
+        module = inspect.getsource(inspect.getmodule(self.build))  # type: ignore[arg-type]
+        recipe = f"{module}{inspect.getsource(split_source)}{CAP, SPLIT_SEED}"
+        path = cache_dir() / "tasks" / f"{self.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.npz"
+        if not path.exists():
+            try:
+                arrays = split_source(self.build())
+            except ModuleNotFoundError as error:
+                raise SettingError(
+                    f"task {self.name!r} needs the package {error.name!r}; install it with pip"
+                ) from error
+            with atomic_write(path) as part:
+                np.savez_compressed(part, allow_pickle=False, **arrays)
+        with np.load(path) as stored:
+            return _dataset(self.name, dict(stored))
 
 
 _registry: dict[str, Task] = {}
@@ -94,10 +173,15 @@ def task(name: str, *, licence: str, source: str) -> Callable[[Callable[[], Sour
     """Register the decorated source function under `name`, with a line of licence and provenance."""
 
     def register(build: Callable[[], Source]) -> Callable[[], Source]:
-        _registry[name] = Task(name, licence, source, build)
+        add(Embedded(name, licence, source, build))
         return build
 
     return register
+
+
+def add(task: Task) -> None:
+    """Register a task under its name."""
+    _registry[task.name] = task
 
 
 def tasks() -> dict[str, Task]:
@@ -121,26 +205,12 @@ def check(name: str) -> None:
 
 
 def load(name: str, size: int = IMAGE_SIZE) -> Dataset:
-    """The data of a task: a registered one, or with a slash in its name a folder of images, brought to `size` pixels.
-
-    The first call of a registered task builds it (seconds) and caches the result under `cache_dir()`.
-    """
+    """The data of a task, a registered one or (with a slash in its name) a folder, its images brought to `size`."""
     if "/" in name:
         from atm_fl.tasks.folder import load_folder
 
         return load_folder(Path(name), size)
-    found = find(name)
-    recipe = f"{inspect.getsource(inspect.getmodule(found.build))}{inspect.getsource(split_source)}{CAP, SPLIT_SEED}"  # type: ignore[arg-type]
-    path = cache_dir() / "tasks" / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.npz"
-    if not path.exists():
-        try:
-            arrays = split_source(found.build())
-        except ModuleNotFoundError as error:
-            raise SettingError(f"task {name!r} needs the package {error.name!r}; install it with pip") from error
-        with atomic_write(path) as part:
-            np.savez_compressed(part, allow_pickle=False, **arrays)
-    with np.load(path) as arrays:
-        return _dataset(name, dict(arrays))
+    return find(name).load(size)
 
 
 def cache_dir() -> Path:
@@ -191,8 +261,8 @@ def split_source(source: Source, cap: int = CAP) -> dict[str, np.ndarray]:
 
 
 def _dataset(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
-    splits: dict[str, Any] = {
-        split: Split(torch.from_numpy(arrays[f"{split}_images"]), torch.from_numpy(arrays[f"{split}_labels"]))
+    train, validation, test = (
+        Split(torch.from_numpy(arrays[f"{split}_images"]), torch.from_numpy(arrays[f"{split}_labels"]))
         for split in SPLITS
-    }
-    return Dataset(name, tuple(map(str, arrays["classes"])), **splits)
+    )
+    return Dataset(name, tuple(map(str, arrays["classes"])), train, validation, test)

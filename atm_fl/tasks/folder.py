@@ -44,7 +44,7 @@ def load_folder(root: Path, size: int) -> Dataset:
             raise SettingError(f"{root / folder / classes[missing[0]]} has no images ({', '.join(IMG_EXTENSIONS)})")
         images = np.stack([_read(file, size) for file, _ in found])
         splits[split] = Split(torch.from_numpy(images), torch.tensor([label for _, label in found]))
-    return Dataset(root.name, tuple(classes), **splits)
+    return Dataset(root.name, tuple(classes), splits["train"], splits["validation"], splits["test"])
 
 
 def _read(file: Path, size: int) -> np.ndarray:

@@ -1,0 +1,66 @@
+"""What the paper's runs cost: floating-point operations, counted.
+
+    python benchmarks/flops.py [configs/paper_pa_atm.toml …]
+
+One training step's operations (forward and backward, torch.utils.flop_counter) of the config's backbone on one image,
+times the images that its parties tune on: no weights are loaded and nothing is computed. Evaluation is one forward pass
+an image of the validation split a round, and of the test split before the first round and at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import open_clip
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from atm_fl import tasks
+from atm_fl.cli import read_config
+from atm_fl.tasks.published import find_published, validation_count
+
+SPEED = {"fp32 on an A100, 10 TFLOP/s sustained": 10e12, "bf16 on an A100, 100 TFLOP/s sustained": 100e12}
+"""Assumed, not measured here."""
+
+
+def operations(name: str) -> tuple[int, int]:
+    """FLOPs of one image's (forward, forward and backward) through an image tower of open_clip."""
+    with torch.device("meta"):
+        tower = open_clip.create_model(name, device="meta").visual.train()
+        image = torch.empty(1, 3, *tower.image_size)
+    with FlopCounterMode(display=False) as forward:
+        features = tower(image)
+    with FlopCounterMode(display=False) as backward:
+        features.sum().backward()
+    return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    configs = [Path(f"configs/paper_{name}.toml") for name in ("pa_atm", "ph_atm", "baselines")]
+    parser.add_argument("configs", nargs="*", type=Path, default=configs)
+    tasks.tasks()
+    for config in parser.parse_args().configs:
+        settings = read_config(config, ["start=pretrained"])
+        forward, step = operations(settings.model.removeprefix("open_clip/"))
+        sets = [find_published(name) for name in settings.task_names]
+        held = [validation_count(found.train) for found in sets]
+        images = (
+            held if settings.split == "validation" else [found.train - v for found, v in zip(sets, held, strict=True)]
+        )
+        epochs = settings.rounds * settings.local_epochs
+        steps = epochs * sum(math.ceil(count / settings.batch_size) for count in images)
+        training = step * epochs * sum(images)
+        evaluation = forward * (sum(held) * (settings.rounds + 1) + 2 * sum(found.test for found in sets))
+        print(f"{config}: {settings.model}, {len(sets)} tasks, {settings.rounds} x {settings.local_epochs} epochs")
+        print(f"  an image: {forward / 1e9:.1f} GFLOP forward, {step / 1e9:.1f} with backward")
+        print(f"  {sum(images):,} images an epoch, {steps:,} optimizer steps")
+        print(f"  {training / 1e15:.0f} PFLOP of training, {evaluation / 1e15:.0f} of evaluation")
+        for speed, rate in SPEED.items():
+            print(f"  {(training + evaluation) / rate / 3600:.1f} h at {speed}")
+
+
+if __name__ == "__main__":
+    main()
