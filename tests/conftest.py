@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -62,6 +64,19 @@ def config(folders: list[str], tmp_path: Path) -> dict[str, Any]:
         "learning-rate": 1e-3,
         "run-dir": str(tmp_path / "run"),
     }
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> str:
+    """A tiny CLIP in open_clip's registry: two blocks of width 64, 16 features."""
+    towers = {
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    file = tmp_path / "ViT-tiny-test.json"
+    file.write_text(json.dumps({"embed_dim": 16, **towers}))
+    open_clip.add_model_config(file)
+    return "open_clip/ViT-tiny-test"
 
 
 @pytest.fixture

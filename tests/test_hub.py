@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,6 @@ from atm_fl.vectors import Layout, bind
 CLASSES = ["a red thing", "a green thing", "a blue thing"]
 TEMPLATES = ["a photo of a {}.", "a blurry photo of a {}.", "art of the {}."]
 PROMPTS = [[template.format(name) for template in TEMPLATES] for name in CLASSES]
-
-
-@pytest.fixture
-def clip(tmp_path: Path) -> str:
-    """A tiny CLIP in open_clip's registry."""
-    towers = {
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
-    file = tmp_path / "ViT-tiny-test.json"
-    file.write_text(json.dumps({"embed_dim": 24, **towers}))
-    open_clip.add_model_config(file)
-    return "open_clip/ViT-tiny-test"
 
 
 @pytest.fixture

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -110,21 +108,13 @@ def test_lora_is_pefts() -> None:
         torch.testing.assert_close(update.b.grad, peft.lora_B["default"].weight.grad, rtol=1e-3, atol=1e-3)
 
 
-def test_lora_reaches_the_fused_attention_of_a_clip(tmp_path: Path, config: dict[str, Any]) -> None:
-    towers = {
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
-    file = tmp_path / "ViT-lora-test.json"
-    file.write_text(json.dumps({"embed_dim": 16, **towers}))
-    open_clip.add_model_config(file)
-    model, settings = shared(config, model="open_clip/ViT-lora-test", weights="random", trainable="lora")
+def test_lora_reaches_the_fused_attention_of_a_clip(clip: str, config: dict[str, Any]) -> None:
+    model, settings = shared(config, model=clip, weights="random", trainable="lora")
     model.load(model.pretrained)
     vector, _ = model.tune(model.pretrained, HEAD, DATA, settings, seed=0)
-    norms = {
-        name.rpartition("resblocks.0.")[2]: float(view.norm()) for name, view in model.layout.views(vector).items()
-    }
-    assert set(norms) == {"attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
+    norms = {name: float(view.norm()) for name, view in model.layout.views(vector).items()}
+    matrices = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    assert set(norms) == {f"vit.transformer.resblocks.{block}.{name}" for block in (0, 1) for name in matrices}
     assert min(norms.values()) > 0
 
 
