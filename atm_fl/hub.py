@@ -106,7 +106,6 @@ def timm_vit(name: str, weights: str) -> Backbone:
     import timm
     from timm.data import resolve_model_data_config
 
-    check_timm(name, weights)
     file = "" if weights in (RANDOM, PRETRAINED) else weights
     try:
         model = timm.create_model(name, pretrained=weights == PRETRAINED, checkpoint_path=file, num_classes=0)

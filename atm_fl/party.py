@@ -103,7 +103,7 @@ class Party:
         self.data: Dataset = tasks.load(task, self.model.module.image_size)
         self.task = name or self.data.name
         self.head = self._make_head().to(self.model.device)
-        self._splits = {name: self._on_device(self.data.split(name)) for name in tasks.SPLITS}
+        self._splits = {name: self.data.split(name).to(self.model.device) for name in tasks.SPLITS}
 
     def evaluate(self, base: Tensor, splits: tuple[str, ...]) -> dict[str, float]:
         """Accuracy of `base`, float32 [n], with this party's head on each of `splits`."""
@@ -133,9 +133,6 @@ class Party:
                 "seconds_tune": time.perf_counter() - evaluated,
             },
         )
-
-    def _on_device(self, split: Split) -> Split:
-        return split.to(self.model.device)
 
     def _make_head(self) -> models.Head:
         """The head, kept on disk so that it outlives rounds and restarts; it never leaves this machine."""

@@ -29,3 +29,5 @@ def read_study(path: Path) -> tuple[Any, Any]:
         return module.Study.of({key.replace("-", "_"): value for key, value in values.items()}), module
     except (TypeError, KeyError) as error:
         raise SettingError(f"{path} is not a study: {error}") from error
+    except SettingError as error:
+        raise SettingError(f"{path}: {error}") from error

@@ -18,6 +18,7 @@ import importlib
 import inspect
 import os
 import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,16 +131,16 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """A registered task: where its images come from and under which licence."""
 
     name: str
     licence: str
     source: str
 
+    @abstractmethod
     def load(self, size: int) -> Dataset:
         """The task's data; images that are not kept at a size of their own are brought to `size` pixels."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
