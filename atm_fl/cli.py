@@ -343,28 +343,53 @@ def list_settings() -> None:
     console.print(table)
 
 
+Jobs = Annotated[int, typer.Option(help="runs at a time")]
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="a contest's TOML file, as configs/contest.toml")],
+    jobs: Jobs = os.cpu_count() or 1,
+    only_report: Annotated[bool, typer.Option("--report", help="run nothing: report what is finished")] = False,
+) -> None:
+    """Run a contest or its ablations, resuming what was begun; print the tables and write table.md, results.csv,
+    results.json and report.html."""
+    from atm_fl.experiments import contest, read_study
+
+    found = read_study(config, contest)
+    if not only_report:
+        _run_study(found, contest, jobs)
+    console.print(contest.table(found), soft_wrap=True, highlight=False, markup=False)
+    console.print(f"page: {found.folder / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
+
+
 @app.command()
 def study(
-    config: Annotated[Path, typer.Argument(help="a study's TOML file, as configs/study.toml or configs/merges.toml")],
-    jobs: Annotated[int, typer.Option(help="runs at a time")] = os.cpu_count() or 1,
+    config: Annotated[Path, typer.Argument(help="a study's TOML file, as configs/merges.toml")],
+    jobs: Jobs = os.cpu_count() or 1,
 ) -> None:
-    """Run a study, resuming what was begun, and print its table."""
+    """Run a study of merges, resuming what was begun, and print its table."""
+    from atm_fl.experiments import merge_table, read_study
+
+    found = read_study(config, merge_table)
+    _run_study(found, merge_table, jobs)
+    text = merge_table.table(found)
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+    page = found.folder / "table.md"
+    page.write_text(text + "\n")
+    console.print(f"table: {page}", highlight=False, markup=False)
+
+
+def _run_study(found: Any, kind: Any, jobs: int) -> None:
+    """Run the units of a study phase by phase, `jobs` at a time, with a line for each that is done."""
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
 
-    from atm_fl.experiments import read_study
-
-    found, kind = read_study(config)
     begin = time.monotonic()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for units in kind.phases(found):
             for done in as_completed([pool.submit(kind.run_unit, unit) for unit in units]):
                 console.print(f"{(time.monotonic() - begin) / 60:5.1f} min: {done.result()}", highlight=False)
-    text = kind.table(found)
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
-    page = found.folder / "table.md"
-    page.write_text(text + "\n")
-    console.print(f"table: {page}", highlight=False, markup=False)
 
 
 def read_config(path: Path, overrides: list[str]) -> Any:

@@ -30,7 +30,10 @@ class Round:
 
     def add(self, task: str, update: Update, **more: float) -> None:
         """Record what a party measured and keep its vector, which may be changed."""
-        self.run.record("evaluation", self.number - 1, task=task, **update.evaluation)
+        if update.evaluation:
+            self.run.record("evaluation", self.number - 1, task=task, **update.evaluation)
+        if update.vector is None:
+            return
         self.run.record("tuning", self.number, task=task, **update.tuning, **more)
         self._spill.add(task, update.vector.mul_(self._scalings.get(task, 1.0)))
 

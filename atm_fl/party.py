@@ -20,14 +20,17 @@ from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Dataset, Split
 from atm_fl.trainable import Lora, set_trainable
-from atm_fl.tuning import Tuned, task_vector, tune
+from atm_fl.tuning import Tuned, full_gradient, task_vector, tune
 
 
 @dataclass(frozen=True)
 class Update:
-    """A party's answer to one round: its task vector, float32 [n] on the CPU, and numbers about the round."""
+    """A party's answer to one round: its task vector, float32 [n] on the CPU, and numbers about the round.
 
-    vector: Tensor
+    Without a vector where the task takes no part in the round.
+    """
+
+    vector: Tensor | None
     evaluation: dict[str, float]
     tuning: dict[str, float]
 
@@ -63,13 +66,15 @@ class SharedModel:
         if self.lora:
             self.lora.reset()
 
-    def tune(self, base: Tensor, head: nn.Module, data: Split, settings: Settings, seed: int) -> tuple[Tensor, Tuned]:
+    def tune(
+        self, base: Tensor, head: nn.Module, data: Split, settings: Settings, seed: int, turn: int
+    ) -> tuple[Tensor, Tuned]:
         """Tune `base`, which is loaded, on `data`: (the task vector, float32 [n] on the CPU, what was done)."""
         if self.lora:
             self.lora.reset(derive_seed(seed, "lora"))
-            tuned = tune(self.module, head, self.lora.flat, data, settings, seed)
+            tuned = tune(self.module, head, self.lora.flat, data, settings, seed, turn)
             return self.lora.vector().cpu(), tuned
-        tuned = tune(self.module, head, self.flat, data, settings, seed)
+        tuned = tune(self.module, head, self.flat, data, settings, seed, turn)
         return task_vector(self.flat, base.to(self.device)).cpu(), tuned
 
 
@@ -104,6 +109,21 @@ class Party:
         self.task = name or self.data.name
         self.head = self._make_head().to(self.model.device)
         self._splits = {name: self.data.split(name).to(self.model.device) for name in tasks.SPLITS}
+        self.tuned_on = self._splits[settings.split]
+        if settings.split == "validation" and settings.holdout:
+            held, rest = self._parted(self.tuned_on, settings.holdout, "holdout")
+            self._splits["validation"], self.tuned_on = held, rest
+        if settings.turns > len(self.tuned_on):
+            raise SettingError(
+                f"local-epochs={settings.local_epochs:g}: {self.task} has only {len(self.tuned_on)} images"
+            )
+
+    def _parted(self, data: Split, share: float, purpose: str) -> tuple[Split, Split]:
+        """A random share of `data`, one image at least, and the rest; the same in every run."""
+        random = torch.Generator().manual_seed(derive_seed(tasks.SPLIT_SEED, purpose, self.task))
+        order = torch.randperm(len(data), generator=random).to(data.labels.device)
+        count = max(1, round(share * len(data)))
+        return data.take(order[:count]), data.take(order[count:])
 
     def evaluate(self, base: Tensor, splits: tuple[str, ...]) -> dict[str, float]:
         """Accuracy of `base`, float32 [n], with this party's head on each of `splits`."""
@@ -115,24 +135,34 @@ class Party:
         }
 
     def train(self, base: Tensor, round_number: int) -> Update:
-        """Evaluate the received base, tune it for `local-epochs`, and return the task vector against it."""
+        """Evaluate the received base, tune it for `local-epochs`, and return the task vector against it.
+
+        A task that takes no part in the round only evaluates.
+        """
+        settings = self.settings
         begin = time.perf_counter()
-        evaluation = self.evaluate(base, evaluated_splits(self.settings, round_number - 1))
+        evaluation = self.evaluate(base, evaluated_splits(settings, round_number - 1))
+        part = settings.part_taken(self.task, round_number)
+        if not part:
+            return Update(None, evaluation, {})
         evaluated = time.perf_counter()
-        seed = derive_seed(self.settings.seed, "tune", self.task, round_number)
-        vector, tuned = self.model.tune(base, self.head, self._splits[self.settings.split], self.settings, seed)
-        return Update(
-            vector,
-            evaluation,
-            {
-                "loss": tuned.loss,
-                "steps": tuned.steps,
-                "images": tuned.images,
-                "norm": float(vector.norm()),
-                "seconds_evaluate": evaluated - begin,
-                "seconds_tune": time.perf_counter() - evaluated,
-            },
-        )
+        data = self.tuned_on if part == 1 else self._parted(self.tuned_on, part, "replay")[0]
+        epoch, turn = divmod(round_number - 1, settings.turns)
+        seed = derive_seed(settings.seed, "tune", self.task, epoch * settings.turns + 1)
+        vector, tuned = self.model.tune(base, self.head, data, settings, seed, turn)
+        tuning: dict[str, float] = {
+            "loss": tuned.loss,
+            "steps": tuned.steps,
+            "images": tuned.images,
+            "norm": float(vector.norm()),
+            "seconds_evaluate": evaluated - begin,
+            "seconds_tune": time.perf_counter() - evaluated,
+        }
+        if settings.alignment:
+            self.model.load(base)
+            gradient = full_gradient(self.model.module, self.head, self.model.flat, data, settings.workers).cpu()
+            tuning["alignment"] = float(torch.nn.functional.cosine_similarity(vector, -gradient, dim=0))
+        return Update(vector, evaluation, tuning)
 
     def _make_head(self) -> models.Head:
         """The head, kept on disk so that it outlives rounds and restarts; it never leaves this machine."""
@@ -162,6 +192,7 @@ class Party:
 
 
 def evaluated_splits(settings: Settings, rounds_done: int) -> tuple[str, ...]:
-    """The splits on which the base after `rounds_done` rounds is evaluated: validation always, test now and then."""
-    due = rounds_done in (0, settings.rounds) or (settings.test_every and rounds_done % settings.test_every == 0)
-    return ("validation", "test") if due else ("validation",)
+    """The splits on which the base after `rounds_done` rounds is evaluated: both at the ends, else now and then."""
+    if rounds_done in (0, settings.rounds) or (settings.test_every and rounds_done % settings.test_every == 0):
+        return "validation", "test"
+    return () if rounds_done % settings.validate_every else ("validation",)

@@ -72,7 +72,7 @@ class Run:
         """Append a line to metrics.jsonl and the same numbers to TensorBoard.
 
         kind "evaluation" (task, validation, test): accuracy of the base after `round_number` rounds; "tuning" (task,
-        loss, steps, images, norm, seconds_…, bytes_up, bytes_down); "merge" (norm, tasks, cosines, seconds_merge,
+        loss, steps, images, norm, alignment, seconds_…, bytes_up, bytes_down); "merge" (norm, tasks, cosines, seconds_merge,
         seconds, failures); "warning" (text).
         """
         line = {"kind": kind, "round": round_number, **values, "time": round(time.time() - self._begin, 3)}

@@ -12,6 +12,7 @@ import torch
 from atm_fl import models, server_optimizer, tasks
 from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.merging import Merge, make_merge
+from atm_fl.participation import check_participation, read_participation
 from atm_fl.scaling import check_task_scaling, read_factors, read_table
 from atm_fl.seeds import derive_seed
 from atm_fl.server_optimizer import ServerOptimizer
@@ -43,8 +44,17 @@ class Settings:
     shots: int = setting(5, "images a class behind a prototype")
     start: str = setting("pretrained", "first base: 'pretrained', or a run directory whose merged model to go on from")
     rounds: int = setting(10, "rounds K of tuning and merging", decides=False)
-    local_epochs: int = setting(1, "epochs E that a client tunes a round")
+    local_epochs: float = setting(
+        1.0, "epochs E that a client tunes a round; 1/m: the m-th part of an epoch, the next part in the next round"
+    )
     split: str = setting("train", "what a client tunes on", choices=("train", "validation"))
+    holdout: float = setting(
+        0.2, "part of the validation split that is not tuned on when split=validation; its accuracy is measured there"
+    )
+    participation: str = setting(
+        "", "rounds in which a task takes part, as 'mnist=1-5, digits=6-'; every task is evaluated in every round"
+    )
+    replay: float = setting(0.0, "part of its data on which a task whose last round is past still tunes each round")
     merge: str = setting("mean", "how the task vectors become one step; see `atm-fl merges`")
     merge_options: str = setting("", "options of the merge, as 'density=0.1, agreement=3'")
     scaling: float = setting(
@@ -74,10 +84,15 @@ class Settings:
     channels_last: bool = setting(False, "hand images over in channels-last order")
     compile: bool = setting(False, "torch.compile the backbone: seconds to minutes at the start of every process")
     workers: int = setting(0, "processes that decode images that are not in memory", decides=False)
+    proximal: float = setting(0.0, "FedProx's μ: adds μ/2 ‖θ − base‖² to the clients' loss")
     clip_norm: float = setting(10.0, "gradient norm above which a gradient is scaled down; 0: never")
     seed: int = setting(0, "from which every client's and round's random numbers derive")
     threads: int = setting(1, "CPU threads of one client; sums in another order give other bits")
     device: str = setting("auto", "where clients compute: cpu, cuda, cuda:1, …; auto: a GPU if there is one")
+    alignment: bool = setting(
+        False, "measure each task vector's cosine with minus the full-batch gradient of its loss", decides=False
+    )
+    validate_every: int = setting(1, "evaluate the validation split every so many rounds", decides=False)
     test_every: int = setting(
         0, "also evaluate the test split every so many rounds; 0: before the first and at the end", decides=False
     )
@@ -137,6 +152,21 @@ class Settings:
         """`layer-scaling` as a table."""
         return read_factors("layer-scaling", self.layer_scaling)
 
+    @property
+    def turns(self) -> int:
+        """Rounds that one epoch is spread over: m for local-epochs = 1/m."""
+        return max(1, round(1 / self.local_epochs))
+
+    @property
+    def participations(self) -> dict[str, tuple[int, float]]:
+        """`participation` as a table: task → (first, last) round; the others take part in all."""
+        return read_participation(self.participation)
+
+    def part_taken(self, task: str, round_number: int) -> float:
+        """The part of its epochs that `task` tunes in a round: 1, 0 if it takes no part, `replay` when it is past."""
+        first, last = self.participations.get(task, (1, math.inf))
+        return self.replay if round_number > last else float(round_number >= first)
+
     def make_merge(self, layout: Layout, round_number: int) -> Merge:
         """The merge of one round. SettingError if `merge`, `merge-options` or `scaling` cannot work."""
         table = read_table("merge-options", self.merge_options)
@@ -170,15 +200,21 @@ class Settings:
             value, choices = getattr(self, item.name), item.metadata["choices"]
             if choices and value not in choices:
                 raise SettingError(f"{kebab(item.name)}={value!r}: it takes one of {', '.join(choices)}")
-        for name in ("rounds", "local_epochs", "batch_size", "accumulate", "lora_rank", "shots", "threads"):
+        for name in ("rounds", "batch_size", "accumulate", "lora_rank", "shots", "threads", "validate_every"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be at least 1")
-        for name in ("weight_decay", "momentum", "clip_norm", "test_every", "min_successful", "seed", "workers"):
+        for name in ("weight_decay", "momentum", "proximal", "clip_norm", "test_every", "min_successful", "seed", "workers"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be 0 or more")
-        for name in ("server_momentum", "server_beta2"):
+        for name in ("server_momentum", "server_beta2", "holdout", "replay"):
             if not 0 <= getattr(self, name) < 1:
                 raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be at least 0 and below 1")
+        epochs = self.local_epochs
+        if not (epochs >= 1 and epochs == round(epochs)) and not (0 < epochs < 1 and _whole(1 / epochs)):
+            raise SettingError(f"local-epochs={epochs:g}: it must be a whole number, or 1/m as 0.5, 0.25, 0.2, 0.1")
+        for name in ("proximal", "alignment"):
+            if getattr(self, name) and self.trainable == "lora":
+                raise SettingError(f"{name}={getattr(self, name)}: not with trainable='lora', which tunes B and A")
         if self.batch_size % self.accumulate:
             raise SettingError(f"accumulate={self.accumulate}: it must divide batch-size={self.batch_size}")
         positive = (
@@ -204,8 +240,9 @@ class Settings:
             raise SettingError(
                 f"head='zero-shot': model={self.model!r} has no text tower; choose prototypes or an open_clip model"
             )
-        self.make_merge(Layout((), ()), 0).check_count(self.needed)
+        self.make_merge(Layout((), ()), 0).check_count(min(self.needed, self._fewest()))
         check_task_scaling(self.task_scalings, self.party_names)
+        check_participation(self.participations, self.party_names)
         self.layer_scalings  # noqa: B018 (a table that cannot be read is an error)
         if len(set(self.party_names)) < len(self.party_names):
             twice = next(name for name in self.party_names if self.party_names.count(name) > 1)
@@ -216,6 +253,20 @@ class Settings:
             raise SettingError(
                 f"min-successful={self.min_successful}: there are only {len(self.task_names)} clients in tasks"
             )
+
+    def _fewest(self) -> int:
+        """The least number of tasks that take part in a round. SettingError if none does in one."""
+        rounds = range(1, self.rounds + 1) if self.participation else (1,)
+        counts = {n: sum(self.part_taken(task, n) > 0 for task in self.party_names) for n in rounds}
+        empty = next((number for number, count in counts.items() if not count), None)
+        if empty:
+            raise SettingError(f"participation={self.participation!r}: no task takes part in round {empty}")
+        return min(counts.values())
+
+
+def _whole(number: float) -> bool:
+    """Whether a number is whole, up to rounding."""
+    return abs(number - round(number)) < 1e-6
 
 
 def kebab(name: str) -> str:

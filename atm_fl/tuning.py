@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from atm_fl.models import EVALUATION_BATCH
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
 
@@ -32,22 +33,26 @@ def make_optimizer(parameter: nn.Parameter, settings: Settings) -> torch.optim.O
     return torch.optim.AdamW([parameter], settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
 
 
-def tune(model: nn.Module, head: nn.Module, flat: nn.Parameter, data: Split, settings: Settings, seed: int) -> Tuned:
+def tune(
+    model: nn.Module, head: nn.Module, flat: nn.Parameter, data: Split, settings: Settings, seed: int, turn: int = 0
+) -> Tuned:
     """Tune `model`, whose entries and gradients are bound to `flat`, in place for `local-epochs` over `data`.
 
     The head stays frozen. A new optimizer starts each call: its state does not outlive a round. The order of the images
-    derives from `seed` alone. The last batch of an epoch may be smaller.
+    derives from `seed` alone; of an epoch spread over several rounds `turn` says which part this one is. The last batch
+    of an epoch, or of its part, may be smaller.
     """
     optimizer = make_optimizer(flat, settings)
     # Gradients of half precision would vanish; with another precision this changes nothing.
     scaler = torch.amp.GradScaler(flat.device.type, enabled=settings.precision == "fp16")
     random = torch.Generator().manual_seed(seed)
     assert flat.grad is not None
-    steps, total = 0, 0.0
+    start = flat.detach().clone() if settings.proximal else None
+    steps, seen, order, total = 0, 0, torch.empty(0), 0.0
     model.train()
-    for _ in range(settings.local_epochs):
-        order = torch.randperm(len(data.labels), generator=random).to(data.labels.device)
-        total = 0.0
+    for _ in range(max(1, round(settings.local_epochs))):
+        order = torch.randperm(len(data), generator=random).tensor_split(settings.turns)[turn].to(data.labels.device)
+        seen, total = seen + len(order), 0.0
         for images, labels in data.batches(order, settings.batch_size, settings.workers):
             flat.grad.zero_()
             size = settings.batch_size // settings.accumulate
@@ -56,13 +61,24 @@ def tune(model: nn.Module, head: nn.Module, flat: nn.Parameter, data: Split, set
                 scaler.scale(loss * (len(wanted) / len(labels))).backward()
                 total += loss.item() * len(wanted)
             scaler.unscale_(optimizer)
+            if start is not None:
+                flat.grad.add_(flat.detach() - start, alpha=settings.proximal)
             if settings.clip_norm:
                 nn.utils.clip_grad_norm_(flat, settings.clip_norm)
             scaler.step(optimizer)
             scaler.update()
             steps += 1
     model.eval()
-    return Tuned(steps, settings.local_epochs * len(data.labels), total / len(data.labels))
+    return Tuned(steps, seen, total / len(order))
+
+
+def full_gradient(model: nn.Module, head: nn.Module, flat: nn.Parameter, data: Split, workers: int = 0) -> Tensor:
+    """∇L(θ), float32 [n]: the gradient of the mean loss over all of `data` at what `flat` holds, which stays."""
+    assert flat.grad is not None
+    flat.grad.zero_()
+    for images, labels in data.batches(batch_size=EVALUATION_BATCH, workers=workers):
+        (functional.cross_entropy(head(model(images)), labels, reduction="sum") / len(data)).backward()
+    return flat.grad.clone()
 
 
 def task_vector(flat: Tensor, base: Tensor) -> Tensor:

@@ -15,26 +15,22 @@ from pathlib import Path
 
 import open_clip
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from atm_fl import tasks
 from atm_fl.cli import read_config
+from atm_fl.flops import operations
 from atm_fl.tasks.published import find_published, validation_count
 
 SPEED = {"fp32 on an A100, 10 TFLOP/s sustained": 10e12, "bf16 on an A100, 100 TFLOP/s sustained": 100e12}
 """Assumed, not measured here."""
 
 
-def operations(name: str) -> tuple[int, int]:
+def tower_operations(name: str) -> tuple[int, int]:
     """FLOPs of one image's (forward, forward and backward) through an image tower of open_clip."""
     with torch.device("meta"):
         tower = open_clip.create_model(name, device="meta").visual.train()
         image = torch.empty(1, 3, *tower.image_size)
-    with FlopCounterMode(display=False) as forward:
-        features = tower(image)
-    with FlopCounterMode(display=False) as backward:
-        features.sum().backward()
-    return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+    return operations(tower, image)
 
 
 def main() -> None:
@@ -44,17 +40,17 @@ def main() -> None:
     tasks.tasks()
     for config in parser.parse_args().configs:
         settings = read_config(config, ["start=pretrained"])
-        forward, step = operations(settings.model.removeprefix("open_clip/"))
+        forward, step = tower_operations(settings.model.removeprefix("open_clip/"))
         sets = [find_published(name) for name in settings.task_names]
         held = [validation_count(found.train) for found in sets]
         images = (
             held if settings.split == "validation" else [found.train - v for found, v in zip(sets, held, strict=True)]
         )
-        epochs = settings.rounds * settings.local_epochs
+        epochs = round(settings.rounds * settings.local_epochs)
         steps = epochs * sum(math.ceil(count / settings.batch_size) for count in images)
         training = step * epochs * sum(images)
         evaluation = forward * (sum(held) * (settings.rounds + 1) + 2 * sum(found.test for found in sets))
-        print(f"{config}: {settings.model}, {len(sets)} tasks, {settings.rounds} x {settings.local_epochs} epochs")
+        print(f"{config}: {settings.model}, {len(sets)} tasks, {settings.rounds} x {settings.local_epochs:g} epochs")
         print(f"  an image: {forward / 1e9:.1f} GFLOP forward, {step / 1e9:.1f} with backward")
         print(f"  {sum(images):,} images an epoch, {steps:,} optimizer steps")
         print(f"  {training / 1e15:.0f} PFLOP of training, {evaluation / 1e15:.0f} of evaluation")

@@ -57,7 +57,7 @@ class Atm(Strategy):
         down = 4 * self.run.layout.size
         for task, reply in self._successes(replies, failures):
             try:
-                update, up = self._update(reply)
+                update, up = self._update(reply, bool(self.run.settings.part_taken(task, current.number)))
             except (KeyError, TypeError, ValueError) as error:
                 failures[task] = f"refused: {error}"
                 continue
@@ -100,8 +100,10 @@ class Atm(Strategy):
         here = self.nodes.values()
         return {task: silent if task in here else "no party at the roll call" for task in self.run.settings.party_names}
 
-    def _update(self, reply: Message) -> tuple[Update, int]:
+    def _update(self, reply: Message, takes_part: bool) -> tuple[Update, int]:
         """A train reply's update, and its bytes. The reply's arrays are freed."""
+        if not takes_part:
+            return Update(None, _metrics(reply, "evaluation"), {}), 0
         arrays = reply.content.array_records["arrays"]
         size = sum(len(array.data) for array in arrays.values())
         codec = str(reply.content.config_records["info"]["codec"])

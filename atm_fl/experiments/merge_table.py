@@ -15,9 +15,8 @@ from typing import Any
 
 from atm_fl.errors import RunError, SettingError
 from atm_fl.evaluation import mean_accuracy
-from atm_fl.experiments.main_table import mean_by_round
 from atm_fl.loop import run_loop
-from atm_fl.runs import checkpoints
+from atm_fl.runs import checkpoints, read_metrics
 from atm_fl.settings import Settings
 
 
@@ -173,8 +172,13 @@ def validation(unit: Unit, round_number: int) -> float:
 
 
 def _accuracies(unit: Unit, split: str, round_number: int) -> dict[str, float]:
-    """Each task's accuracy, empty if there is none."""
-    return mean_by_round(unit.folder, split, round_number) if (unit.folder / "metrics.jsonl").exists() else {}
+    """Each task's accuracy on `split` after a round, empty if there is none."""
+    lines = read_metrics(unit.folder) if (unit.folder / "metrics.jsonl").exists() else ()
+    return {
+        line["task"]: line[split]
+        for line in lines
+        if line["kind"] == "evaluation" and line["round"] == round_number and split in line
+    }
 
 
 def _failure(unit: Unit) -> Path:

@@ -1,0 +1,479 @@
+"""The contest: ATM against what it has to beat, from one set of checkpoints and with one budget of epochs.
+
+A row is a contestant: a kind, settings over the study's own, and `tune`, settings with the values to try. All rows may
+spend `epochs` epochs of every task's training split. Kinds:
+
+single      every task tuned alone; its vectors are the checkpoints of all one-shot rows, and its base is "pretrained"
+joint       all data in one place, one optimizer: the oracle without privacy
+one-shot    one merge of the single-task vectors
+atm         a run of the loop: PA-ATM, and what is a setting of it (FedProx, server optimizers, other splits of the
+            budget); the default
+ph-atm      a row for every one-shot row, refining its merged model on the validation splits
+
+Values are chosen by mean validation accuracy: of a one-shot row for every seed, of the others on the first seed, where
+each candidate runs for `tuning-rounds` (all its rounds if not said). A row with `select` runs once and reports the one
+of these rounds that is best on validation images that were not tuned on (`holdout`). `report` makes a row of its own of
+each of these rounds. Test splits are only read for the tables.
+
+Every unit of work is a folder and resumes by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from atm_fl.errors import RunError, SettingError, did_you_mean
+from atm_fl.evaluation import mean_accuracy
+from atm_fl.experiments import contest_page
+from atm_fl.experiments.joint import run_joint
+from atm_fl.files import atomic_write
+from atm_fl.flops import operations
+from atm_fl.loop import run_loop
+from atm_fl.models import load_backbone
+from atm_fl.party import Party
+from atm_fl.runs import checkpoints, processor, read_metrics, save_checkpoint
+from atm_fl.settings import Settings
+from atm_fl.vectors import Layout
+
+KINDS = ("single", "joint", "one-shot", "atm", "ph-atm")
+Choice = dict[str, Any]
+"""Values of a row's tuned settings."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contestant; see the module."""
+
+    name: str
+    kind: str = "atm"
+    settings: dict[str, Any] = field(default_factory=dict)
+    tune: dict[str, list[Any]] = field(default_factory=dict)
+    tuning_rounds: int = 0
+    report: tuple[int, ...] = ()
+    select: tuple[int, ...] = ()
+    base: str = ""
+    """Of ph-atm: the one-shot row whose merged model it starts from."""
+
+    def choices(self) -> list[Choice]:
+        """All combinations of the tuned settings' values; one empty one without any."""
+        return [dict(zip(self.tune, values, strict=True)) for values in product(*self.tune.values())]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A contest's configuration: see configs/contest.toml."""
+
+    folder: Path
+    seeds: list[int]
+    epochs: int
+    settings: dict[str, Any]
+    rows: list[Row]
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Study:
+        """The contest of a file's values. TypeError or KeyError for a wrong key, SettingError for a wrong setting."""
+        rows = [_row(name, dict(row)) for name, row in values["rows"].items()]
+        bases = [row.name for row in rows if row.kind == "one-shot"]
+        expanded: list[Row] = []
+        for row in rows:
+            refined = [replace(row, name=f"{row.name} from {base}", base=base) for base in bases]
+            expanded += refined if row.kind == "ph-atm" else [row]
+        study = cls(**values | {"folder": Path(values["folder"]), "rows": expanded})
+        kinds = [row.kind for row in expanded]
+        if "single" not in kinds and {"one-shot", "ph-atm"} & set(kinds):
+            raise SettingError("a contest with one-shot or ph-atm rows needs a row of kind single")
+        for row in study.rows:
+            for choice in row.choices():
+                settings = Unit(study, row, study.seeds[0], choice).parse(start="pretrained")
+                over = [number for number in (*row.report, *row.select) if not 0 < number <= settings.rounds]
+                if over:
+                    raise SettingError(f"row {row.name!r}: it has {settings.rounds} rounds, so none is {over[0]}")
+        return study
+
+    def row(self, kind: str) -> Row:
+        """The first row of a kind."""
+        return next(row for row in self.rows if row.kind == kind)
+
+
+def _row(name: str, values: dict[str, Any]) -> Row:
+    """A row of a study's file: keys that are not the row's own are settings."""
+    own = {key: values.pop(key) for key in ("kind", "tune", "tuning-rounds", "report", "select") if key in values}
+    kind = own.setdefault("kind", "atm")
+    if kind not in KINDS:
+        raise SettingError(f"row {name!r}: kind={kind!r} is unknown{did_you_mean(str(kind), KINDS)}")
+    for key in ("report", "select"):
+        own[key] = tuple(own.get(key, ()))
+    return Row(name, settings=values, **{key.replace("-", "_"): value for key, value in own.items()})
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work that one process does: a row with one seed and, where it is tuned by runs, one choice."""
+
+    study: Study
+    row: Row
+    seed: int
+    choice: Choice = field(default_factory=dict)
+    rounds: int = 0
+    """Of a run: how far, 0 for all."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its results are; of runs, their run directory."""
+        own = [f"{key}={value}" for key, value in self.choice.items()] if self.row.kind != "one-shot" else []
+        return self.study.folder / f"seed-{self.seed}" / "/".join(_slug(part) for part in [self.row.name, *own])
+
+    def parse(self, **more: Any) -> Settings:
+        """Its settings."""
+        study, row = self.study, self.row
+        budget = {"single": (1, study.epochs), "one-shot": (1, study.epochs)}.get(row.kind, (study.epochs, 1))
+        values = {"rounds": budget[0], "local-epochs": budget[1], **study.settings}
+        if row.kind == "ph-atm":
+            values |= {"split": "validation", "start": str(Unit(study, self._base, self.seed).folder)}
+        return Settings.parse(
+            {**values, **row.settings, **self.choice, "seed": self.seed, "run-dir": str(self.folder), **more}
+        )
+
+    @property
+    def _base(self) -> Row:
+        return next(row for row in self.study.rows if row.name == self.row.base)
+
+    def settings(self) -> Settings:
+        """Its settings, as far as this unit goes; the rounds to report are evaluated on the test splits."""
+        full = self.parse(**({"start": "pretrained"} if self.row.kind != "ph-atm" else {}))
+        stops = [*self.row.report, *self.row.select]
+        return replace(full, rounds=self.rounds or full.rounds, test_every=math.gcd(*stops) or full.test_every)
+
+    def __str__(self) -> str:
+        own = [f"{key} {value}" for key, value in self.choice.items()] + ([f"{self.rounds} rounds"] * bool(self.rounds))
+        return ", ".join([f"seed {self.seed}", self.row.name, *own])
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "-", text).strip("-")
+
+
+def phases(study: Study) -> Iterator[list[Unit]]:
+    """Units that may run side by side; a later phase needs the results of the one before it."""
+    first, *others = study.seeds
+    runs = [row for row in study.rows if row.kind in ("atm", "joint")]
+    tuned, plain = [row for row in runs if row.tune], [row for row in runs if not row.tune]
+    yield [
+        *(Unit(study, row, seed) for row in plain for seed in study.seeds),
+        *(Unit(study, row, seed) for row in study.rows if row.kind == "single" for seed in study.seeds),
+        *(Unit(study, row, first, choice, row.tuning_rounds) for row in tuned for choice in row.choices()),
+    ]
+    yield [
+        *(Unit(study, row, seed, best_choice(study, row)) for row in tuned for seed in (first, *others)),
+        *(Unit(study, row, seed) for row in study.rows if row.kind == "one-shot" for seed in study.seeds),
+    ]
+    yield [Unit(study, row, seed) for row in study.rows if row.kind == "ph-atm" for seed in study.seeds]
+
+
+def run_unit(unit: Unit) -> str:
+    """Do one unit, or what is left of it. A run that ends with a RunError is kept as one that came to nothing."""
+    if finished(unit):
+        return f"{unit}: finished before"
+    begin = time.monotonic()
+    try:
+        {"single": _single, "one-shot": _one_shot, "joint": lambda unit: run_joint(unit.settings())}.get(
+            unit.row.kind, lambda unit: run_loop(replace(unit.settings(), resume=bool(checkpoints(unit.folder))))
+        )(unit)
+    except RunError as error:
+        (unit.folder / "failed.txt").write_text(f"{error}\n")
+        return f"{unit}: {error}"
+    return f"{unit}: {time.monotonic() - begin:.0f} s"
+
+
+def finished(unit: Unit) -> bool:
+    """Whether nothing is left to do."""
+    if failed(unit):
+        return True
+    if unit.row.kind in ("single", "one-shot"):
+        return (unit.folder / "results.json").exists()
+    settings = unit.settings()
+    tested = [
+        number for number, line in _curve(unit.folder).items() if len(line.get("test", ())) == len(settings.task_names)
+    ]
+    return max(tested, default=0) >= settings.rounds
+
+
+def failed(unit: Unit) -> bool:
+    """Whether the run came to nothing."""
+    return (unit.folder / "failed.txt").exists()
+
+
+# ------------------------------------------------------------------------------------------- single tasks and one-shot
+
+
+def _claim(unit: Unit, settings: Settings) -> None:
+    """SettingError if the unit's folder holds results of another configuration."""
+    decides = {"settings": settings.decisive(), "tune": unit.row.tune}
+    config = unit.folder / "config.json"
+    if config.exists() and json.loads(config.read_text()) != decides:
+        raise SettingError(f"{unit.folder} holds results of another configuration; choose another folder or delete it")
+    with atomic_write(config) as part:
+        part.write_text(json.dumps(decides, indent=1))
+
+
+def _single(unit: Unit) -> None:
+    """Tune every task alone. Vectors stay on disk, so that a break loses one task."""
+    settings = unit.settings()
+    _claim(unit, settings)
+    parties = [Party(settings, name) for name in settings.task_names]
+    base = parties[0].model.pretrained
+    found: dict[str, dict[str, Any]] = {}
+    for party in parties:
+        path, numbers = unit.folder / f"{party.task}.safetensors", unit.folder / f"{party.task}.json"
+        if not numbers.exists():
+            update = party.train(base, 1)
+            assert update.vector is not None
+            with atomic_write(path) as part:
+                save_file({"vector": update.vector}, str(part))
+            after = party.evaluate(base + update.vector, ("validation", "test"))
+            with atomic_write(numbers) as part:
+                part.write_text(json.dumps({"before": update.evaluation, "after": after, **update.tuning}))
+        found[party.task] = json.loads(numbers.read_text())
+    with atomic_write(unit.folder / "results.json") as part:
+        part.write_text(json.dumps(found, indent=1))
+
+
+def single_vectors(study: Study, seed: int) -> dict[str, Tensor]:
+    """The single-task vectors of a seed, float32 [n], in the order of the tasks."""
+    folder = Unit(study, study.row("single"), seed).folder
+    names = Settings.parse(study.settings).party_names
+    # Tensors out of a file are not aligned as torch's own are.
+    return {task: load_file(str(folder / f"{task}.safetensors"))["vector"].clone() for task in names}
+
+
+def _one_shot(unit: Unit) -> None:
+    """Merge the single-task vectors with every choice, keep the best on validation, and read its test accuracies."""
+    study = unit.study
+    settings = unit.settings()
+    _claim(unit, settings)
+    parties = [Party(settings, name) for name in settings.task_names]
+    vectors, base, layout = single_vectors(study, unit.seed), parties[0].model.pretrained, parties[0].model.layout
+    begin = time.perf_counter()
+    tried: list[dict[str, Any]] = []
+    for choice in unit.row.choices():
+        model = base + _merged(replace(unit, choice=choice), layout, vectors)
+        accuracies = {party.task: party.evaluate(model, ("validation",))["validation"] for party in parties}
+        tried.append({"choice": choice, "validation": accuracies})
+    best = max(tried, key=lambda found: mean_accuracy(found["validation"]))
+    seconds = (time.perf_counter() - begin) / len(tried)
+    model = base + _merged(replace(unit, choice=best["choice"]), layout, vectors)
+    save_checkpoint(unit.folder, 1, model, layout)
+    found = best | {"test": {party.task: party.evaluate(model, ("test",))["test"] for party in parties}}
+    with atomic_write(unit.folder / "results.json") as part:
+        part.write_text(json.dumps(found | {"tried": tried, "seconds": seconds}, indent=1))
+
+
+def _merged(unit: Unit, layout: Layout, vectors: dict[str, Tensor]) -> Tensor:
+    return unit.settings().make_merge(layout, 1).combine(vectors)
+
+
+# ------------------------------------------------------------------------------------------------------- what came out
+
+
+def best_choice(study: Study, row: Row) -> Choice:
+    """Of a row that is tuned by runs: the choice of the best mean validation accuracy on the first seed."""
+
+    def score(choice: Choice) -> float:
+        unit = Unit(study, row, study.seeds[0], choice, row.tuning_rounds)
+        line = _curve(unit.folder).get(unit.settings().rounds, {})
+        return -1.0 if failed(unit) or "validation" not in line else mean_accuracy(line["validation"])
+
+    return max(row.choices(), key=score)
+
+
+def _curve(folder: Path) -> dict[int, dict[str, Any]]:
+    """By round, of a run directory: accuracies by split and task, and steps, images, seconds and bytes so far."""
+    found: dict[int, dict[str, Any]] = {}
+    for line in read_metrics(folder) if (folder / "metrics.jsonl").exists() else ():
+        own = found.setdefault(line["round"], {"steps": 0, "images": 0, "seconds": 0.0, "vectors": 0})
+        if line["kind"] == "evaluation":
+            for split in line.keys() & {"validation", "test"}:
+                own.setdefault(split, {})[line["task"]] = line[split]
+        elif line["kind"] == "tuning":
+            own["steps"] += line["steps"]
+            own["images"] += line["images"]
+            own["seconds"] += line["seconds_tune"] + line.get("seconds_evaluate", 0.0)
+            own["vectors"] += line["task"] != "joint"
+            if "alignment" in line:
+                own.setdefault("alignment", {})[line["task"]] = line["alignment"]
+        elif line["kind"] == "merge":
+            own["seconds"] += line["seconds_merge"]
+    total = {"steps": 0, "images": 0, "seconds": 0.0, "vectors": 0}
+    for _, own in sorted(found.items()):
+        total = {key: total[key] + own[key] for key in total}
+        own |= total
+    return found
+
+
+@cache
+def _operations(model: str, weights: str) -> int:
+    """FLOPs of tuning on one image."""
+    backbone = load_backbone(model, weights)
+    return operations(backbone, torch.zeros(1, 3, backbone.image_size, backbone.image_size))[1]
+
+
+def results(study: Study) -> dict[str, Any]:
+    """What is finished, as contest_page takes it."""
+    settings = Settings.parse(study.settings)
+    elements = Layout.of(load_backbone(settings.model, settings.weights)).size
+    rows, alignment = [], {}
+    for row in study.rows:
+        for name, stop in [(row.name, 0)] if not row.report else [(f"{row.name}, {n} rounds", n) for n in row.report]:
+            found = _row_results(study, row, stop, elements)
+            rows.append({"name": name, "kind": row.kind, **found})
+        if row.kind == "single":
+            rows.insert(0, _pretrained(study, row))
+        if row.kind == "atm":
+            choice = best_choice(study, row) if row.tune else {}
+            curve = _curve(Unit(study, row, study.seeds[0], choice).folder)
+            by_task: dict[str, dict[str, float]] = {}
+            for number, line in sorted(curve.items()):
+                for task, value in line.get("alignment", {}).items():
+                    by_task.setdefault(task, {})[str(number)] = value
+            alignment |= {row.name: by_task} if by_task else {}
+    return {
+        "name": study.folder.name,
+        "command": "atm-fl compare",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{torch.multiprocessing.cpu_count()} cores of {processor()}",
+        "tasks": list(settings.party_names),
+        "seeds": study.seeds,
+        "elements": elements,
+        "rows": rows,
+        "alignment": alignment,
+        "landscape": None,
+    }
+
+
+def _row_results(study: Study, row: Row, stop: int, elements: int) -> dict[str, Any]:
+    """A row's numbers: of the round `stop`, 0 for the last or the selected one."""
+    tuned: dict[str, Choice] = {}
+    seeds: dict[str, dict[str, Any]] = {}
+    by_runs = row.kind in ("atm", "joint", "ph-atm")
+    choice = best_choice(study, row) if by_runs and row.tune else {}
+    for seed in study.seeds:
+        unit = Unit(study, row, seed, choice)
+        if not finished(unit) or failed(unit):
+            continue
+        if by_runs:
+            number, seeds[str(seed)] = _run_results(unit, stop, elements)
+            tuned[str(seed)] = choice | ({"rounds": number} if row.select else {})
+        else:
+            made = json.loads((unit.folder / "results.json").read_text())
+            single = json.loads((Unit(study, study.row("single"), seed).folder / "results.json").read_text())
+            tuned[str(seed)] = made["choice"] if row.kind == "one-shot" else {}
+            seeds[str(seed)] = _flat_results(unit, made, single, elements)
+    settings = Unit(study, row, study.seeds[0], choice).parse(start="pretrained")
+    others, count = len(row.choices()) - 1, len(row.choices())
+    rounds = row.tuning_rounds or settings.rounds
+    searched = others * rounds * settings.local_epochs if by_runs else 0.0
+    evaluations = count if row.kind == "one-shot" else 0
+    return {
+        "tuned": tuned,
+        "tuning": {"values": count if others else 0, "epochs": searched, "evaluations": evaluations if others else 0},
+        "seeds": seeds,
+    }
+
+
+def _flat_results(unit: Unit, made: dict[str, Any], single: dict[str, Any], elements: int) -> dict[str, Any]:
+    """A seed's numbers of single-task tuning or of a one-shot merge, which costs that tuning and one exchange."""
+    merged = unit.row.kind == "one-shot"
+    settings = unit.settings()
+    images = sum(found["images"] for found in single.values())
+    return {
+        "test": made["test"] if merged else {task: found["after"]["test"] for task, found in made.items()},
+        "validation": mean_accuracy(
+            made["validation"] if merged else {task: found["after"]["validation"] for task, found in made.items()}
+        ),
+        "steps": sum(found["steps"] for found in single.values()),
+        "images": images,
+        "flops": images * _operations(settings.model, settings.weights),
+        "seconds": sum(found["seconds_tune"] for found in single.values()) + (made["seconds"] if merged else 0.0),
+        "bytes": 3 * len(single) * 4 * elements if merged else 0,
+        "curve": [],
+    }
+
+
+def _pretrained(study: Study, row: Row) -> dict[str, Any]:
+    """The row of the model before any tuning, out of the single-task row's results."""
+    seeds = {}
+    for seed in study.seeds:
+        unit = Unit(study, row, seed)
+        if finished(unit):
+            made = json.loads((unit.folder / "results.json").read_text())
+            seeds[str(seed)] = {
+                "test": {task: found["before"]["test"] for task, found in made.items()},
+                "validation": mean(found["before"]["validation"] for found in made.values()),
+                **{"steps": 0, "images": 0, "flops": 0, "seconds": 0.0, "bytes": 0, "curve": []},
+            }
+    none = {"values": 0, "epochs": 0.0, "evaluations": 0}
+    return {"name": "pretrained", "kind": "pretrained", "tuned": {}, "tuning": none, "seeds": seeds}
+
+
+def _run_results(unit: Unit, stop: int, elements: int) -> tuple[int, dict[str, Any]]:
+    """(The round, a seed's numbers at that round) of a run.
+
+    Bytes: what crosses the wire as float32: the base to every party a round, a vector from each that tunes, and the base
+    once more for the last evaluation.
+    """
+    settings, curve = unit.settings(), _curve(unit.folder)
+    per_image = _operations(settings.model, settings.weights)
+    number = stop or settings.rounds
+    if unit.row.select:
+        number = max(unit.row.select, key=lambda n: mean_accuracy(curve[n]["validation"]))
+
+    def wire(rounds: int) -> int:
+        alone = unit.row.kind == "joint"
+        return 0 if alone else 4 * elements * (len(settings.task_names) * (rounds + 1) + curve[rounds]["vectors"])
+
+    points = [
+        {
+            "round": n,
+            "steps": line["steps"],
+            "flops": line["images"] * per_image,
+            "bytes": wire(n),
+            "validation": mean_accuracy(line["validation"]),
+            "test": mean_accuracy(line["test"]) if "test" in line else None,
+        }
+        for n, line in sorted(curve.items())
+        if "validation" in line
+    ]
+    at = curve[number]
+    return number, {
+        "test": at["test"],
+        "validation": mean_accuracy(at["validation"]),
+        "steps": at["steps"],
+        "images": at["images"],
+        "flops": at["images"] * per_image,
+        "seconds": at["seconds"],
+        "bytes": wire(number),
+        "curve": points,
+    }
+
+
+def table(study: Study) -> str:
+    """Write results.json, table.md, results.csv and report.html into the contest's folder; the tables in Markdown."""
+    found = results(study)
+    with atomic_write(study.folder / "results.json") as part:
+        part.write_text(json.dumps(found, indent=1))
+    contest_page.write(found, study.folder)
+    return f"{contest_page.table(found)}\n\n{contest_page.cost_table(found)}"

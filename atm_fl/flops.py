@@ -1,0 +1,15 @@
+"""Floating-point operations, counted and not timed: the same on every machine."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def operations(module: nn.Module, image: Tensor) -> tuple[int, int]:
+    """FLOPs of one image's (forward, forward and backward) through `module`; `image` [1, 3, h, w], also on "meta"."""
+    with FlopCounterMode(display=False) as forward:
+        features = module(image)
+    with FlopCounterMode(display=False) as backward:
+        features.sum().backward()
+    return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()

@@ -1,0 +1,28 @@
+"""Which task takes part in which rounds: tasks that join late, or leave."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from atm_fl.errors import SettingError, did_you_mean
+
+
+def read_participation(text: str) -> dict[str, tuple[int, float]]:
+    """'mnist=1-5, digits=6-' as task → (first, last) round; an open end is infinite. SettingError if it is neither."""
+    found: dict[str, tuple[int, float]] = {}
+    for item in text.split(",") if text.strip() else ():
+        read = re.fullmatch(r"\s*(\S.*?)\s*=\s*(\d+)\s*-\s*(\d*)\s*", item)
+        first, last = (int(read[2]), float(read[3] or math.inf)) if read else (0, 0.0)
+        if not read or not 1 <= first <= last:
+            raise SettingError(f"participation={text!r}: {item.strip()!r} is not of the form mnist=2-5 or mnist=2-")
+        found[read[1]] = first, last
+    return found
+
+
+def check_participation(table: Mapping[str, tuple[int, float]], tasks: tuple[str, ...]) -> None:
+    """SettingError if `table` names a task that is not there."""
+    for task in table:
+        if task not in tasks:
+            raise SettingError(f"participation: there is no task {task!r}{did_you_mean(task, tasks)}")

@@ -1,0 +1,132 @@
+"""The contest, on tiny tasks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from atm_fl.errors import SettingError
+from atm_fl.evaluation import mean_accuracy
+from atm_fl.experiments import contest, read_study
+from atm_fl.runs import load_checkpoint
+from atm_fl.settings import Settings
+from atm_fl.vectors import Layout
+
+ROWS = """
+[rows]
+single = { kind = "single" }
+joint = { kind = "joint", tune = { learning-rate = [1e-3, 2e-3] }, tuning-rounds = 1 }
+average = { kind = "one-shot" }
+ties = { kind = "one-shot", merge = "ties", tune = { merge-options = ["density=0.2", "density=0.5"], scaling = [0.5, 1] } }
+atm = { tune = { scaling = [1.0, 1.5] }, tuning-rounds = 1, report = [2, 4], rounds = 4 }
+parts = { rounds = 8, local-epochs = 0.5, validate-every = 2, alignment = true }
+huge = { merge = "task-arithmetic", scaling = 1e38 }
+PH = { kind = "ph-atm", rounds = 2, select = [1, 2] }
+"""
+
+
+def write(path: Path, config: dict[str, Any], rows: str = ROWS) -> Path:
+    for key in ("rounds", "run-dir"):
+        config.pop(key, None)
+    lines = [f'folder = "{path.parent}/contest"\nseeds = [0, 1]\nepochs = 4\n[settings]']
+    lines += [f"{key} = {json.dumps(value)}" for key, value in config.items()]
+    path.write_text("\n".join(lines) + rows)
+    return path
+
+
+def run(study: contest.Study) -> list[str]:
+    return [contest.run_unit(unit) for units in contest.phases(study) for unit in units]
+
+
+@pytest.fixture
+def study(config: dict[str, Any], tmp_path: Path) -> contest.Study:
+    return read_study(write(tmp_path / "contest.toml", config), contest)
+
+
+def test_a_contest_runs_resumes_and_counts(study: contest.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = run(study)
+    assert any("not finite" in line for line in told)
+    text = contest.table(study)
+    found = json.loads((study.folder / "results.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert [row["name"] for row in found["rows"]] == [
+        *("pretrained", "single", "joint", "average", "ties", "atm, 2 rounds", "atm, 4 rounds", "parts", "huge"),
+        *("PH from average", "PH from ties"),
+    ]
+    assert rows["huge"]["seeds"] == {}
+    assert all(len(row["seeds"]) == 2 for name, row in rows.items() if name != "huge")
+    assert "| parts" in text
+    assert "| huge" not in text
+    assert (study.folder / "report.html").exists()
+
+    # 36 training images a task, batches of 8, 4 epochs: the same images everywhere, an even count of steps
+    images = {name: row["seeds"]["0"]["images"] for name, row in rows.items() if row["seeds"]}
+    assert {images[name] for name in ("single", "joint", "average", "ties", "atm, 4 rounds", "parts")} == {3 * 4 * 36}
+    assert images["atm, 2 rounds"] == 3 * 2 * 36
+    assert images["PH from ties"] in (30, 60)  # 10 of 12 validation images a round
+    assert rows["single"]["seeds"]["0"]["steps"] == 3 * 4 * 5
+    assert rows["joint"]["seeds"]["0"]["steps"] == 4 * 14
+    elements = found["elements"]
+    assert rows["atm, 4 rounds"]["seeds"]["0"]["bytes"] == 4 * elements * 3 * (4 + 4 + 1)
+    assert rows["average"]["seeds"]["0"]["bytes"] == 4 * elements * 3 * 3
+    assert rows["joint"]["seeds"]["0"]["bytes"] == 0
+    assert rows["atm, 4 rounds"]["tuning"] == {"values": 2, "epochs": 1.0, "evaluations": 0}
+    assert rows["ties"]["tuning"] == {"values": 4, "epochs": 0.0, "evaluations": 4}
+    assert set(found["alignment"]) == {"parts"}
+    assert all(-1 <= value <= 1 for task in found["alignment"]["parts"].values() for value in task.values())
+
+    # a second go does no work at all
+    for name in ("run_loop", "run_joint", "Party"):
+        monkeypatch.setattr(contest, name, lambda *_: pytest.fail("a finished unit ran again"))
+    run(study)
+    assert contest.table(study) == text
+
+
+def test_choices_are_made_on_validation(study: contest.Study) -> None:
+    run(study)
+    ties = next(row for row in study.rows if row.name == "ties")
+    made = json.loads((contest.Unit(study, ties, 1).folder / "results.json").read_text())
+    scores = [mean_accuracy(tried["validation"]) for tried in made["tried"]]
+    assert len(scores) == 4
+    assert made["choice"] == made["tried"][scores.index(max(scores))]["choice"]
+
+
+def test_an_average_is_what_its_checkpoint_holds_and_where_ph_atm_starts(study: contest.Study) -> None:
+    run(study)
+    average = next(row for row in study.rows if row.name == "average")
+    backbone = contest.load_backbone("tiny", "pretrained")
+    layout = Layout.of(backbone)
+    _, base, _ = load_checkpoint(contest.Unit(study, average, 1).folder, layout, pytest.fail)
+    vectors = contest.single_vectors(study, 1)
+    settings = Settings.parse(study.settings)
+    assert list(vectors) == list(settings.party_names)
+    start = layout.flatten(backbone)
+    torch.testing.assert_close(base, start + torch.stack(list(vectors.values())).mean(0))
+    refined = next(row for row in study.rows if row.base == "average")
+    lines = list(contest.read_metrics(contest.Unit(study, refined, 1).folder))
+    before = {line["task"]: line["test"] for line in lines if line["round"] == 0 and line["kind"] == "evaluation"}
+    made = json.loads((contest.Unit(study, average, 1).folder / "results.json").read_text())
+    assert before == made["test"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("[rows]\na = { kind = 'two-shot' }", "kind='two-shot' is unknown; did you mean 'one-shot'"),
+        ("[rows]\na = { kind = 'one-shot' }", "needs a row of kind single"),
+        ("[rows]\na = { merge = 'meen' }", "merge='meen' is unknown"),
+        ("[rows]\na = { tune = { scalign = [1.0] } }", "setting 'scalign' is unknown"),
+        ("[rows]\na = { report = [5] }", "row 'a': it has 4 rounds, so none is 5"),
+        ("[rowz]\na = {}", "is not such a study: "),
+    ],
+)
+def test_a_contest_that_cannot_work_is_said_before_any_work(
+    config: dict[str, Any], tmp_path: Path, rows: str, words: str
+) -> None:
+    path = write(tmp_path / "contest.toml", config, "\n" + rows)
+    with pytest.raises(SettingError, match=words):
+        read_study(path, contest)
