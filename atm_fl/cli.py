@@ -343,13 +343,13 @@ def list_settings() -> None:
     console.print(table)
 
 
-Jobs = Annotated[int, typer.Option(help="runs at a time")]
+Jobs = Annotated[int | None, typer.Option(help="runs at a time; default: one a core")]
 
 
 @app.command()
 def compare(
     config: Annotated[Path, typer.Argument(help="a contest's TOML file, as configs/contest.toml")],
-    jobs: Jobs = os.cpu_count() or 1,
+    jobs: Jobs = None,
     only_report: Annotated[bool, typer.Option("--report", help="run nothing: report what is finished")] = False,
 ) -> None:
     """Run a contest or its ablations, resuming what was begun; print the tables and write table.md, results.csv,
@@ -366,7 +366,7 @@ def compare(
 @app.command()
 def study(
     config: Annotated[Path, typer.Argument(help="a study's TOML file, as configs/merges.toml")],
-    jobs: Jobs = os.cpu_count() or 1,
+    jobs: Jobs = None,
 ) -> None:
     """Run a study of merges, resuming what was begun, and print its table."""
     from atm_fl.experiments import merge_table, read_study
@@ -380,13 +380,13 @@ def study(
     console.print(f"table: {page}", highlight=False, markup=False)
 
 
-def _run_study(found: Any, kind: Any, jobs: int) -> None:
+def _run_study(found: Any, kind: Any, jobs: int | None) -> None:
     """Run the units of a study phase by phase, `jobs` at a time, with a line for each that is done."""
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
 
     begin = time.monotonic()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs or os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
         for units in kind.phases(found):
             for done in as_completed([pool.submit(kind.run_unit, unit) for unit in units]):
                 console.print(f"{(time.monotonic() - begin) / 60:5.1f} min: {done.result()}", highlight=False)

@@ -129,7 +129,7 @@ def axes(panels: int = 1, height: float = 3.2, share: bool = True) -> tuple[Figu
 
 
 def draw_lines(panels: Mapping[str, Mapping[str, Series]], bold: Mapping[str, Series], unit: str, name: str) -> Figure:
-    """Panels by title, each a line per task and a bold one, called `name`, over them."""
+    """Panels by title, each a line per task (the same tasks in all) and a bold one, called `name`, over them."""
     tasks = list(dict.fromkeys(task for series in panels.values() for task in series))
     drawing, across = axes(len(panels), max(3.4, 0.5 + 0.19 * min(len(tasks), 30)))
     for axis, (title, series) in zip(across, panels.items(), strict=True):

@@ -108,11 +108,11 @@ class Party:
         self.data: Dataset = tasks.load(task, self.model.module.image_size)
         self.task = name or self.data.name
         self.head = self._make_head().to(self.model.device)
-        self._splits = {name: self.data.split(name).to(self.model.device) for name in tasks.SPLITS}
-        self.tuned_on = self._splits[settings.split]
+        self.splits = {name: self.data.split(name).to(self.model.device) for name in tasks.SPLITS}
+        self.tuned_on = self.splits[settings.split]
         if settings.split == "validation" and settings.holdout:
             held, rest = self._parted(self.tuned_on, settings.holdout, "holdout")
-            self._splits["validation"], self.tuned_on = held, rest
+            self.splits["validation"], self.tuned_on = held, rest
         if settings.turns > len(self.tuned_on):
             raise SettingError(
                 f"local-epochs={settings.local_epochs:g}: {self.task} has only {len(self.tuned_on)} images"
@@ -130,8 +130,7 @@ class Party:
         torch.set_num_threads(self.settings.threads)
         self.model.load(base)
         return {
-            split: accuracy(self.model.module, self.head, self._splits[split], self.settings.workers)
-            for split in splits
+            split: accuracy(self.model.module, self.head, self.splits[split], self.settings.workers) for split in splits
         }
 
     def train(self, base: Tensor, round_number: int) -> Update:

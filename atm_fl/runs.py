@@ -2,7 +2,7 @@
 
 config.json       the settings and versions that decide the result
 metrics.jsonl     one JSON object a line, see `Run.record`
-checkpoint/       round-00007.safetensors: the base after 7 rounds; the last two are kept
+checkpoint/       round-00007.safetensors: the base after 7 rounds; the last `keep-checkpoints` are kept
 tensorboard/      the same metrics as TensorBoard events
 report.html       written when the run ends
 """
@@ -30,8 +30,6 @@ from atm_fl.models import load_backbone
 from atm_fl.scaling import check_layer_scaling
 from atm_fl.settings import Settings
 from atm_fl.trainable import set_trainable
-
-KEPT_CHECKPOINTS = 2
 
 
 class Run:
@@ -72,8 +70,8 @@ class Run:
         """Append a line to metrics.jsonl and the same numbers to TensorBoard.
 
         kind "evaluation" (task, validation, test): accuracy of the base after `round_number` rounds; "tuning" (task,
-        loss, steps, images, norm, alignment, seconds_…, bytes_up, bytes_down); "merge" (norm, tasks, cosines, seconds_merge,
-        seconds, failures); "warning" (text).
+        loss, steps, images, norm, alignment, seconds_…, bytes_up, bytes_down); "merge" (norm, tasks, cosines,
+        seconds_merge, seconds, failures); "warning" (text).
         """
         line = {"kind": kind, "round": round_number, **values, "time": round(time.time() - self._begin, 3)}
         with open(self.directory / "metrics.jsonl", "a") as file:
@@ -96,7 +94,8 @@ class Run:
             )
         self.base = self.base + step
         self.rounds_done += 1
-        save_checkpoint(self.directory, self.rounds_done, self.base, self.layout, self.optimizer.state)
+        kept = self.settings.keep_checkpoints
+        save_checkpoint(self.directory, self.rounds_done, self.base, self.layout, self.optimizer.state, kept)
 
     def close(self) -> None:
         """Flush TensorBoard's file and let others have the directory."""
@@ -183,9 +182,14 @@ STATE = "server-optimizer."
 
 
 def save_checkpoint(
-    directory: Path, rounds_done: int, base: Tensor, layout: vectors.Layout, state: dict[str, Tensor] | None = None
+    directory: Path,
+    rounds_done: int,
+    base: Tensor,
+    layout: vectors.Layout,
+    state: dict[str, Tensor] | None = None,
+    kept: int = 2,
 ) -> Path:
-    """Write the base after `rounds_done` rounds, atomically, as named tensors; older ones than the last two go.
+    """Write the base after `rounds_done` rounds, atomically, as named tensors; all but the last `kept` go (0: none).
 
     state: the server optimizer's moments, flat tensors [n].
     """
@@ -199,7 +203,7 @@ def save_checkpoint(
     with atomic_write(path) as part:
         named = {name: view.contiguous() for name, view in layout.views(base).items()}
         save_file(named | moments, str(part), metadata)
-    for old in [*checkpoints(directory)[:-KEPT_CHECKPOINTS], *folder.glob(".*.safetensors")]:
+    for old in [*(checkpoints(directory)[:-kept] if kept else ()), *folder.glob(".*.safetensors")]:
         old.unlink()
     return path
 
@@ -221,14 +225,16 @@ def lock(directory: Path) -> Any:
 
 
 def load_checkpoint(
-    directory: Path, layout: vectors.Layout, warn: Callable[[str], object]
+    directory: Path, layout: vectors.Layout, warn: Callable[[str], object], rounds: int = 0
 ) -> tuple[int, Tensor, dict[str, Tensor]]:
-    """(rounds done, base, server optimizer's moments) of the newest whole checkpoint.
+    """(rounds done, base, server optimizer's moments) of the newest whole checkpoint, or of that after `rounds` rounds.
 
     A damaged one is passed over and `warn` is told. RunError if none is whole, or if it belongs to a model of another
     layout.
     """
     for path in reversed(checkpoints(directory)):
+        if rounds and path.stem != f"round-{rounds:05d}":
+            continue
         try:
             with safe_open(str(path), "pt") as file:
                 about = json.loads((file.metadata() or {}).get("atm-fl", "{}"))

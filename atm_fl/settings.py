@@ -97,6 +97,7 @@ class Settings:
         0, "also evaluate the test split every so many rounds; 0: before the first and at the end", decides=False
     )
     run_dir: str = setting("runs/latest", "the run's directory", decides=False)
+    keep_checkpoints: int = setting(2, "checkpoints that stay in run-dir, the newest; 0: all", decides=False)
     resume: bool = setting(False, "go on from the last checkpoint in run-dir", decides=False)
     min_successful: int = setting(0, "clients that must succeed in a round under skip; 0: all", decides=False)
     on_failure: str = setting(
@@ -203,7 +204,17 @@ class Settings:
         for name in ("rounds", "batch_size", "accumulate", "lora_rank", "shots", "threads", "validate_every"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be at least 1")
-        for name in ("weight_decay", "momentum", "proximal", "clip_norm", "test_every", "min_successful", "seed", "workers"):
+        for name in (
+            "weight_decay",
+            "momentum",
+            "proximal",
+            "clip_norm",
+            "test_every",
+            "keep_checkpoints",
+            "min_successful",
+            "seed",
+            "workers",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be 0 or more")
         for name in ("server_momentum", "server_beta2", "holdout", "replay"):

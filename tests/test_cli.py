@@ -13,6 +13,7 @@ import pytest
 
 from atm_fl import cli
 from atm_fl.errors import SettingError
+from atm_fl.experiments import contest, read_study
 from atm_fl.settings import Settings, defaults
 
 ROOT = Path(__file__).parents[1]
@@ -112,10 +113,15 @@ def test_pyproject_lists_every_setting_with_its_default() -> None:
 
 
 @pytest.mark.parametrize(
-    "file", [path.stem for path in (ROOT / "configs").glob("*.toml") if "study" not in tomllib.loads(path.read_text())]
+    "file", [path.stem for path in (ROOT / "configs").glob("*.toml") if "rows" not in tomllib.loads(path.read_text())]
 )
 def test_every_configuration_is_valid(file: str) -> None:
     Settings.parse(tomllib.loads((ROOT / "configs" / f"{file}.toml").read_text()))
+
+
+@pytest.mark.parametrize("file", ["contest", "ablations"])
+def test_every_contest_is_valid(file: str) -> None:
+    assert read_study(ROOT / "configs" / f"{file}.toml", contest).rows
 
 
 def test_a_message_keeps_its_square_brackets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -124,7 +130,7 @@ def test_a_message_keeps_its_square_brackets(monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_the_library_knows_nothing_of_flower() -> None:
-    code = "import sys, atm_fl.loop, atm_fl.report, atm_fl.experiments.main_table; sys.exit('flwr' in sys.modules)"
+    code = "import sys, atm_fl.loop, atm_fl.report, atm_fl.experiments.contest; sys.exit('flwr' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

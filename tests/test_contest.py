@@ -21,18 +21,23 @@ ROWS = """
 single = { kind = "single" }
 joint = { kind = "joint", tune = { learning-rate = [1e-3, 2e-3] }, tuning-rounds = 1 }
 average = { kind = "one-shot" }
-ties = { kind = "one-shot", merge = "ties", tune = { merge-options = ["density=0.2", "density=0.5"], scaling = [0.5, 1] } }
+ties = { kind = "one-shot", merge = "ties", tune = { merge-options = ["density=0.2", "density=0.5"], scaling = [1] } }
 atm = { tune = { scaling = [1.0, 1.5] }, tuning-rounds = 1, report = [2, 4], rounds = 4 }
-parts = { rounds = 8, local-epochs = 0.5, validate-every = 2, alignment = true }
+parts = { rounds = 8, local-epochs = 0.5, validate-every = 2, alignment = true, keep-checkpoints = 0 }
 huge = { merge = "task-arithmetic", scaling = 1e38 }
 PH = { kind = "ph-atm", rounds = 2, select = [1, 2] }
+
+[landscape]
+row = "parts"
+one-shot = "average"
+grid = 3
 """
 
 
 def write(path: Path, config: dict[str, Any], rows: str = ROWS) -> Path:
     for key in ("rounds", "run-dir"):
         config.pop(key, None)
-    lines = [f'folder = "{path.parent}/contest"\nseeds = [0, 1]\nepochs = 4\n[settings]']
+    lines = [f'folder = "{path.parent}/contest"\nname = "report"\nseeds = [0, 1]\nepochs = 4\n[settings]']
     lines += [f"{key} = {json.dumps(value)}" for key, value in config.items()]
     path.write_text("\n".join(lines) + rows)
     return path
@@ -51,7 +56,7 @@ def test_a_contest_runs_resumes_and_counts(study: contest.Study, monkeypatch: py
     told = run(study)
     assert any("not finite" in line for line in told)
     text = contest.table(study)
-    found = json.loads((study.folder / "results.json").read_text())
+    found = json.loads((study.reports / "results.json").read_text())
     rows = {row["name"]: row for row in found["rows"]}
     assert [row["name"] for row in found["rows"]] == [
         *("pretrained", "single", "joint", "average", "ties", "atm, 2 rounds", "atm, 4 rounds", "parts", "huge"),
@@ -61,7 +66,7 @@ def test_a_contest_runs_resumes_and_counts(study: contest.Study, monkeypatch: py
     assert all(len(row["seeds"]) == 2 for name, row in rows.items() if name != "huge")
     assert "| parts" in text
     assert "| huge" not in text
-    assert (study.folder / "report.html").exists()
+    assert (study.reports / "report.html").exists()
 
     # 36 training images a task, batches of 8, 4 epochs: the same images everywhere, an even count of steps
     images = {name: row["seeds"]["0"]["images"] for name, row in rows.items() if row["seeds"]}
@@ -75,9 +80,19 @@ def test_a_contest_runs_resumes_and_counts(study: contest.Study, monkeypatch: py
     assert rows["average"]["seeds"]["0"]["bytes"] == 4 * elements * 3 * 3
     assert rows["joint"]["seeds"]["0"]["bytes"] == 0
     assert rows["atm, 4 rounds"]["tuning"] == {"values": 2, "epochs": 1.0, "evaluations": 0}
-    assert rows["ties"]["tuning"] == {"values": 4, "epochs": 0.0, "evaluations": 4}
+    assert rows["ties"]["tuning"] == {"values": 2, "epochs": 0.0, "evaluations": 2}
     assert set(found["alignment"]) == {"parts"}
     assert all(-1 <= value <= 1 for task in found["alignment"]["parts"].values() for value in task.values())
+
+    # the plane goes through the pretrained model, the merged one and the end of the path
+    cut = found["landscape"]
+    places = {place["name"]: place for place in cut["points"]}
+    assert (places["pretrained"]["x"], places["pretrained"]["y"]) == (0, 0)
+    assert places["one-shot"]["y"] == pytest.approx(0, abs=1e-3 * places["one-shot"]["x"])
+    assert set(places) == {"pretrained", "one-shot", "red alone", "green alone", "blue alone"} | {
+        f"round {number}" for number in range(1, 9)
+    }
+    assert [len(line) for line in cut["accuracy"]] == [3, 3, 3]
 
     # a second go does no work at all
     for name in ("run_loop", "run_joint", "Party"):
@@ -91,7 +106,7 @@ def test_choices_are_made_on_validation(study: contest.Study) -> None:
     ties = next(row for row in study.rows if row.name == "ties")
     made = json.loads((contest.Unit(study, ties, 1).folder / "results.json").read_text())
     scores = [mean_accuracy(tried["validation"]) for tried in made["tried"]]
-    assert len(scores) == 4
+    assert len(scores) == 2
     assert made["choice"] == made["tried"][scores.index(max(scores))]["choice"]
 
 
@@ -121,6 +136,14 @@ def test_an_average_is_what_its_checkpoint_holds_and_where_ph_atm_starts(study: 
         ("[rows]\na = { merge = 'meen' }", "merge='meen' is unknown"),
         ("[rows]\na = { tune = { scalign = [1.0] } }", "setting 'scalign' is unknown"),
         ("[rows]\na = { report = [5] }", "row 'a': it has 4 rounds, so none is 5"),
+        (
+            "[rows]\ns = {kind = 'single'}\na = {}\no = {kind = 'one-shot'}\n[landscape]\nrow = 'a'\none-shot = 'o'",
+            "landscape: row='a' must have keep-checkpoints = 0, not 2",
+        ),
+        (
+            "[rows]\na = {}\n[landscape]\nrow = 'a'\none-shot = 'b'",
+            "landscape: one-shot='b' is no row of kind one-shot",
+        ),
         ("[rowz]\na = {}", "is not such a study: "),
     ],
 )

@@ -166,6 +166,14 @@ def test_parts_of_the_page(results: Results) -> None:
         assert ("mean over tasks." in more) == (rows > 4)
 
 
+def test_alignment_of_rows_with_other_tasks(results: Results) -> None:
+    rows = {"pair": {"mnist": {"1": 0.1}, "icons": {}}, "all": {"solar": {"1": 0.2}, "mnist": {"1": 0.3}}}
+    html = page(results | {"alignment": rows})
+    svg = re.findall("<svg .*?</svg>", html, re.DOTALL)[-1]
+    names = re.findall(">(pair|all|mean|mnist|icons|solar)<", svg)
+    assert names == ["pair", "all", "mean", "mnist", "solar"]
+
+
 def test_contest_that_has_just_begun(results: Results) -> None:
     start = copy.deepcopy(results)
     start["rows"] = [start["rows"][0], *({**row, "seeds": {}} for row in start["rows"][1:])]

@@ -40,12 +40,13 @@ from atm_fl.errors import RunError, SettingError, did_you_mean
 from atm_fl.evaluation import mean_accuracy
 from atm_fl.experiments import contest_page
 from atm_fl.experiments.joint import run_joint
+from atm_fl.experiments.landscape import landscape
 from atm_fl.files import atomic_write
 from atm_fl.flops import operations
 from atm_fl.loop import run_loop
 from atm_fl.models import load_backbone
 from atm_fl.party import Party
-from atm_fl.runs import checkpoints, processor, read_metrics, save_checkpoint
+from atm_fl.runs import checkpoints, load_checkpoint, processor, read_metrics, save_checkpoint
 from atm_fl.settings import Settings
 from atm_fl.vectors import Layout
 
@@ -74,14 +75,29 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """A landscape to draw, of the first seed: see landscape.py. `row` is a run that keeps all its checkpoints."""
+
+    row: str
+    one_shot: str
+    grid: int = 9
+
+
+@dataclass(frozen=True)
 class Study:
-    """A contest's configuration: see configs/contest.toml."""
+    """A contest's configuration: see configs/contest.toml.
+
+    Units of work are in `folder`, tables and pages in its folder `name`: contests in one folder share what has the same
+    name and settings.
+    """
 
     folder: Path
+    name: str
     seeds: list[int]
     epochs: int
     settings: dict[str, Any]
     rows: list[Row]
+    landscape: Slice | None = None
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Study:
@@ -92,6 +108,9 @@ class Study:
         for row in rows:
             refined = [replace(row, name=f"{row.name} from {base}", base=base) for base in bases]
             expanded += refined if row.kind == "ph-atm" else [row]
+        if "landscape" in values:
+            cut = {key.replace("-", "_"): value for key, value in values["landscape"].items()}
+            values = values | {"landscape": Slice(**cut)}
         study = cls(**values | {"folder": Path(values["folder"]), "rows": expanded})
         kinds = [row.kind for row in expanded]
         if "single" not in kinds and {"one-shot", "ph-atm"} & set(kinds):
@@ -102,11 +121,26 @@ class Study:
                 over = [number for number in (*row.report, *row.select) if not 0 < number <= settings.rounds]
                 if over:
                     raise SettingError(f"row {row.name!r}: it has {settings.rounds} rounds, so none is {over[0]}")
+        if study.landscape:
+            for key, name, kind in (
+                ("row", study.landscape.row, "atm"),
+                ("one-shot", study.landscape.one_shot, "one-shot"),
+            ):
+                if not any((row.name, row.kind) == (name, kind) for row in study.rows):
+                    raise SettingError(f"landscape: {key}={name!r} is no row of kind {kind}")
+            kept = Unit(study, study.row("atm", study.landscape.row), study.seeds[0]).settings().keep_checkpoints
+            if kept:
+                raise SettingError(f"landscape: row={study.landscape.row!r} must have keep-checkpoints = 0, not {kept}")
         return study
 
-    def row(self, kind: str) -> Row:
-        """The first row of a kind."""
-        return next(row for row in self.rows if row.kind == kind)
+    @property
+    def reports(self) -> Path:
+        """Where its tables and pages go."""
+        return self.folder / self.name
+
+    def row(self, kind: str, name: str = "") -> Row:
+        """The first row of a kind, or the one called `name`."""
+        return next(row for row in self.rows if row.kind == kind and name in ("", row.name))
 
 
 def _row(name: str, values: dict[str, Any]) -> Row:
@@ -150,7 +184,7 @@ class Unit:
 
     @property
     def _base(self) -> Row:
-        return next(row for row in self.study.rows if row.name == self.row.base)
+        return self.study.row("one-shot", self.row.base)
 
     def settings(self) -> Settings:
         """Its settings, as far as this unit goes; the rounds to report are evaluated on the test splits."""
@@ -182,6 +216,8 @@ def phases(study: Study) -> Iterator[list[Unit]]:
         *(Unit(study, row, seed) for row in study.rows if row.kind == "one-shot" for seed in study.seeds),
     ]
     yield [Unit(study, row, seed) for row in study.rows if row.kind == "ph-atm" for seed in study.seeds]
+    if study.landscape:
+        yield [Unit(study, Row("landscape", "landscape"), first)]
 
 
 def run_unit(unit: Unit) -> str:
@@ -190,9 +226,9 @@ def run_unit(unit: Unit) -> str:
         return f"{unit}: finished before"
     begin = time.monotonic()
     try:
-        {"single": _single, "one-shot": _one_shot, "joint": lambda unit: run_joint(unit.settings())}.get(
-            unit.row.kind, lambda unit: run_loop(replace(unit.settings(), resume=bool(checkpoints(unit.folder))))
-        )(unit)
+        {"single": _single, "one-shot": _one_shot, "joint": _joint, "landscape": _landscape}.get(unit.row.kind, _run)(
+            unit
+        )
     except RunError as error:
         (unit.folder / "failed.txt").write_text(f"{error}\n")
         return f"{unit}: {error}"
@@ -203,7 +239,7 @@ def finished(unit: Unit) -> bool:
     """Whether nothing is left to do."""
     if failed(unit):
         return True
-    if unit.row.kind in ("single", "one-shot"):
+    if unit.row.kind in ("single", "one-shot", "landscape"):
         return (unit.folder / "results.json").exists()
     settings = unit.settings()
     tested = [
@@ -215,6 +251,36 @@ def finished(unit: Unit) -> bool:
 def failed(unit: Unit) -> bool:
     """Whether the run came to nothing."""
     return (unit.folder / "failed.txt").exists()
+
+
+def _run(unit: Unit) -> None:
+    run_loop(replace(unit.settings(), resume=bool(checkpoints(unit.folder))))
+
+
+def _joint(unit: Unit) -> None:
+    run_joint(unit.settings())
+
+
+def _landscape(unit: Unit) -> None:
+    """Evaluate the plane through the pretrained, the one-shot and the ATM model that the study names."""
+    study = unit.study
+    assert study.landscape
+    run = Unit(study, study.row("atm", study.landscape.row), unit.seed)
+    settings = run.settings()
+    parties = [Party(settings, name) for name in settings.task_names]
+    base, layout = parties[0].model.pretrained, parties[0].model.layout
+
+    def load(folder: Path, rounds: int = 0) -> Tensor:
+        return load_checkpoint(folder, layout, print, rounds)[1]
+
+    merged = load(Unit(study, study.row("one-shot", study.landscape.one_shot), unit.seed).folder)
+    path = [load(run.folder, number) for number in range(1, settings.rounds + 1)]
+    alone = {f"{task} alone": base + vector for task, vector in single_vectors(study, unit.seed).items()}
+    found = landscape(parties, base, merged, path, alone, study.landscape.grid)
+    caption = f"Mean validation accuracy on the plane through the pretrained model, {study.landscape.one_shot} and the "
+    caption += f"end of {study.landscape.row}, seed {unit.seed}; single-task models where they project to."
+    with atomic_write(unit.folder / "results.json") as part:
+        part.write_text(json.dumps({"caption": caption, **found}))
 
 
 # ------------------------------------------------------------------------------------------- single tasks and one-shot
@@ -335,7 +401,8 @@ def results(study: Study) -> dict[str, Any]:
     """What is finished, as contest_page takes it."""
     settings = Settings.parse(study.settings)
     elements = Layout.of(load_backbone(settings.model, settings.weights)).size
-    rows, alignment = [], {}
+    rows: list[dict[str, Any]] = []
+    alignment: dict[str, dict[str, dict[str, float]]] = {}
     for row in study.rows:
         for name, stop in [(row.name, 0)] if not row.report else [(f"{row.name}, {n} rounds", n) for n in row.report]:
             found = _row_results(study, row, stop, elements)
@@ -350,8 +417,9 @@ def results(study: Study) -> dict[str, Any]:
                 for task, value in line.get("alignment", {}).items():
                     by_task.setdefault(task, {})[str(number)] = value
             alignment |= {row.name: by_task} if by_task else {}
+    cut = Unit(study, Row("landscape", "landscape"), study.seeds[0]).folder / "results.json"
     return {
-        "name": study.folder.name,
+        "name": study.name,
         "command": "atm-fl compare",
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{torch.multiprocessing.cpu_count()} cores of {processor()}",
@@ -360,7 +428,7 @@ def results(study: Study) -> dict[str, Any]:
         "elements": elements,
         "rows": rows,
         "alignment": alignment,
-        "landscape": None,
+        "landscape": json.loads(cut.read_text()) if study.landscape and cut.exists() else None,
     }
 
 
@@ -432,8 +500,8 @@ def _pretrained(study: Study, row: Row) -> dict[str, Any]:
 def _run_results(unit: Unit, stop: int, elements: int) -> tuple[int, dict[str, Any]]:
     """(The round, a seed's numbers at that round) of a run.
 
-    Bytes: what crosses the wire as float32: the base to every party a round, a vector from each that tunes, and the base
-    once more for the last evaluation.
+    Bytes: what crosses the wire as float32: the base to every party a round, a vector from each that tunes, and the
+    base once more for the last evaluation.
     """
     settings, curve = unit.settings(), _curve(unit.folder)
     per_image = _operations(settings.model, settings.weights)
@@ -471,9 +539,9 @@ def _run_results(unit: Unit, stop: int, elements: int) -> tuple[int, dict[str, A
 
 
 def table(study: Study) -> str:
-    """Write results.json, table.md, results.csv and report.html into the contest's folder; the tables in Markdown."""
+    """Write results.json, table.md, results.csv and report.html into the contest's own folder; the tables' Markdown."""
     found = results(study)
-    with atomic_write(study.folder / "results.json") as part:
+    with atomic_write(study.reports / "results.json") as part:
         part.write_text(json.dumps(found, indent=1))
-    contest_page.write(found, study.folder)
+    contest_page.write(found, study.reports)
     return f"{contest_page.table(found)}\n\n{contest_page.cost_table(found)}"

@@ -313,22 +313,16 @@ def _alignment(alignment: Mapping[str, Mapping[str, Mapping[str, float]]]) -> It
     if not rows:
         return
     means = {name: _mean_series(tasks.values()) for name, tasks in rows.items()}
-    titled = {name: textwrap.fill(name, 84 // len(rows)) for name in rows} if len(rows) <= 4 else {}
+    caption = "Cosine of each task vector with minus the full-batch gradient, by round"
     yield "<h2>Task vectors and gradients</h2>"
-    yield pages.figure(
-        "Cosine of each task vector with minus the full-batch gradient, by round"
-        + (" (above 0: the task vector goes downhill)." if titled else ", mean over tasks."),
-        lambda: (
-            pages.draw_lines(
-                {titled[name]: tasks for name, tasks in rows.items()},
-                {titled[name]: means[name] for name in rows},
-                "cosine",
-                "mean",
-            )
-            if titled
-            else _draw_rows(means, {}, "cosine, mean over tasks")
-        ),
-    )
+    if len(rows) > 4:
+        yield pages.figure(f"{caption}, mean over tasks.", lambda: _draw_rows(means, {}, "cosine, mean over tasks"))
+        return
+    every = list(dict.fromkeys(task for tasks in rows.values() for task in tasks))
+    titles = {name: textwrap.fill(name, 84 // len(rows)) for name in rows}
+    panels = {titles[name]: {task: tasks.get(task, {}) for task in every} for name, tasks in rows.items()}
+    bold = {titles[name]: series for name, series in means.items()}
+    yield pages.figure(f"{caption}.", lambda: pages.draw_lines(panels, bold, "cosine", "mean"))
 
 
 def _landscape(landscape: Mapping[str, Any] | None) -> Iterator[str]:
@@ -386,7 +380,7 @@ def _draw_costs(rows: list[_Row], units: Mapping[str, str]) -> Figure:
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.xaxis.set_minor_locator(NullLocator())
     axes[0].set_ylabel("test accuracy %")
-    names = [_wrapped(f"{i + 1}  {rows[i].label}") for i in sorted(shown)]
+    names = [_wrapped(f"{i + 1}: {rows[i].label}") for i in sorted(shown)]
     figure.legend([shown[i] for i in sorted(shown)], names, loc="outside right upper", fontsize=6.5)
     for axis, key in zip(axes, units.values(), strict=True):
         costs = [(str(i + 1), row.cost(key), fmean(row.means())) for i, row in enumerate(rows) if row.cost(key) > 0]

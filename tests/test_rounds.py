@@ -1,0 +1,174 @@
+"""What a party does in a round: parts of an epoch, late and leaving tasks, FedProx, held-out images, alignment."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from atm_fl import party as party_module
+from atm_fl.errors import SettingError
+from atm_fl.loop import run_loop
+from atm_fl.party import Party
+from atm_fl.runs import read_metrics
+from atm_fl.settings import Settings
+from atm_fl.tasks import Split
+from clients.app import app as client_app
+from server.app import serve
+from server.grid import InProcessGrid
+
+
+def lines(run_dir: str | Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(Path(run_dir)) if line["kind"] == kind]
+
+
+def seen_images(party: Party, rounds: range, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The positions in the party's training split of the images that it tunes on, round by round."""
+    batches, found = Split.batches, []
+    with monkeypatch.context() as patch:
+        for number in rounds:
+            seen: list[int] = []
+
+            def record(
+                split: Split, order: Tensor | None = None, *rest: Any, seen: list[int] = seen, **more: Any
+            ) -> Any:
+                if order is not None:
+                    seen.extend(order.tolist())
+                return batches(split, order, *rest, **more)
+
+            patch.setattr(Split, "batches", record)
+            party.train(party.model.pretrained, number)
+            found.append(seen)
+    return found
+
+
+def test_parts_of_an_epoch_are_disjoint_and_whole(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.parse({**config, "local-epochs": 0.25, "rounds": 8})
+    party = Party(settings, settings.task_names[0])
+    parts = seen_images(party, range(1, 9), monkeypatch)
+    assert [len(part) for part in parts] == [9] * 8  # of 36 images
+    first, second = list(chain(*parts[:4])), list(chain(*parts[4:]))
+    assert sorted(first) == sorted(second) == list(range(36))
+    assert first != second
+    assert seen_images(party, range(2, 3), monkeypatch) == parts[1:2]  # a resumed run sees the same
+
+
+@pytest.mark.parametrize("epochs", [0.3, 1.5, 0, -1, 0.75])
+def test_epochs_are_whole_or_one_part_of_m(config: dict[str, Any], epochs: float) -> None:
+    with pytest.raises(SettingError, match=rf"local-epochs={epochs:g}: it must be a whole number, or 1/m"):
+        Settings.parse({**config, "local-epochs": epochs})
+
+
+def test_an_epoch_in_more_parts_than_images_is_refused(config: dict[str, Any]) -> None:
+    settings = Settings.parse({**config, "local-epochs": 0.01})
+    with pytest.raises(SettingError, match="local-epochs=0.01: red has only 36 images"):
+        Party(settings, settings.task_names[0])
+
+
+PARTICIPATION = {"participation": "green=2-, blue=1-2", "rounds": 4}
+
+
+@pytest.mark.parametrize("replay", [0.0, 0.25])
+def test_tasks_join_and_leave_but_are_always_evaluated(config: dict[str, Any], replay: float) -> None:
+    plain = Settings.parse({**config, **PARTICIPATION, "replay": replay})
+    run_loop(plain)
+    tuned = {(line["round"], line["task"]): line["images"] for line in lines(plain.run_dir, "tuning")}
+    expected = {(n, "red"): 36 for n in range(1, 5)} | {(n, "green"): 36 for n in range(2, 5)}
+    expected |= {(1, "blue"): 36, (2, "blue"): 36} | ({(3, "blue"): 9, (4, "blue"): 9} if replay else {})
+    assert tuned == expected
+    evaluated = [(line["round"], line["task"]) for line in lines(plain.run_dir, "evaluation")]
+    assert sorted(evaluated) == sorted((n, task) for n in range(5) for task in ("red", "green", "blue"))
+    merged = [line["tasks"] for line in lines(plain.run_dir, "merge")]
+    late = ["red", "green", "blue"] if replay else ["red", "green"]
+    assert merged == [["red", "blue"], ["red", "green", "blue"], late, late]
+
+    flower = Settings.parse({**plain.as_config(), "run-dir": plain.run_dir + "-flower"})
+    base = serve(InProcessGrid(client_app, 3, flower.as_config()), flower).base
+    again = run_loop(Settings.parse({**plain.as_config(), "resume": True})).base
+    assert torch.equal(base, again)
+
+
+def test_a_vector_from_a_task_that_takes_no_part_is_not_merged(config: dict[str, Any]) -> None:
+    """A client that does not know the run's participation: its vector is left out."""
+    settings = Settings.parse({**config, **PARTICIPATION, "rounds": 1})
+    eager = InProcessGrid(client_app, 3, {**settings.as_config(), "participation": ""})
+    run = serve(eager, settings)
+    assert [line["tasks"] for line in lines(run.directory, "merge")] == [["red", "blue"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("green", "'green' is not of the form"),
+        ("green=3-2", "'green=3-2' is not of the form"),
+        ("green=0-", "'green=0-' is not of the form"),
+        ("grean=2-", "there is no task 'grean'; did you mean 'green'"),
+        ("red=2-, green=2-, blue=2-", "no task takes part in round 1"),
+    ],
+)
+def test_a_participation_that_cannot_work_is_said(config: dict[str, Any], text: str, words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        Settings.parse({**config, "participation": text})
+
+
+def test_a_merge_needs_enough_tasks_in_every_round(config: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match="needs at least 3 tasks, not 2"):
+        Settings.parse({**config, "participation": "red=2-", "merge": "multi-krum", "merge-options": "f=0"})
+
+
+def test_fedprox_is_the_gradient_of_its_loss(config: dict[str, Any]) -> None:
+    """Two full-batch SGD steps against their closed form: the first is plain, the second is pulled back by μ τ₁."""
+    rate, mu = 0.05, 0.7
+    common = {"optimizer": "sgd", "learning-rate": rate, "weight-decay": 0.0, "clip-norm": 0.0, "batch-size": 36}
+    settings = Settings.parse({**config, **common, "local-epochs": 2, "proximal": mu})
+    party = Party(settings, settings.task_names[0])
+    base = party.model.pretrained
+    flat, head, data = party.model.flat, party.head, party.tuned_on
+
+    def gradient(at: Tensor) -> Tensor:
+        party.model.load(at)
+        return party_module.full_gradient(party.model.module, head, flat, data)
+
+    first = -rate * gradient(base)
+    second = first - rate * (gradient(base + first) + mu * first)
+    update = party.train(base, 1)
+    assert update.vector is not None
+    torch.testing.assert_close(update.vector, second, rtol=1e-3, atol=1e-6)
+
+
+def test_alignment_is_one_for_one_step_of_gradient_descent(config: dict[str, Any]) -> None:
+    """The paper's Theorem: one full-batch step is exactly −η times the gradient."""
+    common = {"optimizer": "sgd", "learning-rate": 0.01, "weight-decay": 0.0, "clip-norm": 0.0, "batch-size": 36}
+    settings = Settings.parse({**config, **common, "alignment": True, "rounds": 1})
+    run_loop(settings)
+    assert [line["alignment"] for line in lines(settings.run_dir, "tuning")] == pytest.approx([1.0] * 3, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["proximal", "alignment"])
+def test_what_needs_dense_parameters_is_refused_with_lora(config: dict[str, Any], name: str) -> None:
+    with pytest.raises(SettingError, match=f"{name}=.*: not with trainable='lora'"):
+        Settings.parse({**config, name: {"proximal": 0.1, "alignment": True}[name], "trainable": "lora"})
+
+
+def test_held_out_validation_images_are_not_tuned_on(config: dict[str, Any]) -> None:
+    settings = Settings.parse({**config, "split": "validation", "holdout": 0.25})
+    party = Party(settings, settings.task_names[0])
+    held = party.splits["validation"]
+    assert (len(held), len(party.tuned_on)) == (3, 9)
+    assert isinstance(held.images, Tensor)
+    assert isinstance(party.tuned_on.images, Tensor)
+    every = {image.numpy().tobytes() for image in torch.cat([held.images, party.tuned_on.images])}
+    assert every == {image.numpy().tobytes() for image in party.data.validation.images}  # type: ignore[union-attr]
+    whole = Party(Settings.parse({**config, "split": "validation", "holdout": 0.0}), settings.task_names[0])
+    assert len(whole.tuned_on) == len(whole.splits["validation"]) == 12
+
+
+def test_validation_now_and_then_and_all_checkpoints(config: dict[str, Any]) -> None:
+    settings = Settings.parse({**config, "rounds": 5, "validate-every": 2, "keep-checkpoints": 0})
+    run = run_loop(settings)
+    assert sorted({line["round"] for line in lines(run.directory, "evaluation")}) == [0, 2, 4, 5]
+    assert len(list(run.directory.glob("checkpoint/*"))) == 5
