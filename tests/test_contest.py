@@ -12,7 +12,10 @@ import torch
 from atm_fl.errors import SettingError
 from atm_fl.evaluation import mean_accuracy
 from atm_fl.experiments import contest, read_study
+from atm_fl.experiments.joint import run_joint
+from atm_fl.party import Party
 from atm_fl.runs import load_checkpoint
+from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.vectors import Layout
 
@@ -126,6 +129,23 @@ def test_an_average_is_what_its_checkpoint_holds_and_where_ph_atm_starts(study: 
     before = {line["task"]: line["test"] for line in lines if line["round"] == 0 and line["kind"] == "evaluation"}
     made = json.loads((contest.Unit(study, average, 1).folder / "results.json").read_text())
     assert before == made["test"]
+
+
+def test_joint_training_of_one_task_is_plain_fine_tuning(config: dict[str, Any], folders: list[str]) -> None:
+    """One epoch of joint training over a single task against torch's own SGD on the same batches."""
+    settings = Settings.parse({**config, "tasks": folders[0], "rounds": 1, "optimizer": "sgd", "learning-rate": 0.05})
+    run_joint(settings)
+    party = Party(settings, folders[0])
+    layout, (_, base, _) = party.model.layout, load_checkpoint(Path(settings.run_dir), party.model.layout, pytest.fail)
+    module, head = contest.load_backbone("tiny", "pretrained"), party.head
+    optimizer = torch.optim.SGD(module.parameters(), 0.05, weight_decay=0.1)
+    order = torch.randperm(36, generator=torch.Generator().manual_seed(derive_seed(0, "joint", 1)))
+    for images, labels in party.tuned_on.batches(order, 8):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(module(images)), labels).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 10.0)
+        optimizer.step()
+    torch.testing.assert_close(base, layout.flatten(module), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

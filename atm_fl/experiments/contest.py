@@ -117,7 +117,7 @@ class Study:
             raise SettingError("a contest with one-shot or ph-atm rows needs a row of kind single")
         for row in study.rows:
             for choice in row.choices():
-                settings = Unit(study, row, study.seeds[0], choice).parse(start="pretrained")
+                settings = Unit(study, row, study.seeds[0], choice).parse()
                 over = [number for number in (*row.report, *row.select) if not 0 < number <= settings.rounds]
                 if over:
                     raise SettingError(f"row {row.name!r}: it has {settings.rounds} rounds, so none is {over[0]}")
@@ -171,16 +171,14 @@ class Unit:
         own = [f"{key}={value}" for key, value in self.choice.items()] if self.row.kind != "one-shot" else []
         return self.study.folder / f"seed-{self.seed}" / "/".join(_slug(part) for part in [self.row.name, *own])
 
-    def parse(self, **more: Any) -> Settings:
-        """Its settings."""
+    def parse(self) -> Settings:
+        """Its settings to the end."""
         study, row = self.study, self.row
         budget = {"single": (1, study.epochs), "one-shot": (1, study.epochs)}.get(row.kind, (study.epochs, 1))
         values = {"rounds": budget[0], "local-epochs": budget[1], **study.settings}
         if row.kind == "ph-atm":
             values |= {"split": "validation", "start": str(Unit(study, self._base, self.seed).folder)}
-        return Settings.parse(
-            {**values, **row.settings, **self.choice, "seed": self.seed, "run-dir": str(self.folder), **more}
-        )
+        return Settings.parse({**values, **row.settings, **self.choice, "seed": self.seed, "run-dir": str(self.folder)})
 
     @property
     def _base(self) -> Row:
@@ -188,7 +186,7 @@ class Unit:
 
     def settings(self) -> Settings:
         """Its settings, as far as this unit goes; the rounds to report are evaluated on the test splits."""
-        full = self.parse(**({"start": "pretrained"} if self.row.kind != "ph-atm" else {}))
+        full = self.parse()
         stops = [*self.row.report, *self.row.select]
         return replace(full, rounds=self.rounds or full.rounds, test_every=math.gcd(*stops) or full.test_every)
 
@@ -450,7 +448,7 @@ def _row_results(study: Study, row: Row, stop: int, elements: int) -> dict[str, 
             single = json.loads((Unit(study, study.row("single"), seed).folder / "results.json").read_text())
             tuned[str(seed)] = made["choice"] if row.kind == "one-shot" else {}
             seeds[str(seed)] = _flat_results(unit, made, single, elements)
-    settings = Unit(study, row, study.seeds[0], choice).parse(start="pretrained")
+    settings = Unit(study, row, study.seeds[0], choice).parse()
     others, count = len(row.choices()) - 1, len(row.choices())
     rounds = row.tuning_rounds or settings.rounds
     searched = others * rounds * settings.local_epochs if by_runs else 0.0

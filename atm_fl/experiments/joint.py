@@ -43,21 +43,20 @@ def run_joint(settings: Settings) -> None:
             begin, total = time.perf_counter(), 0.0
             model.module.train()
             batches = torch.randperm(len(owner), generator=random).split(settings.batch_size)
-            for batch in batches:
+            held = [[place[batch[owner[batch] == number]] for batch in batches] for number in range(len(parties))]
+            readers = [
+                party.tuned_on.parts([own.to(model.device) for own in parts if len(own)], settings.workers)
+                for party, parts in zip(parties, held, strict=True)
+            ]
+            for step, batch in enumerate(batches):
                 flat.grad.zero_()
-                held = [place[batch[owner[batch] == number]] for number in range(len(parties))]
-                found = [
-                    next(party.tuned_on.batches(own.to(party.tuned_on.labels.device), len(own)))
-                    for party, own in zip(parties, held, strict=True)
-                    if len(own)
-                ]
+                present = [number for number, parts in enumerate(held) if len(parts[step])]
+                found = [next(readers[number]) for number in present]
                 features = model.module(torch.cat([images for images, _ in found]))
                 parts = features.split([len(labels) for _, labels in found])
                 loss = sum(
-                    functional.cross_entropy(head(part), labels, reduction="sum")
-                    for head, part, (_, labels) in zip(
-                        [head for head, own in zip(heads, held, strict=True) if len(own)], parts, found, strict=True
-                    )
+                    functional.cross_entropy(heads[number](part), labels, reduction="sum")
+                    for number, part, (_, labels) in zip(present, parts, found, strict=True)
                 )
                 assert isinstance(loss, torch.Tensor)
                 (loss / len(batch)).backward()

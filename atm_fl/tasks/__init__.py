@@ -74,7 +74,10 @@ class Split:
         """
         if order is None:
             order = torch.arange(len(self), device=self.labels.device)
-        parts = order.split(batch_size)
+        return self.parts(order.split(batch_size), workers)
+
+    def parts(self, parts: Sequence[Tensor], workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """`batches` of the items of each of `parts`, int64 [k] on the labels' device."""
         if isinstance(self.images, Tensor):
             pixels: Iterator[Tensor] = (self.images[part].expand(-1, 3, -1, -1) for part in parts)
         else:
