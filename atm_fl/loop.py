@@ -35,6 +35,9 @@ class Round:
         if update.vector is None:
             return
         self.run.record("tuning", self.number, task=task, **update.tuning, **more)
+        budget, spent = self.run.settings.dp_epsilon, update.tuning.get("epsilon", 0.0)
+        if budget and spent > budget:
+            self.run.record("warning", self.number, text=f"{task}: its ε is {spent:.3f}, over dp-epsilon={budget:g}")
         self._spill.add(task, update.vector.mul_(self._scalings.get(task, 1.0)))
 
     def close(self, failures: dict[str, str] | None = None) -> None:

@@ -16,6 +16,8 @@ from atm_fl.errors import SettingError
 from atm_fl.evaluation import accuracy
 from atm_fl.files import atomic_write
 from atm_fl.hub import zero_shot
+from atm_fl.privacy.budget import Budget
+from atm_fl.privacy.dp_sgd import tune_privately
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Dataset, Split
@@ -67,15 +69,27 @@ class SharedModel:
             self.lora.reset()
 
     def tune(
-        self, base: Tensor, head: nn.Module, data: Split, settings: Settings, seed: int, turn: int
+        self,
+        base: Tensor,
+        head: nn.Module,
+        data: Split,
+        settings: Settings,
+        seed: int,
+        turn: int,
+        noise: float | None = None,
     ) -> tuple[Tensor, Tuned]:
-        """Tune `base`, which is loaded, on `data`: (the task vector, float32 [n] on the CPU, what was done)."""
+        """Tune `base`, which is loaded, on `data`: (the task vector, float32 [n] on the CPU, what was done).
+
+        With `noise`, by DP-SGD of this noise multiplier.
+        """
         if self.lora:
             self.lora.reset(derive_seed(seed, "lora"))
-            tuned = tune(self.module, head, self.lora.flat, data, settings, seed, turn)
-            return self.lora.vector().cpu(), tuned
-        tuned = tune(self.module, head, self.flat, data, settings, seed, turn)
-        return task_vector(self.flat, base.to(self.device)).cpu(), tuned
+        flat = self.lora.flat if self.lora else self.flat
+        if noise is None:
+            tuned = tune(self.module, head, flat, data, settings, seed, turn)
+        else:
+            tuned = tune_privately(self.module, head, flat, data, settings, noise, seed)
+        return (self.lora.vector() if self.lora else task_vector(flat, base.to(self.device))).cpu(), tuned
 
 
 def find_device(name: str) -> torch.device:
@@ -113,6 +127,7 @@ class Party:
         if settings.split == "validation" and settings.holdout:
             held, rest = self._parted(self.tuned_on, settings.holdout, "holdout")
             self.splits["validation"], self.tuned_on = held, rest
+        self.budget = Budget(settings, self.task, self.tuned_on) if settings.private else None
         if settings.turns > len(self.tuned_on):
             raise SettingError(
                 f"local-epochs={settings.local_epochs:g}: {self.task} has only {len(self.tuned_on)} images"
@@ -148,9 +163,12 @@ class Party:
         data = self.tuned_on if part == 1 else self._parted(self.tuned_on, part, "replay")[0]
         epoch, turn = divmod(round_number - 1, settings.turns)
         seed = derive_seed(settings.seed, "tune", self.task, epoch * settings.turns + 1)
-        vector, tuned = self.model.tune(base, self.head, data, settings, seed, turn)
+        spent: dict[str, float] = {}
+        if self.budget:
+            seed, spent = self.budget.spend(round_number, base)
+        vector, tuned = self.model.tune(base, self.head, data, settings, seed, turn, spent.get("noise"))
         tuning: dict[str, float] = {
-            "loss": tuned.loss,
+            **({"loss": tuned.loss} if not self.budget else spent),
             "steps": tuned.steps,
             "images": tuned.images,
             "norm": float(vector.norm()),
@@ -166,6 +184,8 @@ class Party:
     def _make_head(self) -> models.Head:
         """The head, kept on disk so that it outlives rounds and restarts; it never leaves this machine."""
         settings, data, model = self.settings, self.data, self.model
+        # A head out of the records that are tuned on would tell of them in every gradient, past any accountant.
+        source = data.validation if settings.private and settings.split == "train" else data.train
         seed = derive_seed(settings.seed, "head", self.task)
         made_by = [inspect.getsource(made) for made in (models.Head, models.prototypes, models.linear_probe, zero_shot)]
         machine = str(model.device), settings.threads, torch.__version__
@@ -173,7 +193,7 @@ class Party:
         if settings.head == "zero-shot":
             content += (settings.model, settings.weights, data.prompts())
         else:
-            content += (*data.train.digests, settings.shots, seed)
+            content += (*source.digests, settings.shots, seed)
         key = derive_seed(settings.head, content, made_by, machine)
         path = tasks.cache_dir() / "heads" / f"{key:016x}.safetensors"
         if not path.exists():
@@ -181,9 +201,9 @@ class Party:
             if settings.head == "zero-shot":
                 made = zero_shot(settings.model, settings.weights, data.prompts())
             elif settings.head == "prototypes":
-                made = models.prototypes(model.module, data.train, len(data.classes), settings.shots, seed)
+                made = models.prototypes(model.module, source, len(data.classes), settings.shots, seed)
             else:
-                made = models.linear_probe(model.module, data.train, len(data.classes), settings.workers)
+                made = models.linear_probe(model.module, source, len(data.classes), settings.workers)
             with atomic_write(path) as part:
                 save_file(made.state(), str(part))
         # Tensors out of a file are not aligned as torch's own are, and with that a product's last bits may differ.

@@ -225,6 +225,7 @@ def _page(record: _Record, name: str) -> str:
         pages.figure("Accuracy of the merged model after each round.", lambda: _draw_accuracy(record)),
         *_norms(record),
         *_cosines(record),
+        *_privacy(record),
         *_costs(record),
         *_failures(record),
     ]
@@ -263,6 +264,30 @@ def _cosines(record: _Record) -> Iterable[str]:
     yield pages.figure(
         "Pairs in the first and in the last round.",
         lambda: _draw_heat_maps({f"round {n}": found[n] for n in ends}),
+    )
+
+
+def _privacy(record: _Record) -> Iterable[str]:
+    """What each party's training records cost so far, of runs with DP-SGD."""
+    spent = {task: series for task, series in record.by_task("tuning", "epsilon").items() if series}
+    if not spent:
+        return
+    settings = record.config["settings"]
+    numbers = {name: record.by_task("tuning", name) for name in ("epsilon", "epsilon_rdp", "epsilon_data", "noise")}
+    last = [
+        (task, *(f"{series[task].get(max(own), math.inf):.3f}" for series in numbers.values()))
+        for task, own in spent.items()
+    ]
+    yield "<h2>Privacy</h2>"
+    yield pages.table(
+        ("task", "ε", "ε by RDP", "ε of its data in all runs", "noise"),
+        last,
+        f"(ε, δ = {settings['dp-delta']:g}) of one training record after the last round, by privacy loss distributions",
+        "numbers",
+    )
+    yield pages.figure(
+        "ε of each party's training records after each round.",
+        lambda: pages.draw_lines({"": spent}, {"": _over_tasks(max, spent)}, "ε", "largest"),
     )
 
 

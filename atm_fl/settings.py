@@ -85,7 +85,15 @@ class Settings:
     compile: bool = setting(False, "torch.compile the backbone: seconds to minutes at the start of every process")
     workers: int = setting(0, "processes that decode images that are not in memory", decides=False)
     proximal: float = setting(0.0, "FedProx's μ: adds μ/2 ‖θ − base‖² to the clients' loss")
-    clip_norm: float = setting(10.0, "gradient norm above which a gradient is scaled down; 0: never")
+    privacy: str = setting(
+        "none", "dp-sgd: bound what a task vector tells of any one training record", choices=("none", "dp-sgd")
+    )
+    dp_epsilon: float = setting(0.0, "of dp-sgd: the ε that the whole run may cost a party's records; 0: dp-noise says")
+    dp_noise: float = setting(0.0, "of dp-sgd: the noise multiplier σ, instead of dp-epsilon; 0: no noise, no privacy")
+    dp_delta: float = setting(1e-5, "of dp-sgd: δ")
+    dp_clip: float = setting(1.0, "of dp-sgd: the norm C to which a record's gradient is clipped; inf: never")
+    dp_policy: str = setting("stop", "when a run's ε would pass dp-epsilon", decides=False, choices=("stop", "warn"))
+    clip_norm: float = setting(10.0, "gradient norm above which a gradient is scaled down; 0: never; not of dp-sgd")
     seed: int = setting(0, "from which every client's and round's random numbers derive")
     threads: int = setting(1, "CPU threads of one client; sums in another order give other bits")
     device: str = setting("auto", "where clients compute: cpu, cuda, cuda:1, …; auto: a GPU if there is one")
@@ -152,6 +160,11 @@ class Settings:
     def layer_scalings(self) -> dict[str, float]:
         """`layer-scaling` as a table."""
         return read_factors("layer-scaling", self.layer_scaling)
+
+    @property
+    def private(self) -> bool:
+        """Whether clients tune with DP-SGD."""
+        return self.privacy == "dp-sgd"
 
     @property
     def turns(self) -> int:
@@ -226,6 +239,7 @@ class Settings:
         for name in ("proximal", "alignment"):
             if getattr(self, name) and self.trainable == "lora":
                 raise SettingError(f"{name}={getattr(self, name)}: not with trainable='lora', which tunes B and A")
+        self._check_privacy()
         if self.batch_size % self.accumulate:
             raise SettingError(f"accumulate={self.accumulate}: it must divide batch-size={self.batch_size}")
         positive = (
@@ -264,6 +278,25 @@ class Settings:
             raise SettingError(
                 f"min-successful={self.min_successful}: there are only {len(self.task_names)} clients in tasks"
             )
+
+    def _check_privacy(self) -> None:
+        for name in ("dp_epsilon", "dp_noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be 0 or more")
+        if not 0 < self.dp_delta < 1:
+            raise SettingError(f"dp-delta={self.dp_delta:g}: it must be between 0 and 1, below 1 / the records")
+        if not self.dp_clip > 0:
+            raise SettingError(f"dp-clip={self.dp_clip:g}: it must be a positive number, or inf")
+        given = {kebab(name): getattr(self, name) for name in ("dp_epsilon", "dp_noise") if getattr(self, name)}
+        if given and not self.private:
+            raise SettingError(f"{next(iter(given))}={next(iter(given.values())):g}: it needs privacy='dp-sgd'")
+        if len(given) == 2:
+            raise SettingError(f"dp-epsilon={self.dp_epsilon:g} and dp-noise={self.dp_noise:g}: give one of them")
+        if given and self.dp_clip == math.inf:
+            raise SettingError("dp-clip=inf: noise in proportion to it is infinite; choose a finite dp-clip")
+        for name, wrong in (("replay", 0.0), ("alignment", False), ("precision", "fp32")):
+            if self.private and getattr(self, name) != wrong:
+                raise SettingError(f"{name}={getattr(self, name)!r}: not with privacy='dp-sgd'")
 
     def _fewest(self) -> int:
         """The least number of tasks that take part in a round. SettingError if none does in one."""

@@ -1,0 +1,1 @@
+"""What task vectors give away, and what bounds it."""

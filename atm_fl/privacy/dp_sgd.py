@@ -1,0 +1,99 @@
+"""DP-SGD: fine-tuning of which no single training record shows (Abadi et al. 2016, arXiv:1607.00133).
+
+Each step takes every record with probability q = batch-size / n (Poisson sampling), clips each record's gradient to the
+norm `dp-clip` = C, adds Gaussian noise of deviation σ C to their sum and divides by the expected batch size:
+
+    g = (Σ_{i in batch} gᵢ · min(1, C / ‖gᵢ‖) + σ C · N(0, I)) / batch-size
+
+Gradients per record come from torch.func on the untouched backbone: no layer is replaced (opacus' replacement of
+attention scrambles open_clip's).
+
+What is covered: the records of the split that is tuned on, under adding or removing one. What is not: validation and
+test images (accuracies on them are reported; heads made from images are made from the split that is not tuned on), the
+class names, n itself. Random numbers come from torch's generator, seeded with a secret of the party's own: a server
+that knows the run's seed cannot subtract the noise, but the generator is not a cryptographic one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from atm_fl.settings import Settings
+from atm_fl.tasks import Split
+from atm_fl.tuning import Tuned, make_optimizer
+from atm_fl.vectors import Layout
+
+
+def steps_per_round(images: int, settings: Settings) -> int:
+    """Optimizer steps of one round on so many images: as many as would see each once an epoch on average."""
+    return max(1, round(settings.local_epochs * images / settings.batch_size))
+
+
+def sampling_rate(images: int, settings: Settings) -> float:
+    """q, the probability with which a step takes a record; 1 where a batch is as large as the data."""
+    return min(1.0, settings.batch_size / images)
+
+
+def record_gradients(
+    model: nn.Module, head: nn.Module, layout: Layout, flat: Tensor, images: Tensor, labels: Tensor
+) -> Tensor:
+    """The gradient of each record's own loss at `flat`, [k, n]; images uint8 [k, 3, h, w], labels int64 [k]."""
+
+    def loss(flat: Tensor, image: Tensor, label: Tensor) -> Tensor:
+        features = torch.func.functional_call(model, layout.views(flat), (image[None],))
+        return functional.cross_entropy(head(features), label[None])
+
+    gradient: Callable[..., Tensor] = torch.func.grad(loss)
+    return torch.func.vmap(gradient, in_dims=(None, 0, 0), randomness="different")(flat.detach(), images, labels)
+
+
+def tune_privately(
+    model: nn.Module, head: nn.Module, flat: nn.Parameter, data: Split, settings: Settings, noise: float, seed: int
+) -> Tuned:
+    """Tune `model`, whose entries are bound to `flat`, in place with DP-SGD of noise multiplier `noise` (σ).
+
+    A batch goes through the model in parts of batch-size / accumulate records, whose gradients take that many vectors
+    of memory. `images` of the result is the expected number, and its loss is NaN: the real ones would tell of records.
+    seed: a secret.
+    """
+    optimizer, layout = make_optimizer(flat, settings), Layout.of(model)
+    random = torch.Generator().manual_seed(seed)
+    rate, steps = sampling_rate(len(data), settings), steps_per_round(len(data), settings)
+    start = flat.detach().clone() if settings.proximal else None
+    assert flat.grad is not None
+    model.train()
+    for _ in range(steps):
+        chosen = (torch.rand(len(data), generator=random, dtype=torch.float64) < rate).nonzero().flatten()
+        flat.grad.zero_()
+        size = settings.batch_size // settings.accumulate
+        parts = data.batches(chosen.to(data.labels.device), size, settings.workers)
+        for images, labels in parts if len(chosen) else ():
+            gradients = record_gradients(model, head, layout, flat, images, labels)
+            flat.grad.add_((settings.dp_clip / gradients.norm(dim=1)).clamp_max(1.0) @ gradients)
+        if noise:
+            drawn = torch.randn(flat.shape, generator=random)
+            flat.grad.add_(drawn.to(flat.device), alpha=noise * settings.dp_clip)
+        flat.grad.div_(min(settings.batch_size, len(data)))
+        if start is not None:
+            flat.grad.add_(flat.detach() - start, alpha=settings.proximal)
+        optimizer.step()
+    model.eval()
+    return Tuned(steps, round(steps * rate * len(data)), float("nan"))
+
+
+def party_secret(folder: Path) -> str:
+    """32 random bytes of this machine, hexadecimal, made once and kept in `folder` for its owner's eyes only."""
+    path = folder / "secret"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(os.urandom(32).hex())
+    except FileExistsError:
+        pass
+    return path.read_text()

@@ -1,0 +1,242 @@
+"""DP-SGD and its accounting."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from atm_fl import party as party_module
+from atm_fl.errors import RunError, SettingError
+from atm_fl.loop import run_loop
+from atm_fl.party import Party
+from atm_fl.privacy.accounting import Ledger, Spent, calibrate, epsilon
+from atm_fl.privacy.dp_sgd import party_secret, record_gradients
+from atm_fl.runs import read_metrics
+from atm_fl.settings import Settings
+from atm_fl.vectors import Layout
+from clients.app import app as client_app
+from server.app import serve
+from server.grid import InProcessGrid
+
+DP = {"privacy": "dp-sgd", "batch-size": 12, "dp-noise": 1.0, "learning-rate": 0.01}
+
+
+@pytest.fixture(autouse=True)
+def _own_ledgers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' tasks hold the same records: what one test spends another would pay."""
+    monkeypatch.setenv("ATM_FL_CACHE", str(tmp_path / "cache"))
+
+
+def looped(party: Party, images: Tensor, labels: Tensor) -> Tensor:
+    """Gradients of one record after the other, by plain autograd."""
+    flat, found = party.model.flat, []
+    assert flat.grad is not None
+    for image, label in zip(images, labels, strict=True):
+        flat.grad.zero_()
+        functional.cross_entropy(party.head(party.model.module(image[None])), label[None]).backward()
+        found.append(flat.grad.clone())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("model", ["tiny", "vit_micro", "clip"])
+def test_gradients_by_record_equal_a_loops(config: dict[str, Any], model: str, clip: str) -> None:
+    chosen = {"model": clip, "weights": "random"} if model == "clip" else {"model": model}
+    settings = Settings.parse({**config, **DP, **chosen})
+    party = Party(settings, settings.task_names[0])
+    party.model.load(party.model.pretrained)
+    images, labels = next(party.tuned_on.batches(torch.arange(6), 6))
+    layout = Layout.of(party.model.module)
+    before = party.model.module(images)
+    ours = record_gradients(party.model.module, party.head, layout, party.model.flat, images, labels)
+    theirs = looped(party, images, labels)
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
+    assert torch.equal(party.model.module(images), before)  # no layer was replaced
+
+
+def test_without_noise_and_clip_it_is_gradient_descent(config: dict[str, Any]) -> None:
+    """With batches of all records, four steps are four of plain full-batch SGD."""
+    plain = {"batch-size": 36, "optimizer": "sgd", "learning-rate": 0.05, "weight-decay": 0.0, "clip-norm": 0.0}
+    plain |= {"local-epochs": 4, "head": "prototypes", "shots": 1}
+    settings = Settings.parse({**config, **plain})
+    private = Settings.parse({**config, **plain, "privacy": "dp-sgd", "dp-clip": math.inf, "accumulate": 3})
+    one, other = (Party(found, settings.task_names[0]) for found in (settings, private))
+    other.head = one.head
+    base = one.model.pretrained
+    first, second = one.train(base, 1), other.train(base, 1)
+    assert first.vector is not None
+    assert second.vector is not None
+    assert float((first.vector - second.vector).norm() / first.vector.norm()) < 1e-5
+    assert second.tuning["epsilon"] == math.inf
+    assert "loss" not in second.tuning
+
+
+def test_a_step_is_the_clipped_sum_and_noise_of_the_right_size(config: dict[str, Any]) -> None:
+    """One full-batch SGD step with rate 1: without noise the closed form, with noise a deviation of σ C / batch."""
+    common = {"batch-size": 36, "optimizer": "sgd", "learning-rate": 1.0, "weight-decay": 0.0, "privacy": "dp-sgd"}
+    clip, noise = 0.3, 2.0
+    quiet = Settings.parse({**config, **common, "dp-clip": clip})
+    party = Party(quiet, quiet.task_names[0])
+    base = party.model.pretrained
+    party.model.load(base)
+    gradients = looped(party, *next(party.tuned_on.batches(None, 36)))
+    norms = gradients.norm(dim=1)
+    assert bool((norms > clip).any())
+    expected = -(gradients * (clip / norms).clamp_max(1.0)[:, None]).sum(0) / 36
+    vector = party.train(base, 1).vector
+    torch.testing.assert_close(vector, expected, rtol=1e-4, atol=1e-7)
+    noisy = Settings.parse({**config, **common, "dp-clip": clip, "dp-noise": noise})
+    drawn = Party(noisy, noisy.task_names[0]).train(base, 1).vector
+    assert drawn is not None
+    assert float((drawn - expected).std()) == pytest.approx(noise * clip / 36, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "steps"), [(0.01, 1.0, 1000), (0.027, 1.0, 375), (0.1, 2.0, 100), (1.0, 5.0, 10), (0.05, 0.7, 60)]
+)
+def test_epsilon_is_what_opacus_counts(rate: float, noise: float, steps: int) -> None:
+    from opacus.accountants import PRVAccountant, RDPAccountant
+
+    ours = epsilon([Spent(rate, noise, steps)], 1e-5)
+    prv, rdp = PRVAccountant(), RDPAccountant()
+    prv.history, rdp.history = [(noise, rate, steps)], [(noise, rate, steps)]
+    assert ours == pytest.approx(prv.get_epsilon(1e-5), rel=0.02)
+    looser = epsilon([Spent(rate, noise, steps)], 1e-5, "rdp")
+    assert looser == pytest.approx(rdp.get_epsilon(1e-5), rel=0.02)
+    assert looser > ours
+
+
+def test_noise_is_calibrated_from_above() -> None:
+    noise = calibrate(3.0, 1e-5, 0.05, 100)
+    assert epsilon([Spent(0.05, noise, 100)], 1e-5) <= 3.0
+    assert epsilon([Spent(0.05, 0.99 * noise, 100)], 1e-5) > 3.0
+
+
+def test_parts_of_a_history_add_up_in_any_order() -> None:
+    parts = [Spent(0.1, 1.0, 10), Spent(0.2, 2.0, 5), Spent(0.1, 1.0, 20)]
+    assert epsilon(parts, 1e-5) == epsilon(parts[::-1], 1e-5) == epsilon([Spent(0.1, 1.0, 30), parts[1]], 1e-5)
+    assert epsilon([], 1e-5) == 0
+    assert epsilon([*parts, Spent(0.1, 0.0, 1)], 1e-5) == math.inf
+
+
+def test_a_ledger_counts_a_round_once_and_all_runs_together(tmp_path: Path) -> None:
+    spent, ledger = Spent(0.1, 1.0, 10), Ledger(tmp_path / "records.json")
+    assert ledger.history() == []
+    ledger.add("a", "round 1", spent)
+    ledger.add("a", "round 1", spent)
+    Ledger(tmp_path / "records.json").add("b", "round 1", spent)
+    assert ledger.history() == [spent, spent]
+    assert ledger.preview("a", "round 1", spent) == [spent]
+    assert ledger.preview("a", "round 2", spent) == [spent, spent]
+
+
+def spent_by_round(run_dir: str | Path, task: str = "red") -> list[float]:
+    return [
+        line["epsilon"] for line in read_metrics(Path(run_dir)) if line["kind"] == "tuning" and line["task"] == task
+    ]
+
+
+def test_epsilon_grows_over_rounds_and_a_restart_and_runtimes_agree(config: dict[str, Any]) -> None:
+    whole = run_loop(Settings.parse({**config, **DP, "rounds": 4}))
+    found = spent_by_round(whole.directory)
+    assert found == sorted(found)
+    assert found[0] > 0
+    expected = [epsilon([Spent(12 / 36, 1.0, 3 * number)], 1e-5) for number in range(1, 5)]
+    assert found == pytest.approx(expected)
+
+    # the same rounds on the same bases draw the same noise: another runtime ends with the same bits and pays nothing
+    again = Settings.parse({**config, **DP, "rounds": 2, "run-dir": config["run-dir"] + "-again"})
+    serve(InProcessGrid(client_app, 3, again.as_config()), again)
+    resumed = Settings.parse({**again.as_config(), "rounds": 4, "resume": True})
+    run = serve(InProcessGrid(client_app, 3, resumed.as_config()), resumed)
+    assert torch.equal(run.base, whole.base)
+    lines = [line for line in read_metrics(run.directory) if line["kind"] == "tuning" and line["task"] == "red"]
+    assert lines[-1]["epsilon"] == lines[-1]["epsilon_data"] == found[-1]
+
+    # another run on the same records adds to what they have paid
+    other = run_loop(Settings.parse({**config, **DP, "rounds": 1, "seed": 1, "run-dir": config["run-dir"] + "-other"}))
+    (last,) = [line for line in read_metrics(other.directory) if line["kind"] == "tuning" and line["task"] == "red"]
+    assert last["epsilon"] == found[0]
+    assert last["epsilon_data"] == pytest.approx(epsilon([Spent(12 / 36, 1.0, 15)], 1e-5))
+
+
+def test_the_noise_depends_on_a_secret_of_the_party(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.parse({**config, **DP})
+    party = Party(settings, settings.task_names[0])
+    base = party.model.pretrained
+    one = party.train(base, 1).vector
+    assert one is not None
+    assert torch.equal(one, party.train(base, 1).vector)  # type: ignore[arg-type]
+    other = party.train(base + 1e-3, 1).vector  # another base, another noise: it cannot be subtracted
+    assert other is not None
+    assert float(torch.nn.functional.cosine_similarity(one, other, dim=0)) < 0.9
+    monkeypatch.setattr("atm_fl.privacy.budget.party_secret", lambda _: "another")
+    assert not torch.equal(one, party.train(base, 1).vector)  # type: ignore[arg-type]
+
+
+def test_the_secret_is_the_owners_alone(tmp_path: Path) -> None:
+    secret = party_secret(tmp_path)
+    assert len(secret) == 64
+    assert party_secret(tmp_path) == secret
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_run_stops_or_warns_when_its_budget_is_spent(config: dict[str, Any]) -> None:
+    target = {"privacy": "dp-sgd", "batch-size": 12, "dp-epsilon": 3.0, "learning-rate": 0.01, "rounds": 2}
+    run = run_loop(Settings.parse({**config, **target}))
+    assert 2.9 < spent_by_round(run.directory)[-1] <= 3.0
+    longer = {**config, **target, "rounds": 3, "resume": True}
+    with pytest.raises(RunError, match=r"red: round 3 would bring its ε to 3\.\d+, over dp-epsilon=3"):
+        run_loop(Settings.parse(longer))
+    in_flower = Settings.parse(longer)
+    with pytest.raises(RunError, match=r"red: .*round 3 would bring its ε"):
+        serve(InProcessGrid(client_app, 3, in_flower.as_config()), in_flower)
+    run_loop(Settings.parse({**longer, "dp-policy": "warn"}))
+    warned = [line["text"] for line in read_metrics(run.directory) if line["kind"] == "warning"]
+    assert any("red: its ε is" in text for text in warned)
+    assert "ε by RDP" in (run.directory / "report.html").read_text()
+
+
+def test_heads_of_a_private_run_are_made_from_images_that_are_not_tuned_on(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    make = party_module.models.prototypes
+    monkeypatch.setattr(
+        party_module.models, "prototypes", lambda model, data, *rest: used.append(data) or make(model, data, *rest)
+    )
+    for split in ("train", "validation"):
+        settings = Settings.parse({**config, **DP, "split": split, "shots": 2, "seed": 7})
+        party = Party(settings, settings.task_names[0])
+        assert used.pop() is (party.data.validation if split == "train" else party.data.train)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"dp-noise": 1.0}, "dp-noise=1: it needs privacy='dp-sgd'"),
+        ({"privacy": "dp-sgd", "dp-noise": 1.0, "dp-epsilon": 3.0}, "give one of them"),
+        ({"privacy": "dp-sgd", "dp-noise": 1.0, "dp-clip": math.inf}, "choose a finite dp-clip"),
+        ({"privacy": "dp-sgd", "dp-clip": 0.0}, "dp-clip=0: it must be a positive number"),
+        ({"privacy": "dp-sgd", "dp-delta": 1.0}, "dp-delta=1: it must be between 0 and 1"),
+        ({"privacy": "dp-sgd", "dp-epsilon": -1.0}, "dp-epsilon=-1.0: it must be 0 or more"),
+        ({"privacy": "dp-sgd", "alignment": True}, "alignment=True: not with privacy"),
+        ({"privacy": "dp-sgd", "replay": 0.1}, "replay=0.1: not with privacy"),
+    ],
+)
+def test_private_settings_that_cannot_work_are_said(config: dict[str, Any], wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        Settings.parse({**config, **wrong})
+
+
+def test_low_rank_updates_train_privately_too(config: dict[str, Any]) -> None:
+    settings = Settings.parse({**config, **DP, "trainable": "lora", "rounds": 1})
+    party = Party(settings, settings.task_names[0])
+    vector = party.train(party.model.pretrained, 1).vector
+    assert vector is not None
+    assert float(vector.norm()) > 0
