@@ -344,12 +344,13 @@ def list_settings() -> None:
 
 
 Jobs = Annotated[int, typer.Option(help="runs at a time")]
+CORES = os.cpu_count() or 1
 
 
 @app.command()
 def compare(
     config: Annotated[Path, typer.Argument(help="a contest's TOML file, as configs/contest.toml")],
-    jobs: Jobs = os.cpu_count() or 1,
+    jobs: Jobs = CORES,
     only_report: Annotated[bool, typer.Option("--report", help="run nothing: report what is finished")] = False,
 ) -> None:
     """Run a contest or its ablations, resuming what was begun; print the tables and write table.md, results.csv,
@@ -366,7 +367,7 @@ def compare(
 @app.command()
 def study(
     config: Annotated[Path, typer.Argument(help="a study's TOML file, as configs/merges.toml")],
-    jobs: Jobs = os.cpu_count() or 1,
+    jobs: Jobs = CORES,
 ) -> None:
     """Run a study of merges, resuming what was begun, and print its table."""
     from atm_fl.experiments import merge_table, read_study

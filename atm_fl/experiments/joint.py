@@ -1,4 +1,4 @@
-"""Joint multitask fine-tuning: all tasks' data in one place, the oracle without privacy that ATM is measured against."""
+"""Joint multitask fine-tuning: all tasks' data in one place, the oracle without privacy to measure ATM against."""
 
 from __future__ import annotations
 
