@@ -224,8 +224,13 @@ def _claim(unit: Unit, settings: Settings) -> None:
     """SettingError if the unit's folder holds results of another configuration."""
     decides = {"settings": settings.decisive(), "tune": unit.row.tune}
     config = unit.folder / "config.json"
-    if config.exists() and json.loads(config.read_text()) != decides:
-        raise SettingError(f"{unit.folder} holds results of another configuration; choose another folder or delete it")
+    if config.exists():
+        found = json.loads(config.read_text())
+        # Results from before a setting was there were made with its default.
+        if found | {"settings": Settings().decisive() | found["settings"]} != decides:
+            raise SettingError(
+                f"{unit.folder} holds results of another configuration; choose another folder or delete it"
+            )
     with atomic_write(config) as part:
         part.write_text(json.dumps(decides, indent=1))
 
@@ -241,10 +246,11 @@ def _single(unit: Unit) -> None:
         path, numbers = unit.folder / f"{party.task}.safetensors", unit.folder / f"{party.task}.json"
         if not numbers.exists():
             update = party.train(base, 1)
-            assert update.vector is not None
+            assert update.arrays is not None
+            vector = settings.uplink.decode(update.arrays, party.model.layout)
             with atomic_write(path) as part:
-                save_file({"vector": update.vector}, str(part))
-            after = party.evaluate(base + update.vector, ("validation", "test"))
+                save_file({"vector": vector}, str(part))
+            after = party.evaluate(base + vector, ("validation", "test"))
             with atomic_write(numbers) as part:
                 part.write_text(json.dumps({"before": update.evaluation, "after": after, **update.tuning}))
         found[party.task] = json.loads(numbers.read_text())
@@ -335,7 +341,8 @@ def results(study: Study) -> dict[str, Any]:
     """What is finished, as contest_page takes it."""
     settings = Settings.parse(study.settings)
     elements = Layout.of(load_backbone(settings.model, settings.weights)).size
-    rows, alignment = [], {}
+    rows: list[dict[str, Any]] = []
+    alignment: dict[str, Any] = {}
     for row in study.rows:
         for name, stop in [(row.name, 0)] if not row.report else [(f"{row.name}, {n} rounds", n) for n in row.report]:
             found = _row_results(study, row, stop, elements)
@@ -432,8 +439,8 @@ def _pretrained(study: Study, row: Row) -> dict[str, Any]:
 def _run_results(unit: Unit, stop: int, elements: int) -> tuple[int, dict[str, Any]]:
     """(The round, a seed's numbers at that round) of a run.
 
-    Bytes: what crosses the wire as float32: the base to every party a round, a vector from each that tunes, and the base
-    once more for the last evaluation.
+    Bytes: what crosses the wire as float32: the base to every party a round, a vector from each that tunes, and the
+    base once more for the last evaluation.
     """
     settings, curve = unit.settings(), _curve(unit.folder)
     per_image = _operations(settings.model, settings.weights)
