@@ -1,32 +1,462 @@
-"""Task vectors and bases ↔ the arrays that travel."""
+"""Task vectors, steps and bases ↔ the few arrays that travel. docs/wire.md has the table of codecs.
+
+A codec is a name and at most one number, as in `int8`, `int4:128`, `topk:0.01`. Codecs that round at random are
+unbiased: their errors average out over clients and rounds. With those that leave something out (`feedback`) nothing is
+lost for good: the sender keeps what the encoding lost, the residual, and adds it to its next vector.
+
+Every decoder is made of additions and multiplications of single elements in a fixed order, so that arrays decode to the
+same bits on every machine and with any number of threads; a server and its clients rely on it.
+"""
 
 from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-FP32 = "fp32"
+from atm_fl.blocks import BLOCK, empty, parts, ranked_magnitudes
+from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.merging.spectral import svd
+from atm_fl.vectors import Layout
+
+Arrays = dict[str, np.ndarray]
+"""What travels: named arrays of dtypes that NumPy has."""
 
 
-def encode(vector: Tensor) -> dict[str, np.ndarray]:
-    """A float32 vector [n] as named arrays; with the codec fp32 the one array "values", which shares its memory."""
-    return {"values": vector.detach().cpu().numpy()}
+class Codec(ABC):
+    """One way to send a vector."""
+
+    name: ClassVar[str]
+    feedback: ClassVar[bool] = False
+    """Whether a sender must add to each vector what the encoding of the one before lost."""
+
+    def encode(self, vector: Tensor, layout: Layout, seed: int = 0) -> Arrays:
+        """A vector float32 [n] of `layout` as arrays, which may share its memory. seed: of what is drawn at random.
+
+        ValueError if a value is not finite.
+        """
+        vector = vector.detach().cpu()
+        check_finite(vector)
+        return self._encode(vector, layout, seed)
+
+    def decode(self, arrays: Arrays, layout: Layout) -> Tensor:
+        """The vector float32 [n] that `arrays` stand for; it may share their memory.
+
+        ValueError, saying what is wrong, for arrays that `encode` does not make of such a vector, or a value that is
+        not finite.
+        """
+        vector = self._decode(arrays, layout)
+        check_finite(vector)
+        return vector
+
+    @abstractmethod
+    def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays: ...
+
+    @abstractmethod
+    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor: ...
+
+    def _take(self, arrays: Arrays, **expected: tuple[type, int]) -> Iterator[Tensor]:
+        """The arrays as tensors, in the order of `expected`: name → (dtype, elements). ValueError if one is another."""
+        if set(arrays) != set(expected):
+            raise ValueError(f"arrays {sorted(arrays)} where codec {self.name} has {sorted(expected)}")
+        for name, (dtype, size) in expected.items():
+            array = arrays[name]
+            if array.dtype != dtype or array.shape != (size,):
+                raise ValueError(
+                    f"{array.dtype}{list(array.shape)} where {np.dtype(dtype)}[{size}] was expected: "
+                    f"{name!r} of codec {self.name}"
+                )
+            yield torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def decode(arrays: dict[str, np.ndarray], codec: str, size: int) -> Tensor:
-    """The float32 vector [size] that `encode` was given.
+Made = TypeVar("Made", bound=type[Codec])
+CODECS: dict[str, type[Codec]] = {}
 
-    ValueError, saying what is wrong, for another codec, another size or dtype, or a value that is not finite.
-    """
-    if codec != FP32:
-        raise ValueError(f"codec {codec!r} is unknown; this side speaks {FP32}")
-    if set(arrays) != {"values"}:
-        raise ValueError(f"arrays {sorted(arrays)} where codec {FP32} has ['values']")
-    values = arrays["values"]
-    if values.dtype != np.float32 or values.shape != (size,):
-        raise ValueError(f"{values.dtype}{list(values.shape)} where a vector float32[{size}] was expected")
-    vector = torch.from_numpy(values if values.flags.writeable else values.copy())
-    if not bool(torch.isfinite(vector).all()):
+
+def codec(name: str) -> Callable[[Made], Made]:
+    """Register a codec class, a dataclass with at most one field, under its name."""
+
+    def add(made: Made) -> Made:
+        made.name = name
+        CODECS[name] = made
+        return made
+
+    return add
+
+
+def make_codec(text: str, setting: str = "codec") -> Codec:
+    """The codec that `text` says: a name, or name:number. SettingError, naming `setting`, if there is no such codec."""
+    name, colon, number = text.partition(":")
+    if name not in CODECS:
+        raise SettingError(f"{setting}={text!r}: codec {name!r} is unknown{did_you_mean(name, CODECS)}")
+    made = CODECS[name]
+    options = fields(made)  # type: ignore[arg-type]
+    if not colon:
+        return made()
+    if not options:
+        raise SettingError(f"{setting}={text!r}: {name} takes no number; write {setting}={name!r}")
+    kind = int if options[0].type == "int" else float
+    try:
+        value = kind(number)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise SettingError(f"{setting}={text!r}: the {options[0].name} after the colon must be {wanted}") from None
+    try:
+        return made(value)  # type: ignore[call-arg]
+    except ValueError as error:
+        raise SettingError(f"{setting}={text!r}: {error}") from None
+
+
+def size_of(arrays: Arrays) -> int:
+    """Bytes of the arrays' elements."""
+    return sum(array.nbytes for array in arrays.values())
+
+
+def check_finite(vector: Tensor) -> None:
+    """ValueError if a value is not finite."""
+    if not all(bool(torch.isfinite(vector[part]).all()) for part in parts(len(vector))):
         raise ValueError("a value that is not finite (NaN or infinity)")
-    return vector
+
+
+# ------------------------------------------------------------------------------------------------------ floating point
+
+
+@codec("fp32")
+@dataclass(frozen=True)
+class Fp32(Codec):
+    """The vector itself: 4 bytes an element."""
+
+    def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
+        return {"values": vector.numpy()}
+
+    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor:
+        (values,) = self._take(arrays, values=(np.float32, layout.size))
+        return values
+
+
+@codec("fp16")
+@dataclass(frozen=True)
+class Fp16(Codec):
+    """Half precision of the vector times a power of two that lifts its largest magnitude to [2¹⁴, 2¹⁵).
+
+    Without that, most of a task vector would be among half precision's subnormal numbers, below 6e-5. So an element has
+    11 significant bits unless it is 2²⁸ times smaller than the largest one.
+    """
+
+    TOP: ClassVar[int] = 15
+
+    def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
+        return half(vector, exponent(vector, self.TOP))
+
+    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor:
+        values, lift = self._take(arrays, values=(np.float16, layout.size), exponent=(np.int16, 1))
+        return lowered(values, lift)
+
+
+@codec("bf16")
+@dataclass(frozen=True)
+class Bf16(Codec):
+    """bfloat16, 8 significant bits, rounded to nearest even as torch does; as int16, for NumPy has no bfloat16."""
+
+    def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
+        values = torch.empty(len(vector), dtype=torch.bfloat16)
+        most = torch.finfo(torch.bfloat16).max  # what lies above would be rounded to infinity
+        for part in parts(len(vector)):
+            values[part] = vector[part].clamp(-most, most)
+        return {"values": values.view(torch.int16).numpy()}
+
+    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor:
+        (values,) = self._take(arrays, values=(np.int16, layout.size))
+        return values.view(torch.bfloat16).float()
+
+
+def exponent(vector: Tensor, top: int) -> int:
+    """The k for which the largest magnitude of 2ᵏ · vector lies in [2^(top-1), 2^top); at most 126, and 0 for zeros."""
+    largest = max(map(abs, map(float, vector.aminmax()))) if len(vector) else 0.0
+    return min(126, top - math.frexp(largest)[1]) if largest else 0
+
+
+def half(vector: Tensor, lift: int) -> Arrays:
+    """2^lift · vector in half precision, and lift."""
+    values = torch.empty(len(vector), dtype=torch.float16)
+    for part in parts(len(vector)):
+        values[part] = vector[part] * 2.0**lift
+    return {"values": values.numpy(), "exponent": np.array([lift], np.int16)}
+
+
+def lowered(values: Tensor, lift: Tensor) -> Tensor:
+    """2^-lift · values, float32. ValueError if a value is not finite or a float32 vector has no such exponent."""
+    if not -126 <= int(lift) <= 126:
+        raise ValueError(f"exponent {int(lift)}, not one from -126 to 126")
+    check_finite(values)
+    most = torch.finfo(torch.float32).max  # rounding may lead beyond it
+    return values.float().mul_(2.0 ** -int(lift)).clamp_(-most, most)
+
+
+# ------------------------------------------------------------------------------------------------------------ integers
+
+
+@dataclass(frozen=True)
+class Integers(Codec):
+    """Whole numbers from -levels to levels, times the largest magnitude of each block of elements over levels.
+
+    Rounded at random, up with a probability that makes the expectation exact (as QSGD, Alistarh et al. 2017,
+    arXiv:1610.02132): the error is below one step and averages out. Rounded to nearest it is at most half a step, but
+    what is smaller than that is never sent.
+    """
+
+    block: int = 256
+    levels: ClassVar[int] = 127
+    stochastic: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.block <= BLOCK or self.block % 2:
+            raise ValueError(f"the block after the colon must be an even number from 2 to {BLOCK}")
+
+    def _blocks(self, size: int) -> int:
+        return -(-size // self.block)
+
+    def _strides(self, size: int) -> Iterator[tuple[slice, slice]]:
+        """(elements, blocks) of the pieces that are worked on at once."""
+        width = BLOCK // self.block
+        for first in range(0, self._blocks(size), width):
+            last = min(first + width, self._blocks(size))
+            yield slice(first * self.block, min(last * self.block, size)), slice(first, last)
+
+    def _rows(self, piece: Tensor) -> Tensor:
+        """Blocks as rows, the last filled up with zeros."""
+        return functional.pad(piece, (0, -len(piece) % self.block)).view(-1, self.block)
+
+    def _quantized(self, vector: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """The whole numbers, int8 [n], and the largest magnitudes, float32 [blocks]."""
+        size = len(vector)
+        numbers, largest = torch.empty(size, dtype=torch.int8), torch.empty(self._blocks(size))
+        random = np.random.Generator(np.random.SFC64(seed))
+        for elements, blocks in self._strides(size):
+            rows = self._rows(vector[elements])
+            torch.amax(rows.abs(), 1, out=largest[blocks])
+            # Divided by the magnitude and not by the step, which of a subnormal magnitude would be zero.
+            scaled = (rows / torch.where(largest[blocks] > 0, largest[blocks], 1).unsqueeze(1)).mul_(self.levels)
+            if self.stochastic:
+                scaled.add_(torch.from_numpy(random.random(scaled.shape, np.float32))).floor_()
+            else:
+                scaled.round_()
+            numbers[elements] = scaled.clamp_(-self.levels, self.levels).view(-1)[: elements.stop - elements.start]
+        return numbers, largest
+
+    def _restored(self, numbers: Tensor, largest: Tensor) -> Tensor:
+        vector = empty(len(numbers), largest)
+        for elements, blocks in self._strides(len(numbers)):
+            rows = self._rows(numbers[elements].float().div_(self.levels)).mul_(largest[blocks].unsqueeze(1))
+            vector[elements] = rows.view(-1)[: elements.stop - elements.start]
+        return vector
+
+
+@codec("int8")
+@dataclass(frozen=True)
+class Int8(Integers):
+    """One byte an element and 4 a block."""
+
+    def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
+        numbers, largest = self._quantized(vector, seed)
+        return {"values": numbers.numpy(), "largest": largest.numpy()}
+
+    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor:
+        size = layout.size
+        numbers, largest = self._take(arrays, values=(np.int8, size), largest=(np.float32, self._blocks(size)))
+        return self._restored(numbers, largest)
+
+
+@codec("int4")
+@dataclass(frozen=True)
+class Int4(Integers):
+    """Two elements a byte, the first in the lower half, each plus 8; and 4 bytes a block."""
+
+    block: int = 64
+    levels: ClassVar[int] = 7
+
+    def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
+        numbers, largest = self._quantized(vector, seed)
+        pairs = functional.pad(numbers.add_(8).view(torch.uint8), (0, len(numbers) % 2), value=8).view(-1, 2)
+        return {
+            "values": pairs[:, 1].bitwise_left_shift(4).bitwise_or_(pairs[:, 0]).numpy(),
+            "largest": largest.numpy(),
+        }
+
+    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor:
+        size = layout.size
+        expected = {"values": (np.uint8, (size + 1) // 2), "largest": (np.float32, self._blocks(size))}
+        pairs, largest = self._take(arrays, **expected)
+        halves = torch.stack([pairs.bitwise_and(15), pairs.bitwise_right_shift(4)], 1).view(-1)[:size]
+        return self._restored(halves.view(torch.int8).sub_(8), largest)
+
+
+@codec("int8-nearest")
+@dataclass(frozen=True)
+class Int8Nearest(Int8):
+    """int8, rounded to nearest."""
+
+    stochastic: ClassVar[bool] = False
+
+
+@codec("int4-nearest")
+@dataclass(frozen=True)
+class Int4Nearest(Int4):
+    """int4, rounded to nearest."""
+
+    stochastic: ClassVar[bool] = False
+
+
+# ------------------------------------------------------------------------------------------------- what matters most
+
+
+@codec("topk")
+@dataclass(frozen=True)
+class TopK(Codec):
+    """The elements of largest magnitude, max(1, round(density · n)) of them, as fp16; of equal ones the first.
+
+    With error feedback: Stich et al. 2018, "Sparsified SGD with memory" (arXiv:1809.07599).
+    """
+
+    density: float = 0.01
+    feedback: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError("the density after the colon must be above 0 and at most 1")
+
+    def count(self, size: int) -> int:
+        """How many of `size` elements are sent."""
+        return min(size, max(1, round(self.density * size)))
+
+    def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
+        positions = largest_elements(vector, self.count(len(vector)))
+        chosen = vector[torch.from_numpy(positions)]
+        return half(chosen, exponent(chosen, Fp16.TOP)) | pack_positions(positions, len(vector))
+
+    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor:
+        size, count = layout.size, self.count(layout.size)
+        packed = {name: array for name, array in arrays.items() if name in ("gaps", "bitmap")}
+        rest = {name: array for name, array in arrays.items() if name not in packed}
+        values, lift = self._take(rest, values=(np.float16, count), exponent=(np.int16, 1))
+        positions = torch.from_numpy(unpack_positions(packed, size, count))
+        return torch.zeros(size).index_copy_(0, positions, lowered(values, lift))
+
+
+def largest_elements(vector: Tensor, count: int) -> np.ndarray:
+    """The ascending positions, int64 [count], of the elements of largest magnitude; of equal ones the first."""
+    if not count:
+        return np.empty(0, np.int64)
+    (least,) = ranked_magnitudes(vector, [len(vector) - count])
+    above, equal = [], []
+    for part in parts(len(vector)):
+        magnitudes = vector[part].abs().numpy()
+        above.append(np.flatnonzero(magnitudes > least) + part.start)
+        equal.append(np.flatnonzero(magnitudes == least) + part.start)
+    larger = np.concatenate(above)
+    return np.sort(np.concatenate([larger, np.concatenate(equal)[: count - len(larger)]]))
+
+
+def pack_positions(positions: np.ndarray, size: int) -> Arrays:
+    """Ascending positions below `size` in the least bytes: the gaps between them as uint8 or uint16, or a bitmap.
+
+    A gap is the number of elements passed over; one that is too large for its dtype is the dtype's largest number, as
+    often as it goes, and the rest.
+    """
+    gaps = np.diff(positions, prepend=-1) - 1
+    lengths = {dtype: len(gaps) + int((gaps // np.iinfo(dtype).max).sum()) for dtype in (np.uint8, np.uint16)}
+    dtype = min(lengths, key=lambda dtype: np.dtype(dtype).itemsize * lengths[dtype])
+    if np.dtype(dtype).itemsize * lengths[dtype] > (size + 7) // 8:
+        taken = np.zeros(size, bool)
+        taken[positions] = True
+        return {"bitmap": np.packbits(taken)}
+    most = np.iinfo(dtype).max
+    packed = np.full(lengths[dtype], most, dtype)
+    packed[np.cumsum(gaps // most + 1) - 1] = gaps % most
+    return {"gaps": packed}
+
+
+def unpack_positions(packed: Arrays, size: int, count: int) -> np.ndarray:
+    """The `count` ascending positions below `size`, int64. ValueError if `packed` does not say as many."""
+    kinds = [(name, str(array.dtype), array.ndim) for name, array in packed.items()]
+    if kinds not in ([("gaps", "uint8", 1)], [("gaps", "uint16", 1)], [("bitmap", "uint8", 1)]):
+        raise ValueError(f"positions {kinds} where gaps uint8 or uint16, or a bitmap uint8 were expected")
+    ((name, array),) = packed.items()
+    if name == "bitmap":
+        positions = np.flatnonzero(np.unpackbits(array))
+    else:
+        ends = np.flatnonzero(array < np.iinfo(array.dtype).max)
+        positions = np.cumsum(array, dtype=np.int64)[ends] + np.arange(len(ends))
+        if len(array) and array[-1] == np.iinfo(array.dtype).max:
+            raise ValueError("positions that are cut off")
+    if len(positions) != count or (count and positions[-1] >= size):
+        raise ValueError(f"positions that are not {count} below {size}")
+    return positions
+
+
+@codec("low-rank")
+@dataclass(frozen=True)
+class LowRank(Codec):
+    """Of every matrix its `rank` leading singular directions, as two factors in half precision; the rest is as fp16.
+
+    A matrix [m, n] = U Σ Vᵀ is sent as U √Σ and V √Σ where they are fewer numbers than it has; an entry of more
+    dimensions is a matrix of its first and all others. Error feedback makes up for the directions left out, as in
+    PowerSGD (Vogels et al. 2019, arXiv:1905.13727).
+    """
+
+    rank: int = 8
+    feedback: ClassVar[bool] = True
+    TOP: ClassVar[int] = 10
+    """Lifts the largest element to below 2¹⁰: the factors' are then at most 2⁵ (m n)^¼, which half precision holds."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError("the rank after the colon must be at least 1")
+
+    def _matrix(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """The matrix [m, n] that an entry is sent as, if it pays."""
+        size = math.prod(shape)
+        if len(shape) < 2 or not size:
+            return None
+        rows, columns = shape[0], size // shape[0]
+        return (rows, columns) if self.rank * (rows + columns) < size else None
+
+    def _lengths(self, layout: Layout) -> list[int]:
+        """Numbers that are sent of every entry."""
+        matrices = map(self._matrix, layout.shapes)
+        return [self.rank * sum(matrix) if matrix else n for matrix, n in zip(matrices, layout.sizes, strict=True)]
+
+    def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
+        lift = exponent(vector, self.TOP)
+        pieces = []
+        for shape, entry in zip(layout.shapes, vector.split(layout.sizes), strict=True):
+            matrix, lifted = self._matrix(shape), entry * 2.0**lift
+            if matrix:
+                left, values, right = svd(lifted.view(matrix), self.rank)
+                lifted = (torch.cat([left, right]) * values.sqrt()).T.reshape(-1)
+            pieces.append(lifted.half())
+        return {"values": torch.cat(pieces).numpy(), "exponent": np.array([lift], np.int16)}
+
+    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor:
+        lengths = self._lengths(layout)
+        values, lift = self._take(arrays, values=(np.float16, sum(lengths)), exponent=(np.int16, 1))
+        vector = torch.zeros(layout.size)
+        for shape, entry, sent in zip(
+            layout.shapes, vector.split(layout.sizes), values.float().split(lengths), strict=True
+        ):
+            matrix = self._matrix(shape)
+            if not matrix:
+                entry.copy_(sent)
+                continue
+            # One direction after another and no matrix product, whose sums are in another order on another machine.
+            for factors in sent.view(self.rank, -1):
+                left, right = factors.split(matrix)
+                entry.view(matrix).add_(torch.outer(left, right))
+        return lowered(vector, lift)

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from atm_fl import models, tasks, vectors
-from atm_fl.errors import SettingError
+from atm_fl.codecs import Arrays
+from atm_fl.errors import RunError, SettingError
 from atm_fl.evaluation import accuracy
 from atm_fl.files import atomic_write
 from atm_fl.hub import zero_shot
+from atm_fl.kept import Kept
 from atm_fl.privacy.budget import Budget
 from atm_fl.privacy.dp_sgd import tune_privately
 from atm_fl.seeds import derive_seed
@@ -27,12 +29,12 @@ from atm_fl.tuning import Tuned, full_gradient, task_vector, tune
 
 @dataclass(frozen=True)
 class Update:
-    """A party's answer to one round: its task vector, float32 [n] on the CPU, and numbers about the round.
+    """A party's answer to one round: its task vector as it travels (setting `codec-up`) and numbers about the round.
 
-    Without a vector where the task takes no part in the round.
+    Without arrays where the task takes no part in the round.
     """
 
-    vector: Tensor | None
+    arrays: Arrays | None
     evaluation: dict[str, float]
     tuning: dict[str, float]
 
@@ -148,10 +150,11 @@ class Party:
             split: accuracy(self.model.module, self.head, self.splits[split], self.settings.workers) for split in splits
         }
 
-    def train(self, base: Tensor, round_number: int) -> Update:
+    def train(self, base: Tensor, round_number: int, run: str = "") -> Update:
         """Evaluate the received base, tune it for `local-epochs`, and return the task vector against it.
 
-        A task that takes no part in the round only evaluates.
+        A task that takes no part in the round only evaluates. run: the run's id, under which this machine keeps what
+        a codec with error feedback lost; without one nothing is kept. RunError if the task vector is not finite.
         """
         settings = self.settings
         begin = time.perf_counter()
@@ -179,7 +182,27 @@ class Party:
             self.model.load(base)
             gradient = full_gradient(self.model.module, self.head, self.model.flat, data, settings.workers).cpu()
             tuning["alignment"] = float(torch.nn.functional.cosine_similarity(vector, -gradient, dim=0))
-        return Update(vector, evaluation, tuning)
+        begin = time.perf_counter()
+        arrays = self._encode(vector, round_number, run, tuning)
+        return Update(arrays, evaluation, tuning | {"seconds_encode": time.perf_counter() - begin})
+
+    def _encode(self, vector: Tensor, round_number: int, run: str, tuning: dict[str, float]) -> Arrays:
+        """The task vector, which may be changed, as it travels. `tuning` is told of residuals that are gone."""
+        settings, layout, codec = self.settings, self.model.layout, self.settings.uplink
+        kept = Kept(run, self.task) if run and codec.feedback else None
+        residual = kept.residual(round_number) if kept else None
+        if residual is not None and len(residual) == len(vector):
+            vector.add_(residual)
+        elif kept and any(settings.part_taken(self.task, number) for number in range(1, round_number)):
+            tuning["residual_lost"] = 1
+        try:
+            arrays = codec.encode(vector, layout, derive_seed(settings.seed, "codec", self.task, round_number))
+        except ValueError as error:
+            told = f"{self.task}'s task vector of round {round_number} has {error}; try a lower learning-rate"
+            raise RunError(told) from error
+        if kept:
+            kept.save_residual(vector.sub_(codec.decode(arrays, layout)), round_number)
+        return arrays
 
     def _make_head(self) -> models.Head:
         """The head, kept on disk so that it outlives rounds and restarts; it never leaves this machine."""

@@ -1,6 +1,6 @@
 """A run's directory: its configuration, its metrics, its checkpoints.
 
-config.json       the settings and versions that decide the result
+config.json       the settings and versions that decide the result, and the run's id
 metrics.jsonl     one JSON object a line, see `Run.record`
 checkpoint/       round-00007.safetensors: the base after 7 rounds; the last `keep-checkpoints` are kept
 tensorboard/      the same metrics as TensorBoard events
@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import platform
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -24,10 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atm_fl import vectors
+from atm_fl.codecs import Arrays, Codec, size_of
 from atm_fl.errors import RunError, SettingError
 from atm_fl.files import atomic_write
 from atm_fl.models import load_backbone
 from atm_fl.scaling import check_layer_scaling
+from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.trainable import set_trainable
 
@@ -49,6 +52,11 @@ class Run:
         self.base = self.layout.flatten(backbone)
         """The current base model, float32 [n]."""
         self.rounds_done = 0
+        self.delta: Arrays | None = None
+        """The base's last step as it travels. None if the whole base does: always with codec-down=fp32, and with the
+        others at the start and after a resume."""
+        self.residual: Tensor | None = None
+        """What the encoding of that step lost, float32 [n], if `codec-down` has error feedback."""
         self.optimizer = settings.make_server_optimizer()
         check_layer_scaling(settings.layer_scalings, self.layout)
         self._begin = time.time()
@@ -58,9 +66,13 @@ class Run:
         warnings: list[str] = []
         if settings.resume:
             found = load_checkpoint(self.directory, self.layout, warnings.append)
-            self.rounds_done, self.base, self.optimizer.state = found
+            self.rounds_done, self.base, state = found
+            self.residual = state.pop("residual", None)
+            self.optimizer.state = state
         elif settings.start != "pretrained":
             _, self.base, _ = load_checkpoint(Path(settings.start), self.layout, warnings.append)
+        self.id = self._known_id() or secrets.token_hex(8)
+        """Of this run and no other, kept when it is resumed: clients keep files under it."""
         self._write_config()
         self._keep_metrics()
         for text in warnings:
@@ -69,9 +81,11 @@ class Run:
     def record(self, kind: str, round_number: int, **values: Any) -> None:
         """Append a line to metrics.jsonl and the same numbers to TensorBoard.
 
-        kind "evaluation" (task, validation, test): accuracy of the base after `round_number` rounds; "tuning" (task,
-        loss, steps, images, norm, alignment, seconds_…, bytes_up, bytes_down); "merge" (norm, tasks, cosines,
-        seconds_merge, seconds, failures); "warning" (text).
+        kind "evaluation" (task, validation, test; bytes_down if nothing else was asked of the client): accuracy of the
+        base after `round_number` rounds; "tuning" (task, loss, steps, images, norm, alignment, seconds_…, bytes_up,
+        bytes_down; residual_lost=1 if a client began without the residual of its last round; of private runs epsilon,
+        epsilon_rdp, epsilon_data, noise); "merge" (norm, tasks, cosines, seconds_merge, seconds, failures); "warning"
+        (text). Bytes are those of the arrays that travel, or in a plain loop would.
         """
         line = {"kind": kind, "round": round_number, **values, "time": round(time.time() - self._begin, 3)}
         with open(self.directory / "metrics.jsonl", "a") as file:
@@ -84,18 +98,40 @@ class Run:
     def advance(self, merged: Tensor) -> None:
         """End a round: base ← base + what the server optimizer makes of `merged`, float32 [n], which may be changed.
 
-        All is written to disk before anything else happens. RunError if a value is not finite; the checkpoint before
-        it stays.
+        Where steps travel, the base moves by what the clients will decode, so that theirs and ours stay bit-equal. All
+        is written to disk before anything else happens. RunError if a value is not finite; the checkpoint before it
+        stays.
         """
         step = self.optimizer.step(merged, self.rounds_done + 1)
         if not bool(torch.isfinite(step).all()):
             raise RunError(
                 f"round {self.rounds_done + 1}: the step is not finite; try a lower learning-rate or scaling"
             )
+        if self.settings.downlink:
+            step = self._encode(step, self.settings.downlink)
         self.base = self.base + step
         self.rounds_done += 1
+        state = self.optimizer.state | ({} if self.residual is None else {"residual": self.residual})
         kept = self.settings.keep_checkpoints
-        save_checkpoint(self.directory, self.rounds_done, self.base, self.layout, self.optimizer.state, kept)
+        save_checkpoint(self.directory, self.rounds_done, self.base, self.layout, state, kept)
+
+    def _encode(self, step: Tensor, codec: Codec) -> Tensor:
+        """Make `step`, which may be changed, the `delta`; returns what it decodes to."""
+        if self.residual is not None:
+            step.add_(self.residual)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.settings.threads)  # sums in another order give other bits
+        self.delta = codec.encode(step, self.layout, derive_seed(self.settings.seed, "codec", self.rounds_done + 1))
+        torch.set_num_threads(threads)
+        decoded = codec.decode(self.delta, self.layout)
+        if codec.feedback:
+            self.residual = step.sub_(decoded)
+        return decoded
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes of what a client is sent to know the current base."""
+        return self.base.nbytes if self.delta is None else size_of(self.delta)
 
     def close(self) -> None:
         """Flush TensorBoard's file and let others have the directory."""
@@ -110,9 +146,14 @@ class Run:
             self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.rounds_done + 1)
         return self._board
 
+    def _known_id(self) -> str:
+        """The id of the run that is resumed."""
+        return json.loads((self.directory / "config.json").read_text()).get("run", "") if self.settings.resume else ""
+
     def _write_config(self) -> None:
         packages = ("torch", "timm", "numpy", "flwr")
         config = {
+            "run": self.id,
             "settings": self.settings.decisive(),
             "rounds": self.settings.rounds,
             "layout": self.layout.digest,
@@ -151,8 +192,9 @@ def check_run_dir(settings: Settings) -> None:
     config = directory / "config.json"
     if not config.exists():
         raise SettingError(f"run-dir={str(directory)!r} holds checkpoints but no config.json; choose another run-dir")
-    theirs, ours = json.loads(config.read_text())["settings"], settings.decisive()
-    other = next((key for key in ours if theirs.get(key) != ours[key]), None)
+    # A run from before a setting was there ran with its default.
+    theirs, ours = Settings().decisive() | json.loads(config.read_text())["settings"], settings.decisive()
+    other = next((key for key in ours if theirs[key] != ours[key]), None)
     if other:
         raise SettingError(
             f"run-dir={str(directory)!r} holds a run with {other}={theirs.get(other)!r}, not {ours[other]!r}; choose "
@@ -191,7 +233,7 @@ def save_checkpoint(
 ) -> Path:
     """Write the base after `rounds_done` rounds, atomically, as named tensors; all but the last `kept` go (0: none).
 
-    state: the server optimizer's moments, flat tensors [n].
+    state: the server optimizer's moments and the residual of `codec-down`, flat tensors [n].
     """
     folder = directory / "checkpoint"
     path = folder / f"round-{rounds_done:05d}.safetensors"
@@ -227,7 +269,9 @@ def lock(directory: Path) -> Any:
 def load_checkpoint(
     directory: Path, layout: vectors.Layout, warn: Callable[[str], object], rounds: int = 0
 ) -> tuple[int, Tensor, dict[str, Tensor]]:
-    """(rounds done, base, server optimizer's moments) of the newest whole checkpoint, or of that after `rounds` rounds.
+    """(rounds done, base, server optimizer's moments and residual) of the newest whole checkpoint.
+
+    With `rounds`, of that after so many rounds.
 
     A damaged one is passed over and `warn` is told. RunError if none is whole, or if it belongs to a model of another
     layout.

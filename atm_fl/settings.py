@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from atm_fl import models, server_optimizer, tasks
+from atm_fl.codecs import Codec, make_codec
 from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.merging import Merge, make_merge
 from atm_fl.participation import check_participation, read_participation
@@ -71,6 +72,12 @@ class Settings:
     server_momentum: float = setting(0.9, "its β₁, of all but none and adagrad")
     server_beta2: float = setting(0.99, "its β₂, of adam and yogi")
     server_epsilon: float = setting(1e-3, "its ε, of adam, yogi and adagrad")
+    codec_up: str = setting(
+        "fp32", "how task vectors travel: fp32, fp16, bf16, int8, int4, topk:0.01, low-rank:8, …; see docs/wire.md"
+    )
+    codec_down: str = setting(
+        "fp32", "how the base's step travels after round 1, and so how far it goes; fp32: the whole base travels"
+    )
     optimizer: str = setting("adamw", "the clients' optimizer, new every round", choices=("adamw", "sgd"))
     learning_rate: float = setting(2e-4, "its learning rate, without schedule")
     weight_decay: float = setting(0.1, "its weight decay")
@@ -191,6 +198,17 @@ class Settings:
             chosen["scaling"] = self.scaling
         return make_merge(self.merge, layout, seed=derive_seed(self.seed, "merge", round_number), **chosen)
 
+    @property
+    def uplink(self) -> Codec:
+        """`codec-up` as a codec. SettingError if it is none."""
+        return make_codec(self.codec_up, "codec-up")
+
+    @property
+    def downlink(self) -> Codec | None:
+        """`codec-down` as the codec of the base's steps; None if the whole base travels. SettingError if it is none."""
+        codec = make_codec(self.codec_down, "codec-down")
+        return None if codec.name == "fp32" else codec
+
     def make_server_optimizer(self) -> ServerOptimizer:
         """The optimizer of a run, at its start."""
         return ServerOptimizer(
@@ -268,7 +286,7 @@ class Settings:
         self.make_merge(Layout((), ()), 0).check_count(min(self.needed, self._fewest()))
         check_task_scaling(self.task_scalings, self.party_names)
         check_participation(self.participations, self.party_names)
-        self.layer_scalings  # noqa: B018 (a table that cannot be read is an error)
+        self.layer_scalings, self.uplink, self.downlink  # noqa: B018 (what cannot be read is an error)
         if len(set(self.party_names)) < len(self.party_names):
             twice = next(name for name in self.party_names if self.party_names.count(name) > 1)
             raise SettingError(f"tasks={self.tasks!r} names {twice!r} twice; each client holds a task of its own")

@@ -21,9 +21,11 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from atm_fl import codecs, models
+from atm_fl import models
+from atm_fl.codecs import Fp32
 from atm_fl.runs import Run
 from atm_fl.settings import Settings
+from atm_fl.vectors import Layout
 from server.grid import InProcessGrid, StreamingGrid
 from server.strategy import Atm
 
@@ -40,13 +42,14 @@ def made_up(message: Message, context: Context) -> Message:
     """A client's reply with a random task vector."""
     info = message.content.config_records["info"]
     size = message.content.array_records["arrays"]["values"].shape[0]
+    layout = Layout(("all",), ((size,),))
     vector = torch.randn(size, generator=torch.Generator().manual_seed(context.node_id)).mul_(1e-3)
     content = {
         "metrics": MetricRecord({"tuning.norm": float(vector.norm())}),
         "info": ConfigRecord({**info, "task": f"task{context.node_id}"}),
     }
     if message.metadata.message_type == "train":
-        content["arrays"] = ArrayRecord({name: Array(array) for name, array in codecs.encode(vector).items()})
+        content["arrays"] = ArrayRecord({name: Array(array) for name, array in Fp32().encode(vector, layout).items()})
     return Message(RecordDict(content), reply_to=message)
 
 

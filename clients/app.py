@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from functools import lru_cache
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from atm_fl import codecs
+from atm_fl import vectors
+from atm_fl.codecs import Arrays, make_codec
 from atm_fl.errors import SettingError
+from atm_fl.kept import Kept
 from atm_fl.party import Party
 from atm_fl.settings import Settings
 from clients.mods import named_errors
@@ -41,30 +44,52 @@ def party_of(context: Context) -> Party:
     return _party(settings, names[partition], "")
 
 
-def received_base(message: Message, party: Party) -> Tensor:
-    """The base model in a message, float32 [n]. ValueError if it does not fit this party's model."""
-    info = message.content.config_records["info"]
-    if info["layout"] != party.model.layout.digest:
-        raise ValueError(
-            f"the server's base has layout {info['layout']!s}, this party's model {party.model.layout.digest}"
-        )
+def received_base(message: Message, party: Party) -> Tensor | None:
+    """The base model that a message makes known, float32 [n]: its own, or the kept one before plus the message's step.
+
+    None if that one is not here, or is not the server's to the last bit. The base is kept for the next step, unless
+    this is the message that ends the run. ValueError for a message that does not fit this party's model.
+    """
+    info, model, down = message.content.config_records["info"], party.model, party.settings.codec_down
+    if info["layout"] != model.layout.digest:
+        raise ValueError(f"the server's base has layout {info['layout']!s}, this party's model {model.layout.digest}")
+    digest, before = str(info["base"]), str(info["from"])
+    expected = down if before else "fp32"
+    if info["codec"] != expected:
+        raise ValueError(f"the server's base came by codec {info['codec']!s}, not {expected}")
     arrays = {name: array.numpy() for name, array in message.content.array_records["arrays"].items()}
-    return codecs.decode(arrays, str(info["codec"]), party.model.layout.size)
+    base = make_codec(expected).decode(arrays, model.layout)
+    kept = Kept(str(info["run"]), party.task)
+    if before:
+        found = kept.base(before)
+        if found is None or len(found) != len(base):
+            return None
+        base = found + base
+    if vectors.digest(base) != digest:
+        if before:
+            return None
+        raise ValueError("the server's base is not the one that its digest says")
+    if message.metadata.message_type == "evaluate":
+        kept.drop_base()
+    elif party.settings.downlink:
+        kept.save_base(base, digest)
+    return base
 
 
-def reply(message: Message, party: Party, metrics: dict[str, float], vector: Tensor | None = None) -> Message:
-    """A reply with numbers, who sends it, and a task vector if there is one."""
+def reply(
+    message: Message, party: Party, metrics: dict[str, float], arrays: Arrays | None = None, needs_base: bool = False
+) -> Message:
+    """A reply with numbers, who sends it, and a task vector's arrays if there are some; or the wish for the base."""
     base = message.content.config_records["info"].get("base", "")
+    info = {"task": party.task, "codec": party.settings.codec_up, "layout": party.model.layout.digest, "base": base}
     content = RecordDict(
         {
             "metrics": MetricRecord(metrics),  # type: ignore[arg-type]
-            "info": ConfigRecord(
-                {"task": party.task, "codec": codecs.FP32, "layout": party.model.layout.digest, "base": base}
-            ),
+            "info": ConfigRecord(info | {"needs-base": needs_base}),
         }
     )
-    if vector is not None:
-        content["arrays"] = ArrayRecord({name: Array(array) for name, array in codecs.encode(vector).items()})
+    if arrays is not None:
+        content["arrays"] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
     return Message(content, reply_to=message)
 
 
@@ -78,17 +103,24 @@ def roll_call(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Evaluate the received base, tune it, and return the task vector."""
-    party = party_of(context)
-    round_number = int(message.content.config_records["info"]["round"])  # type: ignore[arg-type]
-    update = party.train(received_base(message, party), round_number)
+    party, info = party_of(context), message.content.config_records["info"]
+    begin = time.perf_counter()
+    base = received_base(message, party)
+    if base is None:
+        return reply(message, party, {}, needs_base=True)
+    seconds = time.perf_counter() - begin
+    update = party.train(base, int(info["round"]), str(info["run"]))  # type: ignore[arg-type]
     metrics = {f"evaluation.{name}": value for name, value in update.evaluation.items()}
     metrics |= {f"tuning.{name}": value for name, value in update.tuning.items()}
-    return reply(message, party, metrics, update.vector)
+    return reply(message, party, metrics | {"tuning.seconds_receive": seconds}, update.arrays)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received base on the validation and test splits."""
     party = party_of(context)
-    accuracies = party.evaluate(received_base(message, party), ("validation", "test"))
+    base = received_base(message, party)
+    if base is None:
+        return reply(message, party, {}, needs_base=True)
+    accuracies = party.evaluate(base, ("validation", "test"))
     return reply(message, party, {f"evaluation.{name}": value for name, value in accuracies.items()})

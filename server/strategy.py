@@ -16,12 +16,18 @@ from atm_fl.loop import Round
 from atm_fl.party import Update
 from atm_fl.runs import Run
 
+WHOLE = codecs.Fp32()
+"""The codec of a whole base."""
+
 
 class Atm(Strategy):
     """Send the base, fold the task vectors into the merge as they come, move the base, write the checkpoint.
 
     The base is evaluated by the clients before they tune it, so that a round is one exchange; one evaluate round closes
     the run. Flower counts rounds from 1 in every process; ours go on from the run's checkpoint.
+
+    The first message of a process carries the whole base; later ones, unless `codec-down` is fp32, the step to it from
+    the base before. A client that lacks that one says so and is sent the whole base within the same round.
 
     nodes: node id → task, in the order of the setting `tasks`.
     """
@@ -30,6 +36,11 @@ class Atm(Strategy):
         self.run = run
         self.nodes = nodes
         self._digest = ""
+        """Of the base that was sent last."""
+        self._sent: tuple[Grid, str, int]
+        """Where, as which kind of message and in which round."""
+        self._asked: set[str] = set()
+        """Tasks whose clients asked for the whole base in this round."""
 
     def summary(self) -> None:
         settings = self.run.settings
@@ -42,27 +53,25 @@ class Atm(Strategy):
         )
 
     def arrays(self) -> ArrayRecord:
-        """The current base as it travels."""
-        return ArrayRecord({name: Array(array) for name, array in codecs.encode(self.run.base).items()})
+        """What travels so that clients know the current base: the base itself or the step to it."""
+        return _record(self.run.delta or WHOLE.encode(self.run.base, self.run.layout))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        return self._broadcast(arrays, "train", self.run.rounds_done + 1)
+        return self._broadcast(grid, arrays, "train", self.run.rounds_done + 1)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         current, failures = Round(self.run), self._unheard()
-        down = 4 * self.run.layout.size
         for task, reply in self._successes(replies, failures):
             try:
-                update, up = self._update(reply, bool(self.run.settings.part_taken(task, current.number)))
+                update = _update(reply, bool(self.run.settings.part_taken(task, current.number)))
+                del reply
+                current.add(task, update, self._bytes_down(task))
             except (KeyError, TypeError, ValueError) as error:
                 failures[task] = f"refused: {error}"
-                continue
-            del reply
-            current.add(task, update, bytes_up=up, bytes_down=down)
         self._enforce(failures, f"round {current.number}")
         current.close(failures)
         return self.arrays(), None
@@ -72,7 +81,7 @@ class Atm(Strategy):
     ) -> Iterable[Message]:
         if self.run.rounds_done < self.run.settings.rounds:
             return []
-        return self._broadcast(arrays, "evaluate", self.run.rounds_done)
+        return self._broadcast(grid, arrays, "evaluate", self.run.rounds_done)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         if self.run.rounds_done < self.run.settings.rounds:
@@ -80,19 +89,45 @@ class Atm(Strategy):
         failures = self._unheard()
         for task, reply in self._successes(replies, failures):
             try:
-                self.run.record("evaluation", self.run.rounds_done, task=task, **_metrics(reply, "evaluation"))
+                found = _metrics(reply, "evaluation") | {"bytes_down": self._bytes_down(task)}
+                self.run.record("evaluation", self.run.rounds_done, task=task, **found)
             except KeyError as error:
                 failures[task] = f"refused: {error}"
         self._enforce(failures, "the final evaluation")
         return None
 
-    def _broadcast(self, arrays: ArrayRecord, kind: str, round_number: int) -> list[Message]:
-        self._digest = vectors.digest(self.run.base)
-        info = ConfigRecord(
-            {"round": round_number, "codec": codecs.FP32, "layout": self.run.layout.digest, "base": self._digest}
-        )
-        content = {"arrays": arrays, "info": info}
-        return [Message(RecordDict(content), node, kind, group_id=str(round_number)) for node in self.nodes]  # type: ignore[arg-type]
+    def _broadcast(self, grid: Grid, arrays: ArrayRecord, kind: str, round_number: int) -> list[Message]:
+        before = self._digest if self.run.delta else ""
+        self._digest, self._sent, self._asked = vectors.digest(self.run.base), (grid, kind, round_number), set()
+        return self._messages(self.nodes, arrays, before)
+
+    def _messages(self, nodes: Iterable[int], arrays: ArrayRecord, before: str = "") -> list[Message]:
+        """One message to each of `nodes`; `before` is the digest of the base that a step starts from."""
+        settings, (_, kind, round_number) = self.run.settings, self._sent
+        info = {"round": round_number, "run": self.run.id, "codec": settings.codec_down if before else WHOLE.name}
+        info |= {"layout": self.run.layout.digest, "base": self._digest, "from": before}
+        content = {"arrays": arrays, "info": ConfigRecord(info)}  # type: ignore[arg-type]
+        return [Message(RecordDict(content), node, kind, group_id=str(round_number)) for node in nodes]  # type: ignore[arg-type]
+
+    def _answers(self, replies: Iterable[Message]) -> Iterator[Message]:
+        """The replies; those that ask for the whole base are answered with it, and come when all others are here."""
+        asking: list[int] = []
+        for reply in replies:
+            if reply.has_error() or not _info(reply).get("needs-base"):
+                yield reply
+                continue
+            node = reply.metadata.src_node_id
+            self._asked.add(self.nodes[node])
+            asking.append(node)
+            log(INFO, "%s asks for the whole base", self.nodes[node])
+        if asking:
+            whole = _record(WHOLE.encode(self.run.base, self.run.layout))
+            grid, timeout = self._sent[0], self.run.settings.round_timeout
+            yield from grid.send_and_receive(self._messages(asking, whole), timeout=timeout)
+
+    def _bytes_down(self, task: str) -> int:
+        """Bytes that were sent to a task's client in this round."""
+        return self.run.bytes_down + (self.run.base.nbytes if task in self._asked else 0)
 
     def _unheard(self) -> dict[str, str]:
         """Every task with the reason that counts until its reply is taken in."""
@@ -100,29 +135,20 @@ class Atm(Strategy):
         here = self.nodes.values()
         return {task: silent if task in here else "no party at the roll call" for task in self.run.settings.party_names}
 
-    def _update(self, reply: Message, takes_part: bool) -> tuple[Update, int]:
-        """A train reply's update, and its bytes. The reply's arrays are freed."""
-        if not takes_part:
-            return Update(None, _metrics(reply, "evaluation"), {}), 0
-        arrays = reply.content.array_records["arrays"]
-        size = sum(len(array.data) for array in arrays.values())
-        codec = str(reply.content.config_records["info"]["codec"])
-        # Flower's messages are reference cycles: without `pop` their bytes would wait for the garbage collector.
-        decoded = {name: arrays.pop(name).numpy() for name in list(arrays)}
-        vector = codecs.decode(decoded, codec, self.run.layout.size)
-        return Update(vector, _metrics(reply, "evaluation"), _metrics(reply, "tuning")), size
-
     def _successes(self, replies: Iterable[Message], failures: dict[str, str]) -> Iterator[tuple[str, Message]]:
         """(task, reply) of the replies that belong; the others' reasons go into `failures`."""
-        for reply in replies:
+        codec = self.run.settings.codec_up
+        expected = {"codec": codec, "layout": self.run.layout.digest, "base": self._digest, "needs-base": False}
+        for reply in self._answers(replies):
             task = self.nodes[reply.metadata.src_node_id]
             if reply.has_error():
                 failures[task] = reply.error.reason or f"error {reply.error.code}"
                 continue
-            found = dict(reply.content.config_records.get("info", {}))
-            expected = {"task": task, "layout": self.run.layout.digest, "base": self._digest}
+            found = {"needs-base": False, **_info(reply)}
             wrong = [
-                f"{key} {found.get(key)!r}, not {value!r}" for key, value in expected.items() if found.get(key) != value
+                f"{key} {found.get(key)!r}, not {value!r}"
+                for key, value in {"task": task, **expected}.items()
+                if found.get(key) != value
             ]
             if wrong:
                 failures[task] = f"refused: {'; '.join(wrong)}"
@@ -141,6 +167,25 @@ class Atm(Strategy):
             raise RunError(f"{when}: {succeeded} of {every} clients succeeded, {settings.needed} needed. {told}")
         log(WARNING, "%s goes on without %s", when, told)
         self.run.record("warning", self.run.rounds_done, text=f"{when} goes on without {told}")
+
+
+def _record(arrays: codecs.Arrays) -> ArrayRecord:
+    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
+
+
+def _info(reply: Message) -> dict[str, object]:
+    """The reply's strings; none if it has no such record."""
+    return dict(reply.content.config_records.get("info", {}))
+
+
+def _update(reply: Message, takes_part: bool) -> Update:
+    """A train reply's update. The reply's arrays are freed."""
+    if not takes_part:
+        return Update(None, _metrics(reply, "evaluation"), {})
+    arrays = reply.content.array_records["arrays"]
+    # Flower's messages are reference cycles: without `pop` their bytes would wait for the garbage collector.
+    received = {name: arrays.pop(name).numpy() for name in list(arrays)}
+    return Update(received, _metrics(reply, "evaluation"), _metrics(reply, "tuning"))
 
 
 def _metrics(reply: Message, prefix: str) -> dict[str, float]:

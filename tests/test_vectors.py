@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from atm_fl import codecs
 from atm_fl.models import load_backbone
-from atm_fl.vectors import Layout, Spill, bind, digest
+from atm_fl.vectors import Layout, Spill, bind
 
 
 def test_a_layout_holds_trainable_floats_only_and_views_share_memory() -> None:
@@ -66,24 +64,3 @@ def test_a_spill_refuses_a_name_twice() -> None:
     with pytest.raises(ValueError, match="'a' was added twice"):
         spill.add("a", torch.ones(3))
     spill.close()
-
-
-def test_vectors_travel_bit_for_bit() -> None:
-    vector = torch.randn(1000)
-    received = codecs.decode(codecs.encode(vector), codecs.FP32, 1000)
-    assert digest(received) == digest(vector)
-
-
-@pytest.mark.parametrize(
-    ("arrays_", "codec", "words"),
-    [
-        ({"values": np.zeros(3, np.float32)}, "fp9", "codec 'fp9'"),
-        ({"values": np.zeros(4, np.float32)}, "fp32", r"float32\[4\]"),
-        ({"values": np.zeros(3, np.float64)}, "fp32", "float64"),
-        ({"other": np.zeros(3, np.float32)}, "fp32", "other"),
-        ({"values": np.array([0, np.nan, 0], np.float32)}, "fp32", "not finite"),
-    ],
-)
-def test_arrays_that_do_not_fit_are_refused(arrays_: dict[str, np.ndarray], codec: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        codecs.decode(arrays_, codec, 3)

@@ -36,6 +36,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from atm_fl.codecs import size_of
 from atm_fl.errors import RunError, SettingError, did_you_mean
 from atm_fl.evaluation import mean_accuracy
 from atm_fl.experiments import contest_page
@@ -288,8 +289,13 @@ def _claim(unit: Unit, settings: Settings) -> None:
     """SettingError if the unit's folder holds results of another configuration."""
     decides = {"settings": settings.decisive(), "tune": unit.row.tune}
     config = unit.folder / "config.json"
-    if config.exists() and json.loads(config.read_text()) != decides:
-        raise SettingError(f"{unit.folder} holds results of another configuration; choose another folder or delete it")
+    if config.exists():
+        found = json.loads(config.read_text())
+        # Results from before a setting was there were made with its default.
+        if found | {"settings": Settings().decisive() | found["settings"]} != decides:
+            raise SettingError(
+                f"{unit.folder} holds results of another configuration; choose another folder or delete it"
+            )
     with atomic_write(config) as part:
         part.write_text(json.dumps(decides, indent=1))
 
@@ -305,12 +311,14 @@ def _single(unit: Unit) -> None:
         path, numbers = unit.folder / f"{party.task}.safetensors", unit.folder / f"{party.task}.json"
         if not numbers.exists():
             update = party.train(base, 1)
-            assert update.vector is not None
+            assert update.arrays is not None
+            vector = settings.uplink.decode(update.arrays, party.model.layout)
             with atomic_write(path) as part:
-                save_file({"vector": update.vector}, str(part))
-            after = party.evaluate(base + update.vector, ("validation", "test"))
+                save_file({"vector": vector}, str(part))
+            after = party.evaluate(base + vector, ("validation", "test"))
             with atomic_write(numbers) as part:
-                part.write_text(json.dumps({"before": update.evaluation, "after": after, **update.tuning}))
+                sent = {"bytes_up": size_of(update.arrays)}
+                part.write_text(json.dumps({"before": update.evaluation, "after": after, **update.tuning, **sent}))
         found[party.task] = json.loads(numbers.read_text())
     with atomic_write(unit.folder / "results.json") as part:
         part.write_text(json.dumps(found, indent=1))
@@ -364,11 +372,16 @@ def best_choice(study: Study, row: Row) -> Choice:
     return max(row.choices(), key=score)
 
 
-def _curve(folder: Path) -> dict[int, dict[str, Any]]:
-    """By round, of a run directory: accuracies by split and task, and steps, images, seconds and bytes so far."""
+def _curve(folder: Path, elements: int = 0) -> dict[int, dict[str, Any]]:
+    """By round, of a run directory: accuracies by split and task, and steps, images, seconds and bytes so far.
+
+    Bytes are those of the parties that tune; `down` is what one of them was sent in the round. elements: of a float32
+    vector, whose bytes are counted where an older run did not record them.
+    """
     found: dict[int, dict[str, Any]] = {}
+    nothing = {"steps": 0, "images": 0, "seconds": 0.0, "bytes": 0}
     for line in read_metrics(folder) if (folder / "metrics.jsonl").exists() else ():
-        own = found.setdefault(line["round"], {"steps": 0, "images": 0, "seconds": 0.0, "vectors": 0})
+        own = found.setdefault(line["round"], nothing | {"down": 0})
         if line["kind"] == "evaluation":
             for split in line.keys() & {"validation", "test"}:
                 own.setdefault(split, {})[line["task"]] = line[split]
@@ -376,12 +389,14 @@ def _curve(folder: Path) -> dict[int, dict[str, Any]]:
             own["steps"] += line["steps"]
             own["images"] += line["images"]
             own["seconds"] += line["seconds_tune"] + line.get("seconds_evaluate", 0.0)
-            own["vectors"] += line["task"] != "joint"
+            if line["task"] != "joint":
+                own["down"] = line.get("bytes_down", 4 * elements)
+                own["bytes"] += line.get("bytes_up", 4 * elements) + own["down"]
             if "alignment" in line:
                 own.setdefault("alignment", {})[line["task"]] = line["alignment"]
         elif line["kind"] == "merge":
             own["seconds"] += line["seconds_merge"]
-    total = {"steps": 0, "images": 0, "seconds": 0.0, "vectors": 0}
+    total = nothing
     for _, own in sorted(found.items()):
         total = {key: total[key] + own[key] for key in total}
         own |= total
@@ -474,7 +489,8 @@ def _flat_results(unit: Unit, made: dict[str, Any], single: dict[str, Any], elem
         "images": images,
         "flops": images * _operations(settings.model, settings.weights),
         "seconds": sum(found["seconds_tune"] for found in single.values()) + (made["seconds"] if merged else 0.0),
-        "bytes": 3 * len(single) * 4 * elements if merged else 0,
+        # The base to every party, a vector back (float32 where it was not recorded), the merged model to every party.
+        "bytes": sum(8 * elements + found.get("bytes_up", 4 * elements) for found in single.values()) if merged else 0,
         "curve": [],
     }
 
@@ -498,18 +514,16 @@ def _pretrained(study: Study, row: Row) -> dict[str, Any]:
 def _run_results(unit: Unit, stop: int, elements: int) -> tuple[int, dict[str, Any]]:
     """(The round, a seed's numbers at that round) of a run.
 
-    Bytes: what crosses the wire as float32: the base to every party a round, a vector from each that tunes, and the
-    base once more for the last evaluation.
+    Bytes: of the bases and vectors of all rounds so far, and of one base more to every party, which are to have it.
     """
-    settings, curve = unit.settings(), _curve(unit.folder)
+    settings, curve = unit.settings(), _curve(unit.folder, elements)
     per_image = _operations(settings.model, settings.weights)
     number = stop or settings.rounds
     if unit.row.select:
         number = max(unit.row.select, key=lambda n: mean_accuracy(curve[n]["validation"]))
 
     def wire(rounds: int) -> int:
-        alone = unit.row.kind == "joint"
-        return 0 if alone else 4 * elements * (len(settings.task_names) * (rounds + 1) + curve[rounds]["vectors"])
+        return curve[rounds]["bytes"] + len(settings.task_names) * curve[rounds]["down"]
 
     points = [
         {
