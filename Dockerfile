@@ -1,7 +1,7 @@
 # One image for every role: SuperLink with its ServerApps, SuperNode with its ClientApps, operator.
 #
 #   docker build -t atm-fl .                                                    for CPUs
-#   docker build -t atm-fl --build-arg TORCH_INDEX=https://pypi.org/simple .    for CUDA: PyPI's torch carries its libraries
+#   docker build -t atm-fl --build-arg TORCH_INDEX=https://pypi.org/simple .    for CUDA, whose libraries PyPI's torch has
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 
@@ -13,7 +13,7 @@ COPY deploy/constraints.txt ./
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --index-url "${TORCH_INDEX}" --constraint constraints.txt torch torchvision
 COPY pyproject.toml ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python -c "import tomllib as t; print(*t.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
         > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt setuptools
 COPY LICENSE README.md ./
@@ -36,12 +36,12 @@ ENV FLWR_TELEMETRY_ENABLED=0 \
     HOME=/tmp \
     USER=atm-fl
 
-# Volumes are mounted on these and take over their mode: any user may write, since the container runs as the one who owns
-# the keys on the host (docker-compose.yml), and as 10001 if nobody says.
+# Volumes are mounted on these and take over their mode: any user may write, since the container runs as the one who
+# owns the keys on the host (ATM_FL_USER in .env), and as 10001 if nobody says.
 RUN mkdir -p /runs /var/lib/atm-fl && chmod 1777 /runs /var/lib/atm-fl
 USER 10001:10001
 
-# HEALTH is the address that answers while a role lives: a SuperNode's by default, docker-compose.yml sets the SuperLink's.
+# HEALTH is the address that answers while a role lives: a SuperNode's here, docker-compose.yml sets the SuperLink's.
 ENV HEALTH=http://127.0.0.1:9094/health
 HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=6 \
     CMD ["python", "-c", "import os, urllib.request as web; web.urlopen(os.environ['HEALTH'], timeout=5)"]

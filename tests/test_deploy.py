@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from cryptography import x509
@@ -373,6 +374,22 @@ def test_the_control_api_answers_its_own_machine_alone() -> None:
         assert status(path, "127.0.0.1") == status(path, "::1") == 200
     for path in ("/health", "/v1/fleet/pull-messages"):
         assert status(path, "192.0.2.9") == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "final"),
+    [
+        (httpx.ConnectError("TLS/SSL connection has been closed (EOF) (_ssl.c:992)"), False),
+        (httpx.ConnectError("[Errno 111] Connection refused"), False),
+        (httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"), True),
+    ],
+)
+def test_a_supernode_tries_again_unless_the_certificate_is_wrong(error: Exception, final: bool) -> None:
+    from clients.supernode import patient_invoker
+
+    gives_up = patient_invoker().should_giveup
+    assert gives_up is not None
+    assert gives_up(error) is final
 
 
 @pytest.mark.slow
