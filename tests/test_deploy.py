@@ -14,9 +14,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -30,7 +32,7 @@ from atm_fl import cli
 from atm_fl.deployment import checks, keys
 from atm_fl.deployment.checks import Machine
 from atm_fl.deployment.federation import lay_out, read_parties
-from atm_fl.errors import SettingError
+from atm_fl.errors import RunError, SettingError
 from server.simulation import QUIET
 from tests.conftest import make_folder
 
@@ -374,6 +376,51 @@ def test_the_control_api_answers_its_own_machine_alone() -> None:
         assert status(path, "127.0.0.1") == status(path, "::1") == 200
     for path in ("/health", "/v1/fleet/pull-messages"):
         assert status(path, "192.0.2.9") == 200
+
+
+def test_register_lets_in_whose_keys_are_there_and_no_others(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from server import deployment
+
+    class SuperLink:
+        """The nodes of a SuperLink, by public key."""
+
+        nodes: ClassVar[dict[bytes, SimpleNamespace]] = {}
+
+        def ListNodes(self, _: Any) -> Any:
+            return SimpleNamespace(nodes_info=list(self.nodes.values()))
+
+        def RegisterNode(self, request: Any) -> Any:
+            node = SimpleNamespace(
+                node_id=len(self.nodes), name=request.name, status="registered", public_key=request.public_key
+            )
+            self.nodes[request.public_key] = node
+            return node
+
+        def UnregisterNode(self, request: Any) -> None:
+            next(node for node in self.nodes.values() if node.node_id == request.node_id).status = "unregistered"
+
+    monkeypatch.setattr(deployment, "control", lambda *_: nullcontext(SuperLink()))
+    lay_out(checkout, "mnist,digits")
+    public = checkout / "federation" / "superlink" / "parties"
+
+    def said() -> list[str]:
+        return list(deployment.register("superlink:8000", public, public))
+
+    assert said() == ["digits: registered as node 0", "mnist: registered as node 1"]
+    assert said() == ["digits: registered", "mnist: registered"]
+    (public / "digits.pub").unlink()
+    assert said() == ["mnist: registered", f"digits: removed, its public key is not in {public}"]
+    assert said() == ["mnist: registered"]
+
+
+def test_a_superlink_that_cannot_be_asked_is_one_clear_error(checkout: Path) -> None:
+    from server import deployment
+
+    [folder] = lay_out(checkout, "mnist")
+    with pytest.raises(RunError, match="the SuperLink at 127.0.0.1:1: "):
+        list(deployment.register("127.0.0.1:1", folder / "ca.crt", folder))
+    with pytest.raises(SettingError, match="none.crt is not there; name the federation's ca.crt with --ca"):
+        list(deployment.register("127.0.0.1:1", folder / "none.crt", folder))
 
 
 @pytest.mark.parametrize(
