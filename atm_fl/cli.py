@@ -41,6 +41,11 @@ class Runtime(StrEnum):
     RAY = "ray"
     IN_PROCESS = "in-process"
     PLAIN = "plain"
+    DEPLOYMENT = "deployment"
+
+
+Superlink = Annotated[str, typer.Option(help="where the SuperLink of a federation is: host:port")]
+Authority = Annotated[Path, typer.Option(help="the certificate that a federation's SuperLink is trusted by")]
 
 
 def main() -> None:
@@ -67,11 +72,16 @@ def run(
     ] = None,
     runtime: Annotated[
         Runtime,
-        typer.Option(help="ray: simulation by `flwr run`; in-process: the same apps without Ray; plain: no Flower"),
+        typer.Option(
+            help="ray: simulation by `flwr run`; in-process: the same apps without Ray; plain: no Flower; "
+            "deployment: a federation, from its SuperLink's machine or container"
+        ),
     ] = Runtime.RAY,
     app_dir: Annotated[Path, typer.Option("--app", help="the checkout whose apps `flwr run` ships")] = Path(),
     cpus: Annotated[float, typer.Option(help="CPUs that Ray reserves for one client")] = 1,
     gpus: Annotated[float, typer.Option(help="GPUs, or parts of one, that Ray reserves for one client")] = 0,
+    superlink: Superlink = "127.0.0.1:8000",
+    ca: Authority = Path("/etc/atm-fl/ca.crt"),
 ) -> None:
     """Run a configuration to its end and print its table. The exit status is 0 only if the run completed."""
     from atm_fl.progress import progress
@@ -87,6 +97,10 @@ def run(
             from server.simulation import simulate
 
             simulate(settings, app_dir.resolve(), cpus, gpus)
+        elif runtime is Runtime.DEPLOYMENT:
+            from server.deployment import submit
+
+            submit(settings, app_dir.resolve(), superlink, ca)
         elif runtime is Runtime.IN_PROCESS:
             from clients.app import app as client_app
             from server.app import serve
@@ -390,6 +404,65 @@ def _run_study(found: Any, kind: Any, jobs: int | None) -> None:
         for units in kind.phases(found):
             for done in as_completed([pool.submit(kind.run_unit, unit) for unit in units]):
                 console.print(f"{(time.monotonic() - begin) / 60:5.1f} min: {done.result()}", highlight=False)
+
+
+deploy = typer.Typer(no_args_is_help=True, help="Set up a federation of real machines: docs/deployment.md.")
+app.add_typer(deploy, name="deploy")
+
+
+@deploy.command()
+def init(
+    parties: Annotated[
+        str, typer.Option(help="the parties by their tasks, as mnist,digits; with data of their own: pets=/srv/pets")
+    ] = "",
+    host: Annotated[
+        str, typer.Option(help="the parties are on other machines, which reach this one by this name or address")
+    ] = "",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="the port they reach it by")] = 8000,
+    renew: Annotated[bool, typer.Option(help="make a new certificate for the SuperLink; restart it then")] = False,
+    root: Annotated[Path, typer.Option(help="the checkout, where docker-compose.yml is")] = Path(),
+) -> None:
+    """Make certificates, keys and compose files, or add parties to those that are there."""
+    from atm_fl.deployment.federation import lay_out
+
+    for folder in lay_out(root, parties, host, port, renew):
+        then = "carry it to its machine, and there: sh join" if host else "starts with docker-compose up -d"
+        console.print(f"{folder}: {then}", soft_wrap=True, highlight=False, markup=False)
+
+
+@deploy.command()
+def check(
+    superlink: Superlink,
+    ca: Authority,
+    key: Annotated[Path | None, typer.Option(help="the party's private key")] = None,
+    task: Annotated[str, typer.Option(help="its task, a registered one")] = "",
+    data: Annotated[Path | None, typer.Option(help="its data folder")] = None,
+    disk: Annotated[float, typer.Option(help="GB of disk that must be free")] = 2.0,
+    memory: Annotated[float, typer.Option(help="GB of memory that must be free")] = 1.5,
+) -> None:
+    """Say in one line each what would keep a party on this machine from joining; exit status 1 if anything would."""
+    from atm_fl.deployment.checks import Machine, check
+
+    found = list(check(Machine(superlink, ca, key, task, data, disk, memory)))
+    for name, line, good in found:
+        console.print(f"{'ok   ' if good else 'WRONG'} {name}: {line}", soft_wrap=True, highlight=False, markup=False)
+    if not all(good for *_, good in found):
+        raise typer.Exit(1)
+
+
+@deploy.command()
+def register(
+    superlink: Superlink = "127.0.0.1:8000",
+    ca: Authority = Path("/etc/atm-fl/ca.crt"),
+    keys: Annotated[Path, typer.Option(help="the folder of the parties' public keys, NAME.pub")] = Path(
+        "/etc/atm-fl/parties"
+    ),
+) -> None:
+    """On the SuperLink's machine: let the parties whose public keys are there join, and no others."""
+    from server.deployment import register
+
+    for line in register(superlink, ca, keys):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def read_config(path: Path, overrides: list[str]) -> Any:

@@ -40,35 +40,63 @@ def simulate(settings: Settings, app: Path, cpus: float = 1, gpus: float = 0) ->
     app: the folder with pyproject.toml; cpus, gpus: what Ray reserves for one client. RunError, with the ServerApp's
     own message, if the run did not complete.
     """
+    check_app(app)
+    federation = f"num-supernodes={len(settings.task_names)} client-resources-num-cpus={cpus:g}"
+    federation += f" client-resources-num-gpus={gpus:g}" if gpus else ""
+    with superlink(Path(settings.run_dir) / "flower") as variables:
+        flower_run(settings, app, "local", variables, "--federation-config", federation)
+
+
+def check_app(app: Path) -> None:
+    """SettingError if `app` is not the folder whose apps `flwr run` can ship."""
     if not (app / "pyproject.toml").exists():
         raise SettingError(
             f"{app} has no pyproject.toml; Flower needs the checkout of atm-fl to run its apps. Call this from there, "
             "name it with --app, or use --runtime in-process"
         )
+
+
+def flower_run(settings: Settings, app: Path, superlink: str, variables: dict[str, str], *more: str) -> None:
+    """`flwr run` on the SuperLink that the environment `variables` names `superlink`; RunError if it did not complete.
+
+    Logs go to flower.log in the run directory.
+    """
     folder = Path(settings.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "flower.log"
-    with superlink(folder / "flower") as environment:
-        config = folder / "flower" / "run.toml"
-        config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.as_config().items()))
-        federation = f"num-supernodes={len(settings.task_names)} client-resources-num-cpus={cpus:g}"
-        federation += f" client-resources-num-gpus={gpus:g}" if gpus else ""
-        command = ["flwr", "run", str(app), "local", "--stream", "--federation-config", federation, "-c", str(config)]
-        with open(log, "w") as out:
-            subprocess.run(command, env=environment, stdout=out, stderr=subprocess.STDOUT, check=False)
-        listed = subprocess.run(
-            ["flwr", "list", "local", "--format", "json"], env=environment, capture_output=True, text=True, check=False
-        )
-    if '"finished:completed"' not in listed.stdout:
+    config, log = folder / "flower" / "run.toml", folder / "flower.log"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.as_config().items()))
+    command = ["flwr", "run", str(app), superlink, "--stream", "-c", str(config), *more]
+    with open(log, "w") as out:
+        subprocess.run(command, env=variables, stdout=out, stderr=subprocess.STDOUT, check=False)
+    started = re.search(r"started run (\d+)", plain(log))
+    status = ""
+    while started and "finished:" not in status:  # the stream of logs may break off before the run ends
+        listing = ["flwr", "list", superlink, "--run-id", started[1], "--format", "json"]
+        status = subprocess.run(listing, env=variables, capture_output=True, text=True, check=False).stdout
+        if '"status"' not in status:
+            break
+        time.sleep(0 if "finished:" in status else 2)
+    if '"finished:completed"' not in status:
         raise RunError(failure(log))
+
+
+def plain(log: Path) -> str:
+    """A log's text without colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
 
 
 def failure(log: Path) -> str:
     """Why a run failed: our own error in its log, or the log's last line."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
+    text = plain(log)
     ours = re.findall(r"(?:RunError|SettingError): (.+)", text)
     lines = [line for line in (line.strip(" │╭╮╰╯─") for line in text.splitlines()) if line]
     return ours[-1] if ours else f"the Flower run failed: {' '.join(lines[-3:]) or 'no output'} (see {log})"
+
+
+def environment(home: Path) -> dict[str, str]:
+    """The variables under which Flower's programs are found, keep quiet, and read `home`/config.toml."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, **QUIET, "FLWR_HOME": str(home.resolve()), "PATH": path}
 
 
 @contextmanager
@@ -81,13 +109,12 @@ def superlink(home: Path) -> Iterator[dict[str, str]]:
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    environment = {**os.environ, **QUIET, "FLWR_HOME": str(home.resolve()), "PATH": path}
+    variables = environment(home)
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-file", str(home / "superlink.log")]
     # A session of its own: Ctrl-C should reach us alone, and we end what the SuperLink started.
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
         deadline = time.monotonic() + START_TIMEOUT
@@ -95,7 +122,7 @@ def superlink(home: Path) -> Iterator[dict[str, str]]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RunError(f"the local SuperLink did not start; see {home / 'superlink.log'}")
             time.sleep(0.1)
-        yield environment
+        yield variables
     finally:
         # Flower's executors and Ray's daemons have sessions of their own, and outlive the SuperLink.
         started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
