@@ -454,9 +454,10 @@ def test_a_party_tunes_on_files_and_on_grey_images_as_on_images_in_memory(
         vector = vector_of(party, party.train(party.model.pretrained, 1))
         assert vector.isfinite().all()
         assert vector.norm() > 0
-        party._splits = {
-            split: tasks.Split(everything(part).contiguous(), part.labels) for split, part in party._splits.items()
+        party.splits = {
+            split: tasks.Split(everything(part).contiguous(), part.labels) for split, part in party.splits.items()
         }
+        party.tuned_on = party.splits["train"]
         again = party.train(party.model.pretrained, 1)
         assert torch.equal(vector_of(party, again), vector)
         assert set(again.evaluation) == {"validation", "test"}
