@@ -77,7 +77,7 @@ class SharedModel:
         data: Split,
         settings: Settings,
         seed: int,
-        turn: int,
+        turn: int = 0,
         noise: float | None = None,
     ) -> tuple[Tensor, Tuned]:
         """Tune `base`, which is loaded, on `data`: (the task vector, float32 [n] on the CPU, what was done).

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import httpx
 import pytest
 import yaml
+from conftest import make_folder
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from cryptography.x509.verification import PolicyBuilder, Store
@@ -34,7 +35,6 @@ from atm_fl.deployment.checks import Machine
 from atm_fl.deployment.federation import lay_out, read_parties
 from atm_fl.errors import RunError, SettingError
 from server.simulation import QUIET
-from tests.conftest import make_folder
 
 ROOT = Path(__file__).parents[1]
 
