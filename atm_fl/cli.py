@@ -374,7 +374,7 @@ def compare(
     if not only_report:
         _run_study(found, contest, jobs)
     console.print(contest.table(found), soft_wrap=True, highlight=False, markup=False)
-    console.print(f"page: {found.folder / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"page: {found.reports / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
