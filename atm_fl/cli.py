@@ -86,8 +86,9 @@ def run(
     """Run a configuration to its end and print its table. The exit status is 0 only if the run completed."""
     from atm_fl.progress import progress
     from atm_fl.runs import check_run_dir
+    from atm_fl.settings import OF_DEPLOYMENT
 
-    settings = read_config(config, override or [])
+    settings = read_config(config, override or [], OF_DEPLOYMENT if runtime is Runtime.DEPLOYMENT else {})
     check_run_dir(settings)
     console.print(
         f"{config.name}: {len(settings.task_names)} tasks, {settings.rounds} rounds → {escape(settings.run_dir)}"
@@ -465,14 +466,17 @@ def register(
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def read_config(path: Path, overrides: list[str]) -> Any:
-    """Settings from a TOML file and `key=value` overrides; relative directories become absolute."""
+def read_config(path: Path, overrides: list[str], defaults: dict[str, Any] | None = None) -> Any:
+    """Settings from a TOML file and `key=value` overrides; relative directories become absolute.
+
+    defaults: values of keys that are in neither, where they are not the settings' own.
+    """
     from atm_fl.settings import Settings
 
     if not path.is_file():
         raise SettingError(f"{path} is not a file; the configurations are in configs/")
     try:
-        values = tomllib.loads(path.read_text())
+        values = (defaults or {}) | tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise SettingError(f"{path} is not valid TOML: {error}") from error
     for item in overrides:

@@ -20,6 +20,9 @@ from atm_fl.server_optimizer import ServerOptimizer
 from atm_fl.trainable import check_trainable
 from atm_fl.vectors import Layout
 
+OF_DEPLOYMENT = {"codec-up": "int8", "codec-down": "int8"}
+"""What runs of the runtime `deployment`, whose bottleneck is the wire, take where neither file nor `-c` says otherwise."""
+
 
 def setting(default: Any, meaning: str, *, decides: bool = True, choices: tuple[str, ...] = ()) -> Any:
     """A setting with its default and a line of documentation. `decides`: whether it can change a run's weights."""
@@ -73,10 +76,14 @@ class Settings:
     server_beta2: float = setting(0.99, "its β₂, of adam and yogi")
     server_epsilon: float = setting(1e-3, "its ε, of adam, yogi and adagrad")
     codec_up: str = setting(
-        "fp32", "how task vectors travel: fp32, fp16, bf16, int8, int4, topk:0.01, low-rank:8, …; see docs/wire.md"
+        "fp32",
+        "how task vectors travel: fp32, fp16, bf16, int8, int4, topk:0.01, low-rank:8, …; in a deployment int8 if not "
+        "said; see docs/wire.md",
     )
     codec_down: str = setting(
-        "fp32", "how the base's step travels after round 1, and so how far it goes; fp32: the whole base travels"
+        "fp32",
+        "how the base's step travels after round 1, and so how far it goes; fp32: the whole base travels; in a "
+        "deployment int8 if not said",
     )
     optimizer: str = setting("adamw", "the clients' optimizer", choices=("adamw", "sgd"))
     keep_optimizer: bool = setting(

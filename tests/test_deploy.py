@@ -378,6 +378,50 @@ def test_the_control_api_answers_its_own_machine_alone() -> None:
         assert status(path, "192.0.2.9") == 200
 
 
+def test_bodies_are_handed_over_whole() -> None:
+    from server.superlink import WholeBodies
+
+    seen: list[Any] = []
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        seen.extend([await receive(), await receive()])
+
+    def hand_over(*coming: dict[str, Any]) -> list[Any]:
+        messages = iter(coming)
+
+        async def receive() -> Any:
+            return next(messages)
+
+        seen.clear()
+        asyncio.run(WholeBodies(inner)({"type": "http"}, receive, None))  # type: ignore[arg-type]
+        return list(seen)
+
+    gone = {"type": "http.disconnect"}
+    pieces = [{"type": "http.request", "body": body, "more_body": body != b"c"} for body in (b"a", b"", b"b", b"c")]
+    assert hand_over(*pieces, gone) == [{"type": "http.request", "body": b"abc", "more_body": False}, gone]
+    assert hand_over({"type": "http.request"}, gone) == [
+        {"type": "http.request", "body": b"", "more_body": False},
+        gone,
+    ]
+    assert hand_over(pieces[0], gone) == []
+
+
+def test_flower_still_reads_what_the_launchers_pace() -> None:
+    """Flower's modules sleep by the `time` that is put in place, and read the variables."""
+    script = """if True:
+    from atm_fl.deployment import pace
+    pace.set_variables()
+    from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as chunk
+    from flwr.supercore.superexec.run_superexec import _get_task_poll_interval
+    from flwr.supernode import start_client_internal as supernode
+    assert chunk == int(pace.VARIABLES["FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE"])
+    assert _get_task_poll_interval() == float(pace.VARIABLES["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"])
+    code = [supernode.start_client_internal, supernode._push_messages]
+    assert all("time" in function.__code__.co_names for function in code)
+    """
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_register_lets_in_whose_keys_are_there_and_no_others(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from server import deployment
 
