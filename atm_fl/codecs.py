@@ -271,16 +271,16 @@ def squeezed(numbers: Tensor) -> np.ndarray:
 
     Of a bell curve's numbers this saves 5 to 10 %, at 0.7 GB/s; there are no repetitions for it to find.
     """
-    return np.frombuffer(zstandard.ZstdCompressor(level=1).compress(numbers.numpy()), np.uint8)
+    return np.frombuffer(zstandard.ZstdCompressor(level=1).compress(numbers.numpy().data), np.uint8)
 
 
 def unsqueezed(frame: Tensor, count: int) -> Tensor:
     """The `count` bytes, uint8, that `squeezed` made a frame of. ValueError if it is no frame of so many."""
     try:
-        size = zstandard.frame_content_size(frame.numpy())
+        size = zstandard.frame_content_size(frame.numpy().data)
         if size != count:  # before anything is reserved for it
             raise ValueError(f"a frame of {size} bytes where {count} were expected")
-        content = zstandard.ZstdDecompressor().decompress(frame.numpy(), allow_extra_data=False)
+        content = zstandard.ZstdDecompressor().decompress(frame.numpy().data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ValueError(f"damaged bytes where a frame of {count} was expected: {error}") from None
     return torch.frombuffer(bytearray(content), dtype=torch.uint8) if count else torch.empty(0, dtype=torch.uint8)

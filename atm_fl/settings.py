@@ -21,7 +21,7 @@ from atm_fl.trainable import check_trainable
 from atm_fl.vectors import Layout
 
 OF_DEPLOYMENT = {"codec-up": "int8", "codec-down": "int8"}
-"""What runs of the runtime `deployment`, whose bottleneck is the wire, take where neither file nor `-c` says otherwise."""
+"""What runs of the runtime `deployment`, whose bottleneck is the wire, take if neither file nor `-c` says otherwise."""
 
 
 def setting(default: Any, meaning: str, *, decides: bool = True, choices: tuple[str, ...] = ()) -> Any:

@@ -166,7 +166,10 @@ class Federation:
 
     def stop(self) -> None:
         """End all of its processes."""
-        below = [process for top in self.started for process in psutil.Process(top.pid).children(recursive=True)]
+        below: list[psutil.Process] = []
+        for process in self.started:
+            with suppress(psutil.NoSuchProcess):
+                below += psutil.Process(process.pid).children(recursive=True)
         for process in [*self.started, *below]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()

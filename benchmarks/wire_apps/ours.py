@@ -1,4 +1,4 @@
-"""server.app and clients.app as they are, with a backbone whose passes cost nothing, and a look-up instead of tuning."""
+"""server.app and clients.app as they are, with a backbone whose passes cost nothing and a look-up for tuning."""
 
 from __future__ import annotations
 
