@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from logging import INFO, WARNING
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -18,6 +20,8 @@ from atm_fl.runs import Run
 
 WHOLE = codecs.Fp32()
 """The codec of a whole base."""
+LOST = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED)
+"""What the SuperLink reports of a party that did not answer, as opposed to one that answered with an error."""
 
 
 class Atm(Strategy):
@@ -27,7 +31,8 @@ class Atm(Strategy):
     the run. Flower counts rounds from 1 in every process; ours go on from the run's checkpoint.
 
     The first message of a process carries the whole base; later ones, unless `codec-down` is fp32, the step to it from
-    the base before. A client that lacks that one says so and is sent the whole base within the same round.
+    the base before. A client that lacks that one says so and is sent the whole base within the same round. So is, once,
+    one whose ClientApp or SuperNode died, if it is back within `node-timeout`: it answers with what it would have.
 
     nodes: node id → task, in the order of the setting `tasks`.
     """
@@ -39,6 +44,10 @@ class Atm(Strategy):
         """Of the base that was sent last."""
         self._sent: tuple[Grid, str, int]
         """Where, as which kind of message and in which round."""
+        self._deadline = 0.0
+        """When the round's replies are to be here, on the monotonic clock."""
+        self._gone: set[int] = set()
+        """Nodes that did not come back; nobody waits for them again before they answer."""
         self._asked: set[str] = set()
         """Tasks whose clients asked for the whole base in this round."""
 
@@ -99,6 +108,7 @@ class Atm(Strategy):
     def _broadcast(self, grid: Grid, arrays: ArrayRecord, kind: str, round_number: int) -> list[Message]:
         before = self._digest if self.run.delta else ""
         self._digest, self._sent, self._asked = vectors.digest(self.run.base), (grid, kind, round_number), set()
+        self._deadline = time.monotonic() + self.run.settings.round_timeout
         return self._messages(self.nodes, arrays, before)
 
     def _messages(self, nodes: Iterable[int], arrays: ArrayRecord, before: str = "") -> list[Message]:
@@ -110,20 +120,38 @@ class Atm(Strategy):
         return [Message(RecordDict(content), node, kind, group_id=str(round_number)) for node in nodes]  # type: ignore[arg-type]
 
     def _answers(self, replies: Iterable[Message]) -> Iterator[Message]:
-        """The replies; those that ask for the whole base are answered with it, and come when all others are here."""
+        """The replies; clients that ask for the whole base or were lost are sent it when all others' are here."""
         asking: list[int] = []
+        lost: dict[int, Message] = {}
         for reply in replies:
-            if reply.has_error() or not _info(reply).get("needs-base"):
-                yield reply
-                continue
             node = reply.metadata.src_node_id
-            self._asked.add(self.nodes[node])
-            asking.append(node)
-            log(INFO, "%s asks for the whole base", self.nodes[node])
+            if reply.has_error() and reply.error.code in LOST and node not in self._gone:
+                log(WARNING, "%s was lost: %s", self.nodes[node], reply.error.reason)
+                lost[node] = reply
+            elif reply.has_error() or not _info(reply).get("needs-base"):
+                self._gone -= set() if reply.has_error() else {node}
+                yield reply
+            else:
+                asking.append(node)
+                log(INFO, "%s asks for the whole base", self.nodes[node])
+        asking += self._return_of(set(lost))
+        for node in lost.keys() - asking:
+            yield lost[node]
         if asking:
+            self._asked |= {self.nodes[node] for node in asking}
             whole = _record(WHOLE.encode(self.run.base, self.run.layout))
-            grid, timeout = self._sent[0], self.run.settings.round_timeout
-            yield from grid.send_and_receive(self._messages(asking, whole), timeout=timeout)
+            left = max(0.0, self._deadline - time.monotonic())
+            yield from self._sent[0].send_and_receive(self._messages(asking, whole), timeout=left)
+
+    def _return_of(self, lost: set[int]) -> list[int]:
+        """Wait `node-timeout` at most for the nodes `lost`; those that are online then. The others are gone."""
+        until = min(self._deadline, time.monotonic() + self.run.settings.node_timeout)
+        while lost - (online := set(self._sent[0].get_node_ids())) and time.monotonic() < until:
+            time.sleep(min(1.0, max(0.0, until - time.monotonic())))
+        self._gone |= lost - online
+        for node in lost & online:
+            log(INFO, "%s is asked again", self.nodes[node])
+        return sorted(lost & online)
 
     def _bytes_down(self, task: str) -> int:
         """Bytes that were sent to a task's client in this round."""
