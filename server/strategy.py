@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Strategy
 from atm_fl import codecs, vectors
 from atm_fl.errors import RunError
 from atm_fl.loop import Round
-from atm_fl.party import Update
+from atm_fl.party import Update, evaluated_splits
 from atm_fl.runs import Run
 
 WHOLE = codecs.Fp32()
@@ -34,7 +34,8 @@ class Atm(Strategy):
     the base before. A client that lacks that one says so and is sent the whole base within the same round. So is, once,
     one whose ClientApp or SuperNode died, if it is back within `node-timeout`: it answers with what it would have.
 
-    nodes: node id → task, in the order of the setting `tasks`.
+    nodes: node id → client (`Settings.party_names`), in the order of the setting `tasks`. One that has nothing to do in
+    a round, neither to tune nor to evaluate, is sent nothing.
     """
 
     def __init__(self, run: Run, nodes: dict[int, str]) -> None:
@@ -74,14 +75,15 @@ class Atm(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         current, failures = Round(self.run), self._unheard()
+        takers = self._takers(current.number)
         for task, reply in self._successes(replies, failures):
             try:
-                update = _update(reply, bool(self.run.settings.part_taken(task, current.number)))
+                update = _update(reply, task in takers)
                 del reply
                 current.add(task, update, self._bytes_down(task))
             except (KeyError, TypeError, ValueError) as error:
                 failures[task] = f"refused: {error}"
-        self._enforce(failures, f"round {current.number}")
+        self._enforce(failures, takers, f"round {current.number}")
         current.close(failures)
         return self.arrays(), None
 
@@ -102,14 +104,26 @@ class Atm(Strategy):
                 self.run.record("evaluation", self.run.rounds_done, task=task, **found)
             except KeyError as error:
                 failures[task] = f"refused: {error}"
-        self._enforce(failures, "the final evaluation")
+        self._enforce(failures, self._due(), "the final evaluation")
         return None
 
     def _broadcast(self, grid: Grid, arrays: ArrayRecord, kind: str, round_number: int) -> list[Message]:
         before = self._digest if self.run.delta else ""
         self._digest, self._sent, self._asked = vectors.digest(self.run.base), (grid, kind, round_number), set()
         self._deadline = time.monotonic() + self.run.settings.round_timeout
-        return self._messages(self.nodes, arrays, before)
+        due = self._due()
+        return self._messages([node for node, client in self.nodes.items() if client in due], arrays, before)
+
+    def _takers(self, round_number: int) -> list[str]:
+        """The clients that take part in a round."""
+        settings = self.run.settings
+        return [client for client, task in settings.task_of.items() if settings.part_taken(task, round_number)]
+
+    def _due(self) -> list[str]:
+        """The clients that have something to do with the message that was sent last."""
+        settings, (_, kind, round_number) = self.run.settings, self._sent
+        everyone = kind == "evaluate" or evaluated_splits(settings, round_number - 1)
+        return list(settings.party_names) if everyone else self._takers(round_number)
 
     def _messages(self, nodes: Iterable[int], arrays: ArrayRecord, before: str = "") -> list[Message]:
         """One message to each of `nodes`; `before` is the digest of the base that a step starts from."""
@@ -158,10 +172,10 @@ class Atm(Strategy):
         return self.run.bytes_down + (self.run.base.nbytes if task in self._asked else 0)
 
     def _unheard(self) -> dict[str, str]:
-        """Every task with the reason that counts until its reply is taken in."""
+        """Every client that is due with the reason that counts until its reply is taken in."""
         silent = f"no reply within {self.run.settings.round_timeout:g} s"
         here = self.nodes.values()
-        return {task: silent if task in here else "no party at the roll call" for task in self.run.settings.party_names}
+        return {client: silent if client in here else "no party at the roll call" for client in self._due()}
 
     def _successes(self, replies: Iterable[Message], failures: dict[str, str]) -> Iterator[tuple[str, Message]]:
         """(task, reply) of the replies that belong; the others' reasons go into `failures`."""
@@ -175,7 +189,7 @@ class Atm(Strategy):
             found = {"needs-base": False, **_info(reply)}
             wrong = [
                 f"{key} {found.get(key)!r}, not {value!r}"
-                for key, value in {"task": task, **expected}.items()
+                for key, value in {"task": self.run.settings.task_of[task], **expected}.items()
                 if found.get(key) != value
             ]
             if wrong:
@@ -184,15 +198,21 @@ class Atm(Strategy):
                 del failures[task]
                 yield task, reply
 
-    def _enforce(self, failures: dict[str, str], when: str) -> None:
-        """RunError, naming tasks and reasons, if the failures are more than the policy allows."""
+    def _enforce(self, failures: dict[str, str], counted: list[str], when: str) -> None:
+        """RunError, naming clients and reasons, if the failures are more than the policy allows.
+
+        counted: the clients of which `min-successful` must succeed.
+        """
         if not failures:
             return
-        settings, every = self.run.settings, len(self.run.settings.party_names)
-        told = "; ".join(f"{task}: {reason}" for task, reason in failures.items())
-        succeeded = every - len(failures)
-        if succeeded < settings.needed:
-            raise RunError(f"{when}: {succeeded} of {every} clients succeeded, {settings.needed} needed. {told}")
+        needed, every = self.run.settings.needed, len(self.run.settings.party_names)
+        told = "; ".join(f"{client}: {reason}" for client, reason in failures.items())
+        if needed == every:  # whoever fails, be it in an evaluation only
+            counted = self._due()
+        succeeded = len(counted) - len(failures.keys() & counted)
+        if succeeded < min(needed, len(counted)):
+            of = f"{succeeded} of {len(counted)} clients succeeded, {min(needed, len(counted))} needed"
+            raise RunError(f"{when}: {of}. {told}")
         log(WARNING, "%s goes on without %s", when, told)
         self.run.record("warning", self.run.rounds_done, text=f"{when} goes on without {told}")
 

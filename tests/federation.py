@@ -23,7 +23,7 @@ import psutil
 
 from atm_fl.deployment.federation import lay_out
 from atm_fl.errors import RunError
-from atm_fl.runs import read_metrics
+from atm_fl.runs import checkpoints
 from atm_fl.settings import Settings
 from server.deployment import register
 from server.simulation import QUIET, plain
@@ -58,11 +58,11 @@ class Federation:
         files = [f"--ssl-{kind}={self.secrets / name}" for kind, name in CERTIFICATES.items()]
         self.spawn(
             "superlink",
-            [sys.executable, "-m", "server.superlink", "--host=127.0.0.1", f"--port={port}", *files]
-            + ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
-            + [f"--database={self.home / 'superlink.db'}"],
+            *[sys.executable, "-m", "server.superlink", "--host=127.0.0.1", f"--port={port}", *files],
+            *["--enable-supernode-auth", "--disable-runtime-dependency-installation"],
+            f"--database={self.home / 'superlink.db'}",
         )
-        wait(lambda: "Application startup complete" in self.said("superlink") or self._answers(), "the SuperLink", 60)
+        wait(self._answers, "the SuperLink", 120)
 
     def _answers(self) -> bool:
         with suppress(OSError), socket.create_connection(self.address.split(":"), 1):  # type: ignore[arg-type]
@@ -70,7 +70,8 @@ class Federation:
         return False
 
     def start_supernode(self, name: str, *more: str, key: str = "", **settings: str) -> subprocess.Popen[bytes]:
-        """Start a party's SuperNode, with another key, certificate (`ca`) or more arguments if they are given."""
+        """Start a party's SuperNode; settings: another authority `ca`, address `through` which it goes, and name of
+        its log, `called`. key: whose key it holds. more: arguments in place of those for TLS."""
         held = key or name
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -78,10 +79,10 @@ class Federation:
         trust = more or (f"--root-certificates={settings.get('ca', self.secrets / 'ca.crt')}",)
         return self.spawn(
             settings.get("called", name),
-            [sys.executable, "-m", "clients.supernode", f"--superlink={settings.get('through') or self.address}"]
-            + [f"--port={port}", *trust]
-            + [f"--auth-supernode-private-key={self.home / 'federation' / 'parties' / held / 'key'}"]
-            + [f'--node-config=data="{settings.get("data", self.data[name])}"'],
+            *[sys.executable, "-m", "clients.supernode", f"--superlink={settings.get('through') or self.address}"],
+            *[f"--port={port}", *trust],
+            f"--auth-supernode-private-key={self.home / 'federation' / 'parties' / held / 'key'}",
+            f'--node-config=data="{self.data[name]}"',
         )
 
     def return_supernode(self, name: str, through: str = "") -> None:
@@ -95,7 +96,7 @@ class Federation:
         before = len(self.said(name))
         wait(let_in, f"the return of {name}", 300)
 
-    def spawn(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
+    def spawn(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         """Start a program with a cache and FLWR_HOME of its own; what it says goes to NAME.log."""
         folder = self.home / "machines" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,10 +128,24 @@ class Federation:
                     found.append(process)
         return found
 
-    def kill(self, name: str, all_below: bool = True) -> None:
+    def tuning(self, name: str, round_number: int) -> psutil.Process:
+        """Wait until a party's ClientApp is at work in a round: it has its message, and PyTorch in its memory."""
+        found: list[psutil.Process] = []
+
+        def at_work() -> bool:
+            said = self.said(name).partition(f"ROUND {round_number}]")[2]
+            if "Received successfully" in said:
+                found[:] = sorted(self.apps(name, "clientapp"), key=psutil.Process.create_time)[-1:]
+            with suppress(psutil.NoSuchProcess):
+                return bool(found) and found[0].memory_info().rss > 4e8
+            return False
+
+        wait(at_work, f"{name} in round {round_number}", 600)
+        return found[0]
+
+    def kill(self, name: str) -> None:
         """SIGKILL to a program and, as where a container dies, to all that it started."""
-        below = self.below(name) if all_below else []
-        for process in (psutil.Process(self.processes[name].pid), *below):
+        for process in (psutil.Process(self.processes[name].pid), *self.below(name)):
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
         self.processes[name].wait()
@@ -185,25 +200,33 @@ class Submitted:
         authority = federation.secrets / "ca.crt"
         self.process = federation.spawn(
             f"run-{len(federation.processes)}",
-            [sys.executable, "-c", "from atm_fl.cli import main; main()", "run", str(empty), "--runtime", "deployment"]
-            + ["--superlink", federation.address, "--ca", str(authority), "--app", str(ROOT), *words],
+            *[
+                sys.executable,
+                "-c",
+                "from atm_fl.cli import main; main()",
+                "run",
+                str(empty),
+                "--runtime",
+                "deployment",
+            ],
+            *["--superlink", federation.address, "--ca", str(authority), "--app", str(ROOT), *words],
         )
         self.name = next(reversed(federation.processes))
 
-    def await_round(self, number: int, seconds: float = 240) -> None:
+    def await_round(self, number: int, seconds: float = 900) -> None:
         """Wait until so many rounds are done."""
         wait(lambda: self._rounds() >= number or self._over(number), f"round {number}", seconds)
 
     def _rounds(self) -> int:
-        found = read_metrics(self.directory) if (self.directory / "metrics.jsonl").exists() else ()
-        return max((line["round"] for line in found if line["kind"] == "merge"), default=0)
+        """Finished ones: those whose checkpoint is written."""
+        return max((int(path.stem.split("-")[1]) for path in checkpoints(self.directory)), default=0)
 
     def _over(self, number: int) -> bool:
         if self.process.poll() is not None and self._rounds() < number:
             raise AssertionError(f"the run ended before round {number}: {self.federation.said(self.name)[-2000:]}")
         return False
 
-    def finish(self, seconds: float = 400) -> str:
+    def finish(self, seconds: float = 1800) -> str:
         """Wait for its end; returns "" if it completed, or the error that the operator is told."""
         status = self.process.wait(seconds)
         said = self.federation.said(self.name)

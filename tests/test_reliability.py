@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
-import http.client
+import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from conftest import make_folder
-from federation import Cable, Federation, wait
+from federation import Cable, Federation
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -24,7 +26,7 @@ from test_runs import final, in_process, same
 from atm_fl.deployment.keys import make_authority, make_key_pair
 from atm_fl.errors import RunError
 from atm_fl.loop import run_loop
-from atm_fl.runs import read_metrics
+from atm_fl.runs import Run, read_metrics
 from atm_fl.settings import Settings
 from clients.app import app as client_app
 from server.app import serve
@@ -69,7 +71,7 @@ def lines(directory: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in read_metrics(directory) if line["kind"] == kind]
 
 
-# --------------------------------------------------------------------------------------------------- with real processes
+# ------------------------------------------------------------------------------------------------- with real processes
 
 
 def server_said(directory: Path) -> str:
@@ -91,9 +93,9 @@ def test_strangers_are_refused_and_the_run_does_not_notice(federation: Federatio
         "copied": federation.start_supernode("red", called="copied"),
         "insecure": federation.start_supernode("red", "--insecure", called="insecure"),
     }
-    with pytest.raises((ConnectionError, http.client.HTTPException)):
-        http.client.HTTPConnection(federation.address, timeout=20).request("GET", "/health")
-        http.client.HTTPConnection(federation.address, timeout=20).getresponse()
+    httpx.get(f"https://{federation.address}/health", verify=str(federation.secrets / "ca.crt"), timeout=60)
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"http://{federation.address}/health", timeout=60)
     codes = {name: process.wait(300) for name, process in refused.items()}
     assert all(codes.values()), codes
     assert "certificate verify failed" in federation.said("wrong-ca").lower()
@@ -110,10 +112,9 @@ def test_a_clientapp_and_a_supernode_that_are_killed_cost_no_round(
 ) -> None:
     """The ClientApp of one party in round 1, the SuperNode of the other in round 2; it returns."""
     run = federation.run(drill)
-    wait(lambda: "train message" in federation.said("red") and federation.apps("red", "clientapp"), "red", 300)
-    federation.apps("red", "clientapp")[0].kill()
+    federation.tuning("red", 1).kill()
     run.await_round(1)
-    wait(lambda: "ROUND 2" in federation.said("green") and federation.apps("green", "clientapp"), "green", 300)
+    federation.tuning("green", 2)
     federation.kill("green")
     federation.return_supernode("green")
     assert run.finish() == ""
@@ -168,7 +169,7 @@ def test_a_network_that_is_cut_for_two_minutes_costs_no_round(federation: Federa
         federation.return_supernode("green", through=cable.address)
         run = federation.run(drill)
         run.await_round(1)
-        wait(lambda: federation.apps("green", "clientapp"), "green's round 2", 300)
+        federation.tuning("green", 2)
         cable.cut.set()
         time.sleep(120)
         cable.cut.clear()
@@ -186,16 +187,13 @@ def test_a_reply_that_comes_after_its_round_is_in_no_round(
     """Green runs ten times slower in round 1, which is in time; in round 2 it stands still until the round is over."""
     drill |= {"rounds": 3, "on-failure": "skip", "min-successful": 1, "round-timeout": 240.0}
     run = federation.run(drill)
-    wait(lambda: "ROUND 1" in federation.said("green") and federation.apps("green", "clientapp"), "green", 300)
+    federation.tuning("green", 1)
     with federation.slowed("green", 10):
-        run.await_round(1, 400)
-    wait(lambda: "ROUND 2" in federation.said("green") and federation.apps("green", "clientapp"), "green", 300)
-    late = federation.apps("green", "clientapp")
-    for process in late:
-        process.suspend()
-    run.await_round(2, 400)
-    for process in late:
-        process.resume()
+        run.await_round(1)
+    late = federation.tuning("green", 2)
+    late.suspend()
+    run.await_round(2)
+    late.resume()
     assert run.finish() == ""
     merged = [line["tasks"] for line in lines(run.directory, "merge")]
     assert merged == [["red", "green"], ["red"], ["red", "green"]]
@@ -271,16 +269,17 @@ class Offline(InProcessGrid):
                 yield from super().pull_messages([message_id])
 
 
-def test_a_node_that_stays_away_is_waited_for_once(
-    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_node_that_stays_away_is_waited_for_once(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     config |= {"rounds": 4, "on-failure": "skip", "min-successful": 2, "node-timeout": 30.0}
     slept: list[float] = []
     clock = SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append)
     monkeypatch.setattr("server.strategy.time", clock)
     settings = Settings.parse(config)
     run = serve(Offline(settings.as_config(), {2: 2}), settings)
-    assert [line["tasks"] for line in lines(run.directory, "merge")] == [["red", "green", "blue"], *[["red", "blue"]] * 3]
+    assert [line["tasks"] for line in lines(run.directory, "merge")] == [
+        ["red", "green", "blue"],
+        *[["red", "blue"]] * 3,
+    ]
     assert sum(slept) == 30
     assert same(final(run.directory), final(with_the_same_participants(config, run.directory, monkeypatch)))
 
@@ -308,3 +307,39 @@ def test_a_supernode_that_started_anew_is_asked_again(config: dict[str, Any], mo
     run = serve(Forgetful(client_app, 3, config), settings)
     assert not any(line["failures"] for line in lines(run.directory, "merge"))
     assert same(final(run.directory), final(undisturbed(config)))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)], check=False)
+    if mounted.returncode:
+        pytest.skip("no right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("runtime", [run_loop, in_process])
+def test_a_full_disk_ends_the_run_in_one_line_and_loses_no_finished_round(
+    config: dict[str, Any], small_disk: Path, runtime: Callable[[Settings], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config |= {"run-dir": str(small_disk / "run")}
+    ballast, advance = small_disk / "ballast", Run.advance
+
+    def fill_after_round_one(run: Run, step: Any) -> None:
+        advance(run, step)
+        with open(ballast, "wb") as file, suppress(OSError):
+            while run.rounds_done == 1:
+                file.write(bytes(4096))
+                file.flush()
+
+    monkeypatch.setattr(Run, "advance", fill_after_round_one)
+    with pytest.raises(RunError, match=r"^the disk of run-dir='.*' is full; make room and go on with resume=true$"):
+        runtime(Settings.parse(config))
+    monkeypatch.setattr(Run, "advance", advance)
+    ballast.unlink()
+    runtime(Settings.parse({**config, "resume": True}))
+    there = undisturbed({**config, "run-dir": str(small_disk.parent / "run")})
+    assert same(final(config["run-dir"]), final(there))

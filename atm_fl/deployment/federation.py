@@ -85,8 +85,9 @@ def lay_out(root: Path, parties: str = "", host: str = "", port: int = 0, renew:
 
     parties: as `read_parties` takes them. host: the name or address by which other machines reach this one; the
     parties are then on other machines, and each folder is to be carried to one. Without it they are services beside
-    the SuperLink. port: the one they reach it by; 0 leaves it as it is, at first 8000. renew: make a new certificate for the SuperLink even if there is one. SettingError before anything
-    is written if something cannot work.
+    the SuperLink. port: the one they reach it by; 0 leaves it as it is, at first 8000. renew: make
+    a new certificate for the SuperLink even if there is one. SettingError before anything is written if something
+    cannot work.
     """
     plans = read_parties(parties) if parties else []
     if host and not _HOST.fullmatch(host):
