@@ -159,6 +159,8 @@ class Atm(Strategy):
 
     def _return_of(self, lost: set[int]) -> list[int]:
         """Wait `node-timeout` at most for the nodes `lost`; those that are online then. The others are gone."""
+        if not lost:
+            return []
         until = min(self._deadline, time.monotonic() + self.run.settings.node_timeout)
         while lost - (online := set(self._sent[0].get_node_ids())) and time.monotonic() < until:
             time.sleep(min(1.0, max(0.0, until - time.monotonic())))
