@@ -419,7 +419,9 @@ def init(
     host: Annotated[
         str, typer.Option(help="the parties are on other machines, which reach this one by this name or address")
     ] = "",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="the port they reach it by")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="the port they reach it by; 0: the one it has, at first 8000")
+    ] = 0,
     renew: Annotated[bool, typer.Option(help="make a new certificate for the SuperLink; restart it then")] = False,
     root: Annotated[Path, typer.Option(help="the checkout, where docker-compose.yml is")] = Path(),
 ) -> None:

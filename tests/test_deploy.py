@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 def checkout(tmp_path: Path) -> Path:
     """An empty folder with the compose file and a line of its own in .env."""
     shutil.copy(ROOT / "docker-compose.yml", tmp_path)
-    (tmp_path / ".env").write_text("ATM_FL_PARTY_MEMORY=8g\nATM_FL_PORT=1\n")
+    (tmp_path / ".env").write_text("ATM_FL_PARTY_MEMORY=8g\nATM_FL_BIND=1\n")
     return tmp_path
 
 
@@ -185,6 +185,16 @@ def test_the_compose_files_give_each_role_no_more_than_it_needs(checkout: Path) 
     assert found["superlink"]["volumes"][0] == "./federation/superlink:/etc/atm-fl:ro"
     assert "--enable-supernode-auth" in found["superlink"]["command"]
     assert yaml.safe_load((checkout / "docker-compose.yml").read_text())["networks"]["federation"] == {"internal": True}
+
+
+def test_a_later_call_leaves_the_port_as_parties_elsewhere_know_it(checkout: Path) -> None:
+    lay_out(checkout, "mnist", host="fl.example.org", port=18443)
+    lay_out(checkout)  # as after a party was removed
+    assert environment(checkout)["ATM_FL_PORT"] == "18443"
+    [folder] = lay_out(checkout, "digits", host="fl.example.org")
+    assert "--superlink=fl.example.org:18443" in (folder / "docker-compose.yml").read_text()
+    lay_out(checkout, port=443)
+    assert environment(checkout)["ATM_FL_PORT"] == "443"
 
 
 def test_a_party_elsewhere_gets_a_folder_that_is_enough(checkout: Path) -> None:
