@@ -31,9 +31,9 @@ class Atm(Strategy):
     the run. Flower counts rounds from 1 in every process; ours go on from the run's checkpoint.
 
     Unless `codec-down` is fp32, a message carries the step to the base from the one before; the first of a process,
-    which has no step, only says which base it is. A client that lacks it says so and is sent it within the same round. So
-    is, once, one whose ClientApp or SuperNode died, if it is back within `node-timeout`: it answers with what it would
-    have.
+    which has no step, only says which base it is. A client that lacks it says so and is sent it within the same round.
+    So is, once, one whose ClientApp or SuperNode died, if it is back within `node-timeout`: it answers with what it
+    would have.
 
     nodes: node id → client (`Settings.party_names`), in the order of the setting `tasks`. One that has nothing to do in
     a round, neither to tune nor to evaluate, is sent nothing.
