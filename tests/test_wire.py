@@ -60,7 +60,7 @@ def test_plain_loop_and_in_process_grid_end_with_the_same_bits(config: dict[str,
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("up", "down"), [("bf16", "fp16"), ("int8", "int4"), (SPARSE, "int8"), ("low-rank:2", SPARSE)])
+@pytest.mark.parametrize(("up", "down"), [("bf16", "fp16"), ("int8", "int4"), (SPARSE, "bf16"), ("low-rank:2", SPARSE)])
 def test_bytes_both_ways_are_those_of_the_arrays(config: dict[str, Any], up: str, down: str) -> None:
     run = in_process(Settings.parse({**config, "codec-up": up, "codec-down": down}))
     layout, vector = run.layout, torch.randn(run.layout.size)

@@ -12,10 +12,10 @@ import time
 
 VARIABLES = {
     "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(32 * 2**20),  # bytes
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds until a message's process is started
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",  # seconds until a message's process is started
 }
-LONGEST_NAP = 0.5
-"""Seconds between a SuperNode's polls."""
+LONGEST_NAP = 1.0
+"""Seconds between a SuperNode's polls, each of which costs the SuperLink some 10 ms of CPU."""
 
 
 def set_variables() -> None:
