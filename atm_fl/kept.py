@@ -2,12 +2,15 @@
 
     $ATM_FL_CACHE/runs/<run>/<task>/base.safetensors             the base model it was last sent, where steps are sent
                                     residual-00007.safetensors   what the encoding of round 7's task vector lost
+                                    secret.json                  of a round's secure aggregation, until it is over
 
-It all can be deleted at any time: a client without its base asks for it, and one without its residual starts from zero.
+It all can be deleted at any time: a client without its base asks for it, one without its residual starts from zero, and
+one without its secret is out of the round.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -57,6 +60,23 @@ class Kept:
         kept = [path for path in known if _round(path) <= round_number][-KEPT_RESIDUALS:]
         for path in set(known) - set(kept):
             path.unlink()
+
+    def save_secret(self, text: str) -> None:
+        """Keep a secret, for its owner's eyes only, instead of the one before."""
+        with atomic_write(self.folder / "secret.json") as part:
+            part.touch(0o600)
+            part.write_text(text)
+
+    def take_secret(self) -> str | None:
+        """The secret, which is gone then: of several processes that want it, one gets it. None if there is none."""
+        taken = self.folder / f"secret.{os.getpid()}"
+        try:
+            os.replace(self.folder / "secret.json", taken)
+        except FileNotFoundError:
+            return None
+        text = taken.read_text()
+        taken.unlink()
+        return text
 
     def _residuals(self) -> list[Path]:
         return sorted(self.folder.glob("residual-*.safetensors"))

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from atm_fl.blocks import gram
-from atm_fl.codecs import size_of
+from atm_fl.codecs import Arrays, size_of
 from atm_fl.party import Party, Update
+from atm_fl.privacy import client_level
+from atm_fl.privacy.ring import WORD, check_words
 from atm_fl.report import write_report
 from atm_fl.runs import Run
 from atm_fl.scaling import scale_layers
@@ -15,18 +21,81 @@ from atm_fl.settings import Settings
 from atm_fl.vectors import Spill
 
 
-class Round:
-    """The server's side of one round, without any transport: take in updates, then merge in the order of the tasks.
+class Apart:
+    """A round's vectors, each by itself, to be merged in the order of the tasks.
 
-    Holds one update at a time: the vectors are spilled to disk and read back block by block, by the merge and for
-    their cosines, whatever the number of clients.
+    Holds one at a time: they are spilled to disk and read back block by block, by the merge and for their cosines,
+    whatever the number of clients.
     """
+
+    def __init__(self, run: Run) -> None:
+        self._settings, self._layout = run.settings, run.layout
+        self._scalings = run.settings.task_scalings
+        self._spill = Spill(run.directory)
+
+    def decode(self, arrays: Arrays) -> Tensor:
+        """The vector that arrived. ValueError if it is none."""
+        return self._settings.uplink.decode(arrays, self._layout)
+
+    def add(self, task: str, vector: Tensor) -> None:
+        """Keep a decoded vector, which may be changed."""
+        vector.mul_(self._scalings.get(task, 1.0))
+        if self._settings.dp_client_clip:
+            client_level.clip(vector, self._settings.dp_client_clip)
+        self._spill.add(task, vector)
+
+    def merge(self, round_number: int) -> tuple[Tensor, dict[str, Any]]:
+        """The merged vector, and what is recorded beside it. Once."""
+        spilled = self._spill.vectors()
+        # A client that had to ask for the base answers late; the order of a sum decides its last bits.
+        vectors = {task: spilled[task] for task in self._settings.party_names if task in spilled}
+        begin = time.perf_counter()
+        merged = self._settings.make_merge(self._layout, round_number).combine(vectors)
+        seconds = time.perf_counter() - begin
+        products = gram(list(vectors.values()))
+        self._spill.close()
+        norms = products.diagonal().sqrt().clamp_min(1e-30)
+        cosines = [[round(value, 6) for value in row] for row in (products / norms.outer(norms)).tolist()]
+        return merged, {"tasks": list(vectors), "cosines": cosines, "seconds_merge": seconds}
+
+
+class Together:
+    """The sum of a round's vectors and nothing else, in the ring of secure aggregation; they may be masked."""
+
+    def __init__(self, run: Run) -> None:
+        self._settings = run.settings
+        self.words = np.zeros(run.layout.size, WORD)
+        """The sum, [n]."""
+        self.tasks: list[str] = []
+        """Whose vectors are in it."""
+
+    def decode(self, arrays: Arrays) -> np.ndarray:
+        """The words that arrived. ValueError if they are none."""
+        if set(arrays) != {"words"}:
+            raise ValueError(f"arrays {sorted(arrays)} where ['words'] was expected")
+        check_words(arrays["words"], len(self.words))
+        return arrays["words"]
+
+    def add(self, task: str, words: np.ndarray) -> None:
+        """Add what was decoded."""
+        np.add(self.words, words, out=self.words)
+        self.tasks.append(task)
+
+    def merge(self, round_number: int) -> tuple[Tensor, dict[str, Any]]:
+        """The merged vector, and what is recorded beside it."""
+        begin = time.perf_counter()
+        merged = self._settings.ring.decode(self.words, self._settings.sum_factor(len(self.tasks)))
+        tasks = [task for task in self._settings.party_names if task in self.tasks]
+        return merged, {"tasks": tasks, "seconds_merge": time.perf_counter() - begin}
+
+
+class Round:
+    """The server's side of one round, without any transport: take in updates, then merge and move the base."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.number = run.rounds_done + 1
-        self._scalings = run.settings.task_scalings
-        self._spill = Spill(run.directory)
+        self.vectors: Any = Together(run) if run.settings.secure_aggregation else Apart(run)
         self._begin = time.perf_counter()
 
     def add(self, task: str, update: Update, bytes_down: int) -> None:
@@ -39,7 +108,7 @@ class Round:
                 self.run.record("evaluation", self.number - 1, task=task, **update.evaluation, bytes_down=bytes_down)
             return
         begin = time.perf_counter()
-        vector = self.run.settings.uplink.decode(update.arrays, self.run.layout)
+        vector = self.vectors.decode(update.arrays)
         costs = {"seconds_decode": time.perf_counter() - begin}
         costs |= {"bytes_up": size_of(update.arrays), "bytes_down": bytes_down}
         if update.evaluation:
@@ -48,30 +117,18 @@ class Round:
         budget, spent = self.run.settings.dp_epsilon, update.tuning.get("epsilon", 0.0)
         if budget and spent > budget:
             self.run.record("warning", self.number, text=f"{task}: its ε is {spent:.3f}, over dp-epsilon={budget:g}")
-        self._spill.add(task, vector.mul_(self._scalings.get(task, 1.0)))
+        self.vectors.add(task, vector)
 
-    def close(self, failures: dict[str, str] | None = None) -> None:
-        """Merge, move the base, write the checkpoint and the round's line."""
-        settings, layout, spilled = self.run.settings, self.run.layout, self._spill.vectors()
-        # A client that had to ask for the base answers late; the order of a sum decides its last bits.
-        vectors = {task: spilled[task] for task in settings.party_names if task in spilled}
-        begin = time.perf_counter()
-        merged = settings.make_merge(layout, self.number).combine(vectors)
-        merged = scale_layers(merged, layout, settings.layer_scalings)
-        seconds_merge = time.perf_counter() - begin
-        products = gram(list(vectors.values()))
-        self._spill.close()
-        norms = products.diagonal().sqrt().clamp_min(1e-30)
-        self.run.record(
-            "merge",
-            self.number,
-            norm=float(merged.norm()),
-            tasks=list(vectors),
-            cosines=[[round(value, 6) for value in row] for row in (products / norms.outer(norms)).tolist()],
-            seconds_merge=seconds_merge,
-            seconds=time.perf_counter() - self._begin,
-            failures=failures or {},
-        )
+    def close(self, failures: dict[str, str] | None = None, costs: dict[str, float] | None = None) -> None:
+        """Merge, move the base, write the checkpoint and the round's line, with `costs` in it."""
+        settings = self.run.settings
+        merged, beside = self.vectors.merge(self.number)
+        if settings.dp_client_noise:
+            factor = settings.sum_factor(len(beside["tasks"]))
+            beside["epsilon"] = client_level.add_noise(merged, factor, settings, self.number)
+        merged = scale_layers(merged, self.run.layout, settings.layer_scalings)
+        beside |= {"seconds": time.perf_counter() - self._begin, "failures": failures or {}, **(costs or {})}
+        self.run.record("merge", self.number, norm=float(merged.norm()), **beside)
         self.run.advance(merged)
 
 

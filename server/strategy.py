@@ -15,6 +15,7 @@ from atm_fl.errors import RunError
 from atm_fl.loop import Round
 from atm_fl.party import Update
 from atm_fl.runs import Run
+from server.secure import SecureExchange
 
 WHOLE = codecs.Fp32()
 """The codec of a whole base."""
@@ -29,6 +30,8 @@ class Atm(Strategy):
     The first message of a process carries the whole base; later ones, unless `codec-down` is fp32, the step to it from
     the base before. A client that lacks that one says so and is sent the whole base within the same round.
 
+    Under secure aggregation keys and shares are exchanged before, and the sum is unmasked when the vectors are in.
+
     nodes: node id → task, in the order of the setting `tasks`.
     """
 
@@ -41,6 +44,8 @@ class Atm(Strategy):
         """Where, as which kind of message and in which round."""
         self._asked: set[str] = set()
         """Tasks whose clients asked for the whole base in this round."""
+        self._exchange: SecureExchange | None = None
+        """Of this round, under secure aggregation."""
 
     def summary(self) -> None:
         settings = self.run.settings
@@ -59,12 +64,20 @@ class Atm(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        return self._broadcast(grid, arrays, "train", self.run.rounds_done + 1)
+        number, nodes = self.run.rounds_done + 1, self.nodes
+        if self.run.settings.secure_aggregation:
+            self._exchange = exchange = SecureExchange(self.run, grid, nodes, number)
+            for step in (exchange.advertise, exchange.share):
+                step()
+                self._enough(self._unheard(nodes.values()) | exchange.failures, f"round {number}")
+            nodes = {node: task for node, task in nodes.items() if task in exchange.sealed}
+        return self._broadcast(grid, nodes, arrays, "train", number)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        current, failures = Round(self.run), self._unheard()
+        current, failures, exchange = Round(self.run), self._unheard(), self._exchange
+        failures |= exchange.failures if exchange else {}
         for task, reply in self._successes(replies, failures):
             try:
                 update = _update(reply, bool(self.run.settings.part_taken(task, current.number)))
@@ -73,7 +86,11 @@ class Atm(Strategy):
             except (KeyError, TypeError, ValueError) as error:
                 failures[task] = f"refused: {error}"
         self._enforce(failures, f"round {current.number}")
-        current.close(failures)
+        if exchange:
+            silent = exchange.unmask(current.vectors.words, current.vectors.tasks)
+            if silent:
+                self._warn(f"round {current.number}: its sum was unmasked without {silent}")
+        current.close(failures, {"seconds_secure": exchange.seconds} if exchange else {})
         return self.arrays(), None
 
     def configure_evaluate(
@@ -81,7 +98,8 @@ class Atm(Strategy):
     ) -> Iterable[Message]:
         if self.run.rounds_done < self.run.settings.rounds:
             return []
-        return self._broadcast(grid, arrays, "evaluate", self.run.rounds_done)
+        self._exchange = None
+        return self._broadcast(grid, self.nodes, arrays, "evaluate", self.run.rounds_done)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         if self.run.rounds_done < self.run.settings.rounds:
@@ -96,18 +114,25 @@ class Atm(Strategy):
         self._enforce(failures, "the final evaluation")
         return None
 
-    def _broadcast(self, grid: Grid, arrays: ArrayRecord, kind: str, round_number: int) -> list[Message]:
+    def _broadcast(
+        self, grid: Grid, nodes: Iterable[int], arrays: ArrayRecord, kind: str, round_number: int
+    ) -> list[Message]:
         before = self._digest if self.run.delta else ""
         self._digest, self._sent, self._asked = vectors.digest(self.run.base), (grid, kind, round_number), set()
-        return self._messages(self.nodes, arrays, before)
+        return self._messages(nodes, arrays, before)
 
     def _messages(self, nodes: Iterable[int], arrays: ArrayRecord, before: str = "") -> list[Message]:
         """One message to each of `nodes`; `before` is the digest of the base that a step starts from."""
         settings, (_, kind, round_number) = self.run.settings, self._sent
         info = {"round": round_number, "run": self.run.id, "codec": settings.codec_down if before else WHOLE.name}
         info |= {"layout": self.run.layout.digest, "base": self._digest, "from": before}
-        content = {"arrays": arrays, "info": ConfigRecord(info)}  # type: ignore[arg-type]
-        return [Message(RecordDict(content), node, kind, group_id=str(round_number)) for node in nodes]  # type: ignore[arg-type]
+        messages = []
+        for node in nodes:
+            content = RecordDict({"arrays": arrays, "info": ConfigRecord(info)})  # type: ignore[arg-type]
+            if self._exchange:
+                content["sealed"] = ConfigRecord(dict(self._exchange.sealed[self.nodes[node]]))  # type: ignore[arg-type]
+            messages.append(Message(content, node, kind, group_id=str(round_number)))
+        return messages
 
     def _answers(self, replies: Iterable[Message]) -> Iterator[Message]:
         """The replies; those that ask for the whole base are answered with it, and come when all others are here."""
@@ -129,15 +154,15 @@ class Atm(Strategy):
         """Bytes that were sent to a task's client in this round."""
         return self.run.bytes_down + (self.run.base.nbytes if task in self._asked else 0)
 
-    def _unheard(self) -> dict[str, str]:
-        """Every task with the reason that counts until its reply is taken in."""
+    def _unheard(self, heard: Iterable[str] = ()) -> dict[str, str]:
+        """Every task that is not `heard`, with the reason that counts until its reply is taken in."""
         silent = f"no reply within {self.run.settings.round_timeout:g} s"
-        here = self.nodes.values()
-        return {task: silent if task in here else "no party at the roll call" for task in self.run.settings.party_names}
+        here, tasks = self.nodes.values(), [task for task in self.run.settings.party_names if task not in heard]
+        return {task: silent if task in here else "no party at the roll call" for task in tasks}
 
     def _successes(self, replies: Iterable[Message], failures: dict[str, str]) -> Iterator[tuple[str, Message]]:
         """(task, reply) of the replies that belong; the others' reasons go into `failures`."""
-        codec = self.run.settings.codec_up
+        codec = self.run.settings.travels
         expected = {"codec": codec, "layout": self.run.layout.digest, "base": self._digest, "needs-base": False}
         for reply in self._answers(replies):
             task = self.nodes[reply.metadata.src_node_id]
@@ -157,16 +182,26 @@ class Atm(Strategy):
                 yield task, reply
 
     def _enforce(self, failures: dict[str, str], when: str) -> None:
-        """RunError, naming tasks and reasons, if the failures are more than the policy allows."""
-        if not failures:
-            return
+        """RunError, naming tasks and reasons, if the failures are more than the policy allows; a warning if not."""
+        self._enough(failures, when)
+        if failures:
+            self._warn(f"{when} goes on without {_told(failures)}")
+
+    def _enough(self, failures: dict[str, str], when: str) -> None:
         settings, every = self.run.settings, len(self.run.settings.party_names)
-        told = "; ".join(f"{task}: {reason}" for task, reason in failures.items())
         succeeded = every - len(failures)
         if succeeded < settings.needed:
-            raise RunError(f"{when}: {succeeded} of {every} clients succeeded, {settings.needed} needed. {told}")
-        log(WARNING, "%s goes on without %s", when, told)
-        self.run.record("warning", self.run.rounds_done, text=f"{when} goes on without {told}")
+            raise RunError(
+                f"{when}: {succeeded} of {every} clients succeeded, {settings.needed} needed. {_told(failures)}"
+            )
+
+    def _warn(self, text: str) -> None:
+        log(WARNING, "%s", text)
+        self.run.record("warning", self.run.rounds_done, text=text)
+
+
+def _told(failures: dict[str, str]) -> str:
+    return "; ".join(f"{task}: {reason}" for task, reason in failures.items())
 
 
 def _record(arrays: codecs.Arrays) -> ArrayRecord:
