@@ -31,7 +31,7 @@ def shares(message: Message, party: Party) -> ConfigRecord:
     member = _taken(message, party)
     sealed = member.share(_record(message, "keys"))
     _kept(message, party).save_secret(member.dump())
-    return ConfigRecord(dict(sealed))  # type: ignore[arg-type]
+    return ConfigRecord(dict(sealed))
 
 
 def mask(message: Message, party: Party, words: np.ndarray) -> None:
@@ -44,7 +44,7 @@ def mask(message: Message, party: Party, words: np.ndarray) -> None:
 def reveal(message: Message, party: Party) -> ConfigRecord:
     """The shares that take the masks off the sum; the secrets of the round are gone."""
     summed = message.content.config_records["summed"]["tasks"]
-    return ConfigRecord(dict(_taken(message, party).reveal(list(summed))))  # type: ignore[arg-type,call-overload]
+    return ConfigRecord(dict(_taken(message, party).reveal(list(summed))))  # type: ignore[arg-type]
 
 
 def _taken(message: Message, party: Party) -> Member:

@@ -130,7 +130,7 @@ class Atm(Strategy):
         for node in nodes:
             content = RecordDict({"arrays": arrays, "info": ConfigRecord(info)})  # type: ignore[arg-type]
             if self._exchange:
-                content["sealed"] = ConfigRecord(dict(self._exchange.sealed[self.nodes[node]]))  # type: ignore[arg-type]
+                content["sealed"] = ConfigRecord(dict(self._exchange.sealed[self.nodes[node]]))
             messages.append(Message(content, node, kind, group_id=str(round_number)))
         return messages
 
