@@ -2,16 +2,18 @@
 
     $ATM_FL_CACHE/runs/<run>/<task>/base.safetensors             the base model it was last sent, where steps are sent
                                     residual-00007.safetensors   what the encoding of round 7's task vector lost
+                                    optimizer-00007.safetensors  the optimizer's state after round 7 (keep-optimizer)
                                     secret.json                  of a round's secure aggregation, until it is over
 
-It all can be deleted at any time: a client without its base asks for it, one without its residual starts from zero, and
-one without its secret is out of the round.
+It all can be deleted at any time: a client without its base asks for it, one without its secret is out of the round, and
+one without the others starts from zero.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 from atm_fl import tasks, vectors
 from atm_fl.files import atomic_write
 
-KEPT_RESIDUALS = 3
+KEPT_ROUNDS = 3
 """A run may be resumed from either of its last two checkpoints, and the client may be a round ahead of them."""
 
 
@@ -34,30 +36,35 @@ class Kept:
             raise ValueError(f"run {run!r} is not the id of a run")  # it comes from the server and becomes a path
         self.folder = tasks.cache_dir() / "runs" / run / task
 
+    @staticmethod
+    def forget(run: str) -> None:
+        """Delete all that this machine keeps of a run that will not go on."""
+        shutil.rmtree(Kept(run, "").folder, ignore_errors=True)
+
     def base(self, digest: str) -> Tensor | None:
         """The base model, float32 [n], if it was saved under `digest`; whether it still is that one is not checked."""
         found = _load(self.folder / "base.safetensors")
-        return found[1] if found and found[0] == digest else None
+        return found[1].get("vector") if found and found[0] == digest else None
 
     def save_base(self, base: Tensor, digest: str) -> None:
         """Keep a base model, float32 [n], instead of the one before."""
-        _save(self.folder / "base.safetensors", base, digest)
+        _save(self.folder / "base.safetensors", {"vector": base}, digest)
 
     def drop_base(self) -> None:
         """Delete the base model: a finished run needs it no more, and one that is resumed sends it again."""
         (self.folder / "base.safetensors").unlink(missing_ok=True)
 
-    def residual(self, round_number: int) -> Tensor | None:
-        """The residual, float32 [n], of the last round before `round_number`; None if there is none or it's damaged."""
-        before = [path for path in self._residuals() if _round(path) < round_number]
+    def last(self, kind: str, round_number: int) -> dict[str, Tensor] | None:
+        """What was saved as `kind` in the last round before `round_number`; None if there is none or it is damaged."""
+        before = [path for path in self._files(kind) if _round(path) < round_number]
         found = _load(before[-1]) if before else None
-        return found[1] if found and vectors.digest(found[1]) == found[0] else None
+        return found[1] if found and _digest(found[1]) == found[0] else None
 
-    def save_residual(self, residual: Tensor, round_number: int) -> None:
-        """Keep a round's residual, float32 [n]; all but the last few go, and those that a resumed run left behind."""
-        _save(self.folder / f"residual-{round_number:05d}.safetensors", residual, vectors.digest(residual))
-        known = self._residuals()
-        kept = [path for path in known if _round(path) <= round_number][-KEPT_RESIDUALS:]
+    def save(self, kind: str, tensors: dict[str, Tensor], round_number: int) -> None:
+        """Keep a round's "residual" or "optimizer", float32; all but the last few go, and what a resumed run left."""
+        _save(self.folder / f"{kind}-{round_number:05d}.safetensors", tensors, _digest(tensors))
+        known = self._files(kind)
+        kept = [path for path in known if _round(path) <= round_number][-KEPT_ROUNDS:]
         for path in set(known) - set(kept):
             path.unlink()
 
@@ -78,24 +85,29 @@ class Kept:
         taken.unlink()
         return text
 
-    def _residuals(self) -> list[Path]:
-        return sorted(self.folder.glob("residual-*.safetensors"))
+    def _files(self, kind: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{kind}-*.safetensors"))
 
 
 def _round(path: Path) -> int:
-    return int(path.stem.removeprefix("residual-"))
+    return int(path.stem.rsplit("-", 1)[1])
 
 
-def _save(path: Path, vector: Tensor, digest: str) -> None:
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return "-".join(vectors.digest(tensor) for _, tensor in sorted(tensors.items()))
+
+
+def _save(path: Path, tensors: dict[str, Tensor], digest: str) -> None:
     with atomic_write(path) as part:
-        save_file({"vector": vector}, str(part), {"digest": digest})
+        save_file(tensors, str(part), {"digest": digest})
 
 
-def _load(path: Path) -> tuple[str, Tensor] | None:
-    """(digest, vector) of a file; None if it is missing or damaged."""
+def _load(path: Path) -> tuple[str, dict[str, Tensor]] | None:
+    """(digest, tensors) of a file; None if it is missing or damaged."""
     try:
         with safe_open(str(path), "pt") as file:
-            vector, digest = file.get_tensor("vector"), (file.metadata() or {}).get("digest", "")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+            digest = (file.metadata() or {}).get("digest", "")
     except (SafetensorError, OSError):
         return None
-    return (digest, vector) if vector.dtype == torch.float32 and vector.dim() == 1 else None
+    return (digest, tensors) if all(tensor.dtype == torch.float32 for tensor in tensors.values()) else None

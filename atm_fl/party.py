@@ -26,7 +26,7 @@ from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Dataset, Split
 from atm_fl.trainable import Lora, set_trainable
-from atm_fl.tuning import Tuned, full_gradient, task_vector, tune
+from atm_fl.tuning import State, Tuned, full_gradient, task_vector, tune
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,19 @@ class SharedModel:
         seed: int,
         turn: int = 0,
         noise: float | None = None,
+        state: State | None = None,
     ) -> tuple[Tensor, Tuned]:
         """Tune `base`, which is loaded, on `data`: (the task vector, float32 [n] on the CPU, what was done).
 
-        With `noise`, by DP-SGD of this noise multiplier.
+        With `noise`, by DP-SGD of this noise multiplier. state: as `tuning.tune` takes and leaves it.
         """
         if self.lora:
             self.lora.reset(derive_seed(seed, "lora"))
         flat = self.lora.flat if self.lora else self.flat
         if noise is None:
-            tuned = tune(self.module, head, flat, data, settings, seed, turn)
+            tuned = tune(self.module, head, flat, data, settings, seed, turn, state)
         else:
-            tuned = tune_privately(self.module, head, flat, data, settings, noise, seed)
+            tuned = tune_privately(self.module, head, flat, data, settings, noise, seed, state)
         return (self.lora.vector() if self.lora else task_vector(flat, base.to(self.device))).cpu(), tuned
 
 
@@ -156,7 +157,8 @@ class Party:
         """Evaluate the received base, tune it for `local-epochs`, and return the task vector against it.
 
         A task that takes no part in the round only evaluates. run: the run's id, under which this machine keeps what
-        a codec with error feedback lost; without one nothing is kept. RunError if the task vector is not finite.
+        a codec with error feedback lost and, with keep-optimizer, the optimizer's state; without one nothing is kept.
+        RunError if the task vector is not finite.
         """
         settings = self.settings
         begin = time.perf_counter()
@@ -171,8 +173,13 @@ class Party:
         spent: dict[str, float] = {}
         if self.budget:
             seed, spent = self.budget.spend(round_number, base)
-        vector, tuned = self.model.tune(base, self.head, data, settings, seed, turn, spent.get("noise"))
-        tuning: dict[str, float] = {
+        tuning: dict[str, float] = {}
+        kept = Kept(run, self.task) if run and settings.keep_optimizer else None
+        state = self._taken_up(kept, "optimizer", round_number, tuning) if kept else {}
+        vector, tuned = self.model.tune(base, self.head, data, settings, seed, turn, spent.get("noise"), state)
+        if kept:
+            kept.save("optimizer", state, round_number)
+        tuning |= {
             **({"loss": tuned.loss} if not self.budget else spent),
             "steps": tuned.steps,
             "images": tuned.images,
@@ -194,18 +201,16 @@ class Party:
         if settings.secure_aggregation:
             return {"words": self._words(vector, round_number)}
         kept = Kept(run, self.task) if run and codec.feedback else None
-        residual = kept.residual(round_number) if kept else None
-        if residual is not None and len(residual) == len(vector):
-            vector.add_(residual)
-        elif kept and any(settings.part_taken(self.task, number) for number in range(1, round_number)):
-            tuning["residual_lost"] = 1
+        found = self._taken_up(kept, "residual", round_number, tuning) if kept else {}
+        if found and len(found["vector"]) == len(vector):
+            vector.add_(found["vector"])
         try:
             arrays = codec.encode(vector, layout, derive_seed(settings.seed, "codec", self.task, round_number))
         except ValueError as error:
             told = f"{self.task}'s task vector of round {round_number} has {error}; try a lower learning-rate"
             raise RunError(told) from error
         if kept:
-            kept.save_residual(vector.sub_(codec.decode(arrays, layout)), round_number)
+            kept.save("residual", {"vector": vector.sub_(codec.decode(arrays, layout))}, round_number)
         return arrays
 
     def _words(self, vector: Tensor, round_number: int) -> np.ndarray:
@@ -220,6 +225,13 @@ class Party:
         except ValueError as error:
             told = f"{self.task}'s task vector of round {round_number} has {error}; try a lower learning-rate"
             raise RunError(told) from error
+
+    def _taken_up(self, kept: Kept, kind: str, round_number: int, tuning: dict[str, float]) -> dict[str, Tensor]:
+        """What was kept of the task's last round; empty if there is none, and `tuning` is told if it is lost."""
+        found = kept.last(kind, round_number)
+        if found is None and any(self.settings.part_taken(self.task, number) for number in range(1, round_number)):
+            tuning[f"{kind}_lost"] = 1
+        return found or {}
 
     def _make_head(self) -> models.Head:
         """The head, kept on disk so that it outlives rounds and restarts; it never leaves this machine."""

@@ -52,9 +52,9 @@ class Run:
         self.base = self.layout.flatten(backbone)
         """The current base model, float32 [n]."""
         self.rounds_done = 0
-        self.delta: Arrays | None = None
-        """The base's last step as it travels. None if the whole base does: always with codec-down=fp32, and with the
-        others at the start and after a resume."""
+        self.delta: Arrays | None = {} if settings.downlink and settings.start == "pretrained" else None
+        """The base's last step as it travels; empty at the start and after a resume, where clients have the base. None
+        if the whole base travels: always with codec-down=fp32, and first from another start than the pretrained."""
         self.residual: Tensor | None = None
         """What the encoding of that step lost, float32 [n], if `codec-down` has error feedback."""
         self.optimizer = settings.make_server_optimizer()
@@ -83,10 +83,10 @@ class Run:
 
         kind "evaluation" (task, validation, test; bytes_down if nothing else was asked of the client): accuracy of the
         base after `round_number` rounds; "tuning" (task, loss, steps, images, norm, alignment, seconds_…, bytes_up,
-        bytes_down; residual_lost=1 if a client began without the residual of its last round; of private runs epsilon,
-        epsilon_rdp, epsilon_data, noise); "merge" (norm, tasks, cosines unless secure-aggregation, seconds_merge,
-        seconds, failures; with dp-client-noise epsilon); "warning"
-        (text). Bytes are those of the arrays that travel, or in a plain loop would.
+        bytes_down; residual_lost=1 or optimizer_lost=1 if a client began without what its last round had left; of
+        private runs epsilon, epsilon_rdp, epsilon_data, noise); "merge" (norm, tasks, cosines unless
+        secure-aggregation, seconds_merge, seconds, failures; with secure-aggregation seconds_secure, with
+        dp-client-noise epsilon); "warning" (text). Bytes are those of the arrays that travel, or in a plain loop would.
         """
         line = {"kind": kind, "round": round_number, **values, "time": round(time.time() - self._begin, 3)}
         with open(self.directory / "metrics.jsonl", "a") as file:

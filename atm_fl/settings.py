@@ -79,7 +79,10 @@ class Settings:
     codec_down: str = setting(
         "fp32", "how the base's step travels after round 1, and so how far it goes; fp32: the whole base travels"
     )
-    optimizer: str = setting("adamw", "the clients' optimizer, new every round", choices=("adamw", "sgd"))
+    optimizer: str = setting("adamw", "the clients' optimizer", choices=("adamw", "sgd"))
+    keep_optimizer: bool = setting(
+        False, "keep its state (AdamW's moments) on the party's disk from round to round; false: new every round"
+    )
     learning_rate: float = setting(2e-4, "its learning rate, without schedule")
     weight_decay: float = setting(0.1, "its weight decay")
     momentum: float = setting(0.0, "its momentum, of sgd only")
@@ -286,9 +289,13 @@ class Settings:
         epochs = self.local_epochs
         if not (epochs >= 1 and epochs == round(epochs)) and not (0 < epochs < 1 and _whole(1 / epochs)):
             raise SettingError(f"local-epochs={epochs:g}: it must be a whole number, or 1/m as 0.5, 0.25, 0.2, 0.1")
-        for name in ("proximal", "alignment"):
+        if self.keep_optimizer and self.optimizer == "sgd" and not self.momentum:
+            raise SettingError("keep-optimizer=true: sgd with momentum=0 has no state; choose adamw, or a momentum")
+        for name in ("proximal", "alignment", "keep_optimizer"):
             if getattr(self, name) and self.trainable == "lora":
-                raise SettingError(f"{name}={getattr(self, name)}: not with trainable='lora', which tunes B and A")
+                raise SettingError(
+                    f"{kebab(name)}={getattr(self, name)}: not with trainable='lora', which tunes B and A"
+                )
         self._check_privacy()
         self._check_sums()
         if self.batch_size % self.accumulate:

@@ -22,27 +22,52 @@ class Tuned:
     loss: float
 
 
-def make_optimizer(parameter: nn.Parameter, settings: Settings) -> torch.optim.Optimizer:
-    """The optimizer that the settings name, on one flat parameter."""
+State = dict[str, Tensor]
+"""An optimizer's tensors by their names in torch (AdamW: exp_avg and exp_avg_sq [n], step []); empty at its start."""
+
+
+def make_optimizer(parameter: nn.Parameter, settings: Settings, state: State | None = None) -> torch.optim.Optimizer:
+    """The optimizer that the settings name, on one flat parameter, going on from `state`."""
+    optimizer: torch.optim.Optimizer
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             [parameter], lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
-    # The fused kernel is one pass over memory; it has no float64 on some devices, where only tests go.
-    fused = parameter.dtype == torch.float32
-    return torch.optim.AdamW([parameter], settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
+    else:
+        # The fused kernel is one pass over memory; it has no float64 on some devices, where only tests go.
+        fused = parameter.dtype == torch.float32
+        optimizer = torch.optim.AdamW(
+            [parameter], settings.learning_rate, weight_decay=settings.weight_decay, fused=fused
+        )
+    if state:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: state}})
+    return optimizer
+
+
+def keep_state(optimizer: torch.optim.Optimizer, state: State | None) -> None:
+    """Leave the tensors of an optimizer on one parameter, on the CPU, in `state`."""
+    if state is not None:
+        for found in optimizer.state.values():
+            state |= {name: value.cpu() for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def tune(
-    model: nn.Module, head: nn.Module, flat: nn.Parameter, data: Split, settings: Settings, seed: int, turn: int = 0
+    model: nn.Module,
+    head: nn.Module,
+    flat: nn.Parameter,
+    data: Split,
+    settings: Settings,
+    seed: int,
+    turn: int = 0,
+    state: State | None = None,
 ) -> Tuned:
     """Tune `model`, whose entries and gradients are bound to `flat`, in place for `local-epochs` over `data`.
 
-    The head stays frozen. A new optimizer starts each call: its state does not outlive a round. The order of the images
-    derives from `seed` alone; of an epoch spread over several rounds `turn` says which part this one is. The last batch
-    of an epoch, or of its part, may be smaller.
+    The head stays frozen. The optimizer goes on from `state` and leaves its own there; a new one starts without. The
+    order of the images derives from `seed` alone; of an epoch spread over several rounds `turn` says which part this
+    one is. The last batch of an epoch, or of its part, may be smaller.
     """
-    optimizer = make_optimizer(flat, settings)
+    optimizer = make_optimizer(flat, settings, state)
     # Gradients of half precision would vanish; with another precision this changes nothing.
     scaler = torch.amp.GradScaler(flat.device.type, enabled=settings.precision == "fp16")
     random = torch.Generator().manual_seed(seed)
@@ -69,6 +94,7 @@ def tune(
             scaler.update()
             steps += 1
     model.eval()
+    keep_state(optimizer, state)
     return Tuned(steps, seen, total / len(order))
 
 

@@ -46,10 +46,11 @@ def party_of(context: Context) -> Party:
 
 
 def received_base(message: Message, party: Party) -> Tensor | None:
-    """The base model that a message makes known, float32 [n]: its own, or the kept one before plus the message's step.
+    """The base model that a message makes known, float32 [n]: its own, or the one before plus the message's step.
 
-    None if that one is not here, or is not the server's to the last bit. The base is kept for the next step, unless
-    this is the message that ends the run. ValueError for a message that does not fit this party's model.
+    The one before is the kept one, or the pretrained model. None if it is neither, or the sum is not the server's to
+    the last bit. The base is kept for the next step, unless this is the message that ends the run. ValueError for a
+    message that does not fit this party's model.
     """
     info, model, down = message.content.config_records["info"], party.model, party.settings.codec_down
     if info["layout"] != model.layout.digest:
@@ -59,13 +60,15 @@ def received_base(message: Message, party: Party) -> Tensor | None:
     if info["codec"] != expected:
         raise ValueError(f"the server's base came by codec {info['codec']!s}, not {expected}")
     arrays = {name: array.numpy() for name, array in message.content.array_records["arrays"].items()}
-    base = make_codec(expected).decode(arrays, model.layout)
     kept = Kept(str(info["run"]), party.task)
-    if before:
-        found = kept.base(before)
-        if found is None or len(found) != len(base):
+    base = kept.base(before) if before else None
+    if before and base is None:
+        base = model.pretrained
+    if arrays or base is None:
+        sent = make_codec(expected).decode(arrays, model.layout)
+        if base is not None and len(base) != len(sent):
             return None
-        base = found + base
+        base = sent if base is None else base + sent
     if vectors.digest(base) != digest:
         if before:
             return None

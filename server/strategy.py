@@ -27,8 +27,8 @@ class Atm(Strategy):
     The base is evaluated by the clients before they tune it, so that a round is one exchange; one evaluate round closes
     the run. Flower counts rounds from 1 in every process; ours go on from the run's checkpoint.
 
-    The first message of a process carries the whole base; later ones, unless `codec-down` is fp32, the step to it from
-    the base before. A client that lacks that one says so and is sent the whole base within the same round.
+    Unless `codec-down` is fp32, a message carries the step to the base from the one before; the first of a process,
+    which has no step, only says which base it is. A client that lacks it says so and is sent it within the same round.
 
     Under secure aggregation keys and shares are exchanged before, and the sum is unmasked when the vectors are in.
 
@@ -38,7 +38,7 @@ class Atm(Strategy):
     def __init__(self, run: Run, nodes: dict[int, str]) -> None:
         self.run = run
         self.nodes = nodes
-        self._digest = ""
+        self._digest = vectors.digest(run.base)
         """Of the base that was sent last."""
         self._sent: tuple[Grid, str, int]
         """Where, as which kind of message and in which round."""
@@ -59,7 +59,8 @@ class Atm(Strategy):
 
     def arrays(self) -> ArrayRecord:
         """What travels so that clients know the current base: the base itself or the step to it."""
-        return _record(self.run.delta or WHOLE.encode(self.run.base, self.run.layout))
+        delta = self.run.delta
+        return _record(WHOLE.encode(self.run.base, self.run.layout) if delta is None else delta)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -117,7 +118,7 @@ class Atm(Strategy):
     def _broadcast(
         self, grid: Grid, nodes: Iterable[int], arrays: ArrayRecord, kind: str, round_number: int
     ) -> list[Message]:
-        before = self._digest if self.run.delta else ""
+        before = "" if self.run.delta is None else self._digest
         self._digest, self._sent, self._asked = vectors.digest(self.run.base), (grid, kind, round_number), set()
         return self._messages(nodes, arrays, before)
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from atm_fl import party as party_module
 from atm_fl.errors import SettingError
+from atm_fl.kept import Kept
 from atm_fl.loop import run_loop
-from atm_fl.party import Party, Update
+from atm_fl.party import Party, Update, shared_model
 from atm_fl.runs import read_metrics
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
@@ -177,3 +178,50 @@ def test_validation_now_and_then_and_all_checkpoints(config: dict[str, Any]) -> 
     run = run_loop(settings)
     assert sorted({line["round"] for line in lines(run.directory, "evaluation")}) == [0, 2, 4, 5]
     assert len(list(run.directory.glob("checkpoint/*"))) == 5
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer": "sgd", "momentum": 0.9, "learning-rate": 0.01}])
+def test_with_its_optimizer_kept_one_party_s_parts_of_an_epoch_are_the_epoch(
+    config: dict[str, Any], optimizer: dict[str, Any]
+) -> None:
+    config |= {"tasks": config["tasks"].split(",")[0], "batch-size": 9, **optimizer}
+
+    def end(name: str, **settings: Any) -> Tensor:
+        return run_loop(Settings.parse({**config, **settings, "run-dir": config["run-dir"] + name})).base
+
+    whole = end("-whole", rounds=1)
+    kept = end("-kept", rounds=4, **{"local-epochs": 0.25, "keep-optimizer": True})
+    anew = end("-anew", rounds=4, **{"local-epochs": 0.25})
+    moved = (whole - shared_model(Settings.parse(config).of_model()).pretrained).norm()
+    # AdamW makes much of rounding where gradients are next to nothing
+    assert float((kept - whole).norm() / moved) < 1e-3
+    assert float((anew - whole).norm() / moved) > 0.05
+
+
+def test_a_kept_optimizer_outlives_the_process(config: dict[str, Any]) -> None:
+    config |= {"keep-optimizer": True, "rounds": 3}
+    whole = run_loop(Settings.parse(config))
+    config |= {"run-dir": config["run-dir"] + "-broken"}
+    settings = Settings.parse({**config, "rounds": 2})
+    serve(InProcessGrid(client_app, len(settings.task_names), settings.as_config()), settings)
+    resumed = run_loop(Settings.parse({**config, "resume": True}))
+    assert torch.equal(resumed.base, whole.base)
+    assert not any("optimizer_lost" in line for line in lines(resumed.directory, "tuning"))
+
+
+def test_a_lost_optimizer_starts_anew_and_says_so(config: dict[str, Any]) -> None:
+    config |= {"keep-optimizer": True}
+    run = run_loop(Settings.parse({**config, "rounds": 2}))
+    Kept.forget(run.id)
+    resumed = run_loop(Settings.parse({**config, "rounds": 3, "resume": True}))
+    said = {line["round"] for line in lines(resumed.directory, "tuning") if line.get("optimizer_lost")}
+    assert said == {3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"optimizer": "sgd"}, "sgd with momentum=0 has no state"), ({"trainable": "lora"}, "not with trainable='lora'")],
+)
+def test_an_optimizer_that_cannot_be_kept_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingError, match=f"keep-optimizer=.*{words}"):
+        Settings.parse({"keep-optimizer": True, **settings})

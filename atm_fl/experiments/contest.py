@@ -44,6 +44,7 @@ from atm_fl.experiments.joint import run_joint
 from atm_fl.experiments.landscape import landscape
 from atm_fl.files import atomic_write
 from atm_fl.flops import operations
+from atm_fl.kept import Kept
 from atm_fl.loop import run_loop
 from atm_fl.models import load_backbone
 from atm_fl.party import Party
@@ -253,7 +254,8 @@ def failed(unit: Unit) -> bool:
 
 
 def _run(unit: Unit) -> None:
-    run_loop(replace(unit.settings(), resume=bool(checkpoints(unit.folder))))
+    run = run_loop(replace(unit.settings(), resume=bool(checkpoints(unit.folder))))
+    Kept.forget(run.id)
 
 
 def _joint(unit: Unit) -> None:

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
-from atm_fl.tuning import Tuned, make_optimizer
+from atm_fl.tuning import State, Tuned, keep_state, make_optimizer
 from atm_fl.vectors import Layout
 
 
@@ -54,15 +54,22 @@ def record_gradients(
 
 
 def tune_privately(
-    model: nn.Module, head: nn.Module, flat: nn.Parameter, data: Split, settings: Settings, noise: float, seed: int
+    model: nn.Module,
+    head: nn.Module,
+    flat: nn.Parameter,
+    data: Split,
+    settings: Settings,
+    noise: float,
+    seed: int,
+    state: State | None = None,
 ) -> Tuned:
     """Tune `model`, whose entries are bound to `flat`, in place with DP-SGD of noise multiplier `noise` (σ).
 
     A batch goes through the model in parts of batch-size / accumulate records, whose gradients take that many vectors
     of memory. `images` of the result is the expected number, and its loss is NaN: the real ones would tell of records.
-    seed: a secret.
+    seed: a secret. state: as `tuning.tune` takes and leaves it; it is made of noised gradients, and costs no privacy.
     """
-    optimizer, layout = make_optimizer(flat, settings), Layout.of(model)
+    optimizer, layout = make_optimizer(flat, settings, state), Layout.of(model)
     random = torch.Generator().manual_seed(seed)
     rate, steps = sampling_rate(len(data), settings), steps_per_round(len(data), settings)
     start = flat.detach().clone() if settings.proximal else None
@@ -84,6 +91,7 @@ def tune_privately(
             flat.grad.add_(flat.detach() - start, alpha=settings.proximal)
         optimizer.step()
     model.eval()
+    keep_state(optimizer, state)
     return Tuned(steps, round(steps * rate * len(data)), float("nan"))
 
 
