@@ -5,8 +5,8 @@
                                     optimizer-00007.safetensors  the optimizer's state after round 7 (keep-optimizer)
                                     secret.json                  of a round's secure aggregation, until it is over
 
-It all can be deleted at any time: a client without its base asks for it, one without its secret is out of the round, and
-one without the others starts from zero.
+It all can be deleted at any time: a client without its base asks for it, one without its secret is out of the round,
+and one without the others starts from zero.
 """
 
 from __future__ import annotations
