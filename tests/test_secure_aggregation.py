@@ -299,9 +299,7 @@ def secrets_left(config: dict[str, Any]) -> list[Path]:
         {"dp-client-clip": 0.05},
     ],
 )
-def test_a_secure_run_ends_with_the_bits_of_a_plain_sum_and_near_a_plain_run(
-    four: dict[str, Any], more: dict[str, Any]
-) -> None:
+def test_a_secure_run_ends_with_the_bits_of_the_plain_loop(four: dict[str, Any], more: dict[str, Any]) -> None:
     config = four | more
     flower = in_process(Settings.parse({**config, "run-dir": four["run-dir"] + "-flower"}))
     loop = run_loop(Settings.parse({**config, "run-dir": four["run-dir"] + "-loop"}))

@@ -40,16 +40,16 @@ class Ring:
         """A vector, float32 [n], as words [n]. ValueError if a value is not finite or beyond the reach."""
         vector = vector.detach().cpu()
         check_finite(vector)
-        words = np.empty(len(vector), WORD)
+        words = torch.empty(len(vector), dtype=torch.int32)
         for part in parts(len(vector)):
             block = vector[part].double()
-            largest = float(block.abs().max())
+            largest = max(map(abs, map(float, block.aminmax())))
             if largest > self.reach:
                 raise ValueError(
                     f"an element of magnitude {largest:.4g}, beyond secure-range={self.reach:g} (raise it)"
                 )
-            words[part] = (block / self.step).round_().clamp_(-self.levels, self.levels).long().numpy()
-        return words
+            words[part] = block.div_(self.step).round_().clamp_(-self.levels, self.levels)
+        return words.numpy().view(np.uint32).astype(WORD, copy=False)
 
     def decode(self, words: np.ndarray, factor: float = 1.0) -> Tensor:
         """`factor` times the vector, float32 [n], that a sum of words [n] stands for."""
