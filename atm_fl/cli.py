@@ -86,8 +86,9 @@ def run(
     """Run a configuration to its end and print its table. The exit status is 0 only if the run completed."""
     from atm_fl.progress import progress
     from atm_fl.runs import check_run_dir
+    from atm_fl.settings import OF_DEPLOYMENT
 
-    settings = read_config(config, override or [])
+    settings = read_config(config, override or [], OF_DEPLOYMENT if runtime is Runtime.DEPLOYMENT else {})
     check_run_dir(settings)
     console.print(
         f"{config.name}: {len(settings.task_names)} tasks, {settings.rounds} rounds → {escape(settings.run_dir)}"
@@ -418,7 +419,9 @@ def init(
     host: Annotated[
         str, typer.Option(help="the parties are on other machines, which reach this one by this name or address")
     ] = "",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="the port they reach it by")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="the port they reach it by; 0: the one it has, at first 8000")
+    ] = 0,
     renew: Annotated[bool, typer.Option(help="make a new certificate for the SuperLink; restart it then")] = False,
     root: Annotated[Path, typer.Option(help="the checkout, where docker-compose.yml is")] = Path(),
 ) -> None:
@@ -465,8 +468,11 @@ def register(
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def read_config(path: Path, overrides: list[str]) -> Any:
-    """Settings from a TOML file and `key=value` overrides; relative directories become absolute."""
+def read_config(path: Path, overrides: list[str], defaults: dict[str, Any] | None = None) -> Any:
+    """Settings from a TOML file and `key=value` overrides; relative directories become absolute.
+
+    defaults: values of keys that are in neither, where they are not the settings' own.
+    """
     from atm_fl.settings import Settings
 
     if not path.is_file():
@@ -480,6 +486,10 @@ def read_config(path: Path, overrides: list[str]) -> Any:
         if not separator:
             raise SettingError(f"-c {item!r}: write it as key=value")
         values[key.strip()] = _value(value.strip())
+    elsewhere = dict(defaults or {})
+    if values.get("secure-aggregation"):
+        elsewhere.pop("codec-up", None)  # masked vectors have no codec
+    values = elsewhere | values
     # Flower runs the ServerApp in a directory of its own.
     for key in ("run-dir", "start"):
         if isinstance(values.get(key), str) and values[key] != "pretrained":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import closing
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from atm_fl.blocks import gram
@@ -15,42 +17,55 @@ from atm_fl.party import Party, Update
 from atm_fl.privacy import client_level
 from atm_fl.privacy.ring import WORD, check_words
 from atm_fl.report import write_report
-from atm_fl.runs import Run
+from atm_fl.runs import Run, told_if_full
 from atm_fl.scaling import scale_layers
 from atm_fl.settings import Settings
 from atm_fl.vectors import Spill
+
+BLOCK = 1 << 20
+"""Elements at a time."""
 
 
 class Apart:
     """A round's vectors, each by itself, to be merged in the order of the tasks.
 
     Holds one at a time: they are spilled to disk and read back block by block, by the merge and for their cosines,
-    whatever the number of clients.
+    whatever the number of clients. Several clients of one task are averaged first, weighted by the images that each
+    says it tuned on, and the task then counts in the merge as any other.
     """
 
     def __init__(self, run: Run) -> None:
         self._settings, self._layout = run.settings, run.layout
         self._scalings = run.settings.task_scalings
         self._spill = Spill(run.directory)
+        self._images: dict[str, float] = {}
 
     def decode(self, arrays: Arrays) -> Tensor:
         """The vector that arrived. ValueError if it is none."""
         return self._settings.uplink.decode(arrays, self._layout)
 
-    def add(self, task: str, vector: Tensor) -> None:
+    def add(self, client: str, vector: Tensor, images: float) -> None:
         """Keep a decoded vector, which may be changed."""
-        vector.mul_(self._scalings.get(task, 1.0))
+        vector.mul_(self._scalings.get(self._settings.task_of[client], 1.0))
         if self._settings.dp_client_clip:
             client_level.clip(vector, self._settings.dp_client_clip)
-        self._spill.add(task, vector)
+        self._spill.add(client, vector)
+        self._images[client] = images
 
     def merge(self, round_number: int) -> tuple[Tensor, dict[str, Any]]:
         """The merged vector, and what is recorded beside it. Once."""
-        spilled = self._spill.vectors()
-        # A client that had to ask for the base answers late; the order of a sum decides its last bits.
-        vectors = {task: spilled[task] for task in self._settings.party_names if task in spilled}
+        settings, spilled = self._settings, self._spill.vectors()
         begin = time.perf_counter()
-        merged = self._settings.make_merge(self._layout, round_number).combine(vectors)
+        # Replies come in any order, and the order of a sum decides its last bits.
+        clients: dict[str, list[str]] = {task: [] for task in settings.held_tasks}
+        for client in settings.party_names:
+            clients[settings.task_of[client]] += [client] if client in spilled else []
+        vectors = {
+            task: mean([spilled[name] for name in those], [self._images[name] for name in those])
+            for task, those in clients.items()
+            if those
+        }
+        merged = settings.make_merge(self._layout, round_number).combine(vectors)
         seconds = time.perf_counter() - begin
         products = gram(list(vectors.values()))
         self._spill.close()
@@ -76,7 +91,7 @@ class Together:
         check_words(arrays["words"], len(self.words))
         return arrays["words"]
 
-    def add(self, task: str, words: np.ndarray) -> None:
+    def add(self, task: str, words: np.ndarray, images: float) -> None:
         """Add what was decoded."""
         np.add(self.words, words, out=self.words)
         self.tasks.append(task)
@@ -101,13 +116,17 @@ class Round:
     def add(self, task: str, update: Update, bytes_down: int) -> None:
         """Decode a party's vector and keep it, and record what the party measured. Its arrays may be changed.
 
-        bytes_down: what it was sent. ValueError, before anything is recorded, for arrays that are no vector.
+        task: the client's name (`Settings.party_names`). bytes_down: what it was sent. ValueError, before anything is
+        recorded, for arrays that are no vector or images that are no weight.
         """
         if update.arrays is None:
             if update.evaluation:
                 self.run.record("evaluation", self.number - 1, task=task, **update.evaluation, bytes_down=bytes_down)
             return
         begin = time.perf_counter()
+        held, images = self.run.settings.task_of[task], update.tuning.get("images", 0)
+        if self.run.settings.held_tasks.count(held) > 1 and not 0 < images < math.inf:
+            raise ValueError(f"images {images!r}, not the positive number that weighs it within {held}")
         vector = self.vectors.decode(update.arrays)
         costs = {"seconds_decode": time.perf_counter() - begin}
         costs |= {"bytes_up": size_of(update.arrays), "bytes_down": bytes_down}
@@ -117,7 +136,7 @@ class Round:
         budget, spent = self.run.settings.dp_epsilon, update.tuning.get("epsilon", 0.0)
         if budget and spent > budget:
             self.run.record("warning", self.number, text=f"{task}: its ε is {spent:.3f}, over dp-epsilon={budget:g}")
-        self.vectors.add(task, vector)
+        self.vectors.add(task, vector, images)
 
     def close(self, failures: dict[str, str] | None = None, costs: dict[str, float] | None = None) -> None:
         """Merge, move the base, write the checkpoint and the round's line, with `costs` in it."""
@@ -132,17 +151,30 @@ class Round:
         self.run.advance(merged)
 
 
+def mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
+    """The weighted mean of vectors [n]; of a single one itself. Summed in float64, block by block, then rounded."""
+    if len(vectors) == 1:
+        return vectors[0]
+    result = torch.empty_like(vectors[0])
+    for start in range(0, len(result), BLOCK):
+        part = slice(start, start + BLOCK)
+        total = sum(weight * vector[part].double() for vector, weight in zip(vectors, weights, strict=True))
+        result[part] = total / sum(weights)
+    return result
+
+
 def run_loop(settings: Settings) -> Run:
     """Run the settings to their end in this process and write the report. Returns the finished run."""
-    with closing(Run(settings)) as run:
-        parties = [Party(settings, name) for name in settings.task_names]
+    with closing(Run(settings)) as run, told_if_full(run.directory):
+        names = dict(zip(settings.party_names, settings.task_names, strict=True))
+        parties = {client: Party(settings, task, client=client) for client, task in names.items()}
         while run.rounds_done < settings.rounds:
             current = Round(run)
-            for party in parties:
-                current.add(party.task, party.train(run.base, current.number, run.id), run.bytes_down)
+            for client, party in parties.items():
+                current.add(client, party.train(run.base, current.number, run.id), run.bytes_down)
             current.close()
-        for party in parties:
+        for client, party in parties.items():
             accuracies = party.evaluate(run.base, ("validation", "test"))
-            run.record("evaluation", run.rounds_done, task=party.task, **accuracies, bytes_down=run.bytes_down)
+            run.record("evaluation", run.rounds_done, task=client, **accuracies, bytes_down=run.bytes_down)
     write_report(run.directory)
     return run

@@ -117,15 +117,17 @@ class Party:
     """One client's side of the protocol, without any transport.
 
     Loads the task's data and makes (or finds on this machine's disk) its head; what is wrong with them is raised here,
-    before any round. `name` is the task's name in the run where it is not the data's own.
+    before any round. `name` is the task's name in the run where it is not the data's own, `client` that under which
+    this party keeps files, where several of one task share a machine.
     """
 
-    def __init__(self, settings: Settings, task: str, name: str = "") -> None:
+    def __init__(self, settings: Settings, task: str, name: str = "", client: str = "") -> None:
         torch.set_num_threads(settings.threads)
         self.settings = settings
         self.model = shared_model(settings.of_model())
         self.data: Dataset = tasks.load(task, self.model.module.image_size)
         self.task = name or self.data.name
+        self.client = client or self.task
         self.head = self._make_head().to(self.model.device)
         self.splits = {name: self.data.split(name).to(self.model.device) for name in tasks.SPLITS}
         self.tuned_on = self.splits[settings.split]
@@ -174,7 +176,7 @@ class Party:
         if self.budget:
             seed, spent = self.budget.spend(round_number, base)
         tuning: dict[str, float] = {}
-        kept = Kept(run, self.task) if run and settings.keep_optimizer else None
+        kept = Kept(run, self.client) if run and settings.keep_optimizer else None
         state = self._taken_up(kept, "optimizer", round_number, tuning) if kept else {}
         vector, tuned = self.model.tune(base, self.head, data, settings, seed, turn, spent.get("noise"), state)
         if kept:
@@ -200,7 +202,7 @@ class Party:
         settings, layout, codec = self.settings, self.model.layout, self.settings.uplink
         if settings.secure_aggregation:
             return {"words": self._words(vector, round_number)}
-        kept = Kept(run, self.task) if run and codec.feedback else None
+        kept = Kept(run, self.client) if run and codec.feedback else None
         found = self._taken_up(kept, "residual", round_number, tuning) if kept else {}
         if found and len(found["vector"]) == len(vector):
             vector.add_(found["vector"])

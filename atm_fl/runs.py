@@ -9,12 +9,14 @@ report.html       written when the run ends
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import platform
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -295,6 +297,18 @@ def load_checkpoint(
             return int(about["rounds"]), found.pop("base"), {k.removeprefix(STATE): v for k, v in found.items()}
         warn(f"{path} is damaged (its digest does not match); going back to the checkpoint before it")
     raise RunError(f"{directory} holds no whole checkpoint")
+
+
+@contextmanager
+def told_if_full(directory: Path) -> Iterator[None]:
+    """Make a RunError, in one line, of what a full disk raises: the checkpoint before it is whole and stays."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error):
+            raise
+        told = f"the disk of run-dir={str(directory)!r} is full; make room and go on with resume=true"
+        raise RunError(told) from error
 
 
 def processor() -> str:

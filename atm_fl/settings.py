@@ -21,6 +21,9 @@ from atm_fl.server_optimizer import ServerOptimizer
 from atm_fl.trainable import check_trainable
 from atm_fl.vectors import Layout
 
+OF_DEPLOYMENT = {"codec-up": "int8", "codec-down": "int8"}
+"""What runs of the runtime `deployment`, whose bottleneck is the wire, take if neither file nor `-c` says otherwise."""
+
 
 def setting(default: Any, meaning: str, *, decides: bool = True, choices: tuple[str, ...] = ()) -> Any:
     """A setting with its default and a line of documentation. `decides`: whether it can change a run's weights."""
@@ -33,7 +36,8 @@ class Settings:
 
     tasks: str = setting(
         "solar,bluemarble,icons,strokes,scripts,radicals,mnist,digits",
-        "the parties' tasks in order, separated by commas; one with a slash is a folder of images",
+        "the parties' tasks in order, separated by commas; one with a slash is a folder of images, and folders of one "
+        "name are several parties of one task",
     )
     model: str = setting("vit_micro", "the shared backbone; also open_clip/ViT-B-16, timm/vit_small_patch16_224, …")
     weights: str = setting(
@@ -57,6 +61,7 @@ class Settings:
         "", "rounds in which a task takes part, as 'mnist=1-5, digits=6-'; every task is evaluated in every round"
     )
     replay: float = setting(0.0, "part of its data on which a task whose last round is past still tunes each round")
+    fraction: float = setting(1.0, "part of the tasks whose turn it is that take part in a round, drawn for each round")
     merge: str = setting("mean", "how the task vectors become one step; see `atm-fl merges`")
     merge_options: str = setting("", "options of the merge, as 'density=0.1, agreement=3'")
     scaling: float = setting(
@@ -74,10 +79,14 @@ class Settings:
     server_beta2: float = setting(0.99, "its β₂, of adam and yogi")
     server_epsilon: float = setting(1e-3, "its ε, of adam, yogi and adagrad")
     codec_up: str = setting(
-        "fp32", "how task vectors travel: fp32, fp16, bf16, int8, int4, topk:0.01, low-rank:8, …; see docs/wire.md"
+        "fp32",
+        "how task vectors travel: fp32, fp16, bf16, int8, int4, topk:0.01, low-rank:8, …; in a deployment int8 if not "
+        "said; see docs/wire.md",
     )
     codec_down: str = setting(
-        "fp32", "how the base's step travels after round 1, and so how far it goes; fp32: the whole base travels"
+        "fp32",
+        "how the base's step travels after round 1, and so how far it goes; fp32: the whole base travels; in a "
+        "deployment int8 if not said",
     )
     optimizer: str = setting("adamw", "the clients' optimizer", choices=("adamw", "sgd"))
     keep_optimizer: bool = setting(
@@ -129,12 +138,16 @@ class Settings:
     run_dir: str = setting("runs/latest", "the run's directory", decides=False)
     keep_checkpoints: int = setting(2, "checkpoints that stay in run-dir, the newest; 0: all", decides=False)
     resume: bool = setting(False, "go on from the last checkpoint in run-dir", decides=False)
-    min_successful: int = setting(0, "clients that must succeed in a round under skip; 0: all", decides=False)
+    min_successful: int = setting(
+        0, "clients that must succeed in a round under skip, of those that take part in it; 0: all", decides=False
+    )
     on_failure: str = setting(
         "abort", "when a client fails: end the run, or go on without it", decides=False, choices=("abort", "skip")
     )
     node_timeout: float = setting(300.0, "seconds to wait for the parties to come online", decides=False)
-    round_timeout: float = setting(3600.0, "seconds to wait for a round's replies", decides=False)
+    round_timeout: float = setting(
+        3600.0, "seconds to a round's deadline: who is later has failed in that round; not of plain", decides=False
+    )
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> Settings:
@@ -159,8 +172,20 @@ class Settings:
 
     @property
     def party_names(self) -> tuple[str, ...]:
-        """The tasks' names in the run: a registered task's own, a folder's last part."""
+        """The clients' names in the run: their tasks', and of several clients of one task the second is pets.2."""
+        held = self.held_tasks
+        counts = (held[:place].count(task) for place, task in enumerate(held))
+        return tuple(f"{task}.{count + 1}" if count else task for task, count in zip(held, counts, strict=True))
+
+    @property
+    def held_tasks(self) -> tuple[str, ...]:
+        """Each client's task: a registered task's own name, a folder's last part."""
         return tuple(name.rstrip("/").rsplit("/", 1)[-1] for name in self.task_names)
+
+    @property
+    def task_of(self) -> dict[str, str]:
+        """Client → task."""
+        return dict(zip(self.party_names, self.held_tasks, strict=True))
 
     def of_model(self) -> Settings:
         """These settings with all at their defaults but those that make the model; equal ones can share it."""
@@ -215,6 +240,18 @@ class Settings:
 
     def part_taken(self, task: str, round_number: int) -> float:
         """The part of its epochs that `task` tunes in a round: 1, 0 if it takes no part, `replay` when it is past."""
+        part = self._planned(task, round_number)
+        return part if part and (self.fraction == 1 or task in self._drawn(round_number)) else 0.0
+
+    def _drawn(self, round_number: int) -> set[str]:
+        """The tasks that are drawn for a round: `fraction` of those whose turn it is, one at least."""
+        those = [task for task in dict.fromkeys(self.held_tasks) if self._planned(task, round_number)]
+        random = torch.Generator().manual_seed(derive_seed(self.seed, "fraction", round_number))
+        order = torch.randperm(len(those), generator=random)
+        return {those[place] for place in order[: max(1, round(self.fraction * len(those)))]}
+
+    def _planned(self, task: str, round_number: int) -> float:
+        """The same by `participation` alone."""
         first, last = self.participations.get(task, (1, math.inf))
         return self.replay if round_number > last else float(round_number >= first)
 
@@ -311,6 +348,8 @@ class Settings:
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be a positive number")
+        if not 0 < self.fraction <= 1:
+            raise SettingError(f"fraction={self.fraction:g}: it must be above 0 and at most 1")
         if not math.isfinite(self.scaling):
             raise SettingError(f"scaling={self.scaling}: it must be a finite number")
         try:
@@ -324,12 +363,15 @@ class Settings:
                 f"head='zero-shot': model={self.model!r} has no text tower; choose prototypes or an open_clip model"
             )
         self.make_merge(Layout((), ()), 0).check_count(min(self.needed, self._fewest()))
-        check_task_scaling(self.task_scalings, self.party_names)
-        check_participation(self.participations, self.party_names)
+        check_task_scaling(self.task_scalings, self.held_tasks)
+        check_participation(self.participations, self.held_tasks)
         self.layer_scalings, self.uplink, self.downlink  # noqa: B018 (what cannot be read is an error)
-        if len(set(self.party_names)) < len(self.party_names):
-            twice = next(name for name in self.party_names if self.party_names.count(name) > 1)
-            raise SettingError(f"tasks={self.tasks!r} names {twice!r} twice; each client holds a task of its own")
+        for task, name in zip(self.held_tasks, self.task_names, strict=True):
+            if (self.held_tasks.count(task) > 1 and "/" not in name) or self.party_names.count(task) > 1:
+                raise SettingError(
+                    f"tasks={self.tasks!r} names {task!r} twice; several clients of one task are folders of images, "
+                    "as ./pets,./pets"
+                )
         for name in self.task_names:
             tasks.check(name)
         self._check_secure()
@@ -372,8 +414,15 @@ class Settings:
                 raise SettingError(
                     f"merge={self.merge!r}: not with {key}, which bounds what a sum tells; choose {' or '.join(SUMS)}"
                 )
-            if wanted and self.participation:
-                raise SettingError(f"participation={self.participation!r}: not with {key}, for few hide nobody")
+            if wanted and (self.participation or self.fraction < 1):
+                name, value = (
+                    ("participation", repr(self.participation))
+                    if self.participation
+                    else ("fraction", f"{self.fraction:g}")
+                )
+                raise SettingError(f"{name}={value}: not with {key}, whose sums are over all parties")
+            if wanted and len(set(self.held_tasks)) < len(self.held_tasks):
+                raise SettingError(f"tasks={self.tasks!r}: several clients of one task, not with {key}")
 
     def _check_secure(self) -> None:
         count, threshold = len(self.task_names), self.threshold
@@ -401,7 +450,7 @@ class Settings:
     def _fewest(self) -> int:
         """The least number of tasks that take part in a round. SettingError if none does in one."""
         rounds = range(1, self.rounds + 1) if self.participation else (1,)
-        counts = {n: sum(self.part_taken(task, n) > 0 for task in self.party_names) for n in rounds}
+        counts = {n: sum(self.part_taken(task, n) > 0 for task in set(self.held_tasks)) for n in rounds}
         empty = next((number for number, count in counts.items() if not count), None)
         if empty:
             raise SettingError(f"participation={self.participation!r}: no task takes part in round {empty}")

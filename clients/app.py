@@ -22,8 +22,8 @@ app = ClientApp(mods=[named_errors])
 
 
 @lru_cache(maxsize=64)
-def _party(settings: Settings, task: str, name: str) -> Party:
-    return Party(settings, task, name)
+def _party(settings: Settings, task: str, name: str, client: str = "") -> Party:
+    return Party(settings, task, name, client)
 
 
 def party_of(context: Context) -> Party:
@@ -42,7 +42,7 @@ def party_of(context: Context) -> Party:
     partition, names = int(node["partition-id"]), settings.task_names
     if partition >= len(names):
         raise SettingError(f"partition {partition} has no task: tasks={settings.tasks!r} names only {len(names)}")
-    return _party(settings, names[partition], "")
+    return _party(settings, names[partition], "", settings.party_names[partition])
 
 
 def received_base(message: Message, party: Party) -> Tensor | None:
@@ -60,7 +60,7 @@ def received_base(message: Message, party: Party) -> Tensor | None:
     if info["codec"] != expected:
         raise ValueError(f"the server's base came by codec {info['codec']!s}, not {expected}")
     arrays = {name: array.numpy() for name, array in message.content.array_records["arrays"].items()}
-    kept = Kept(str(info["run"]), party.task)
+    kept = Kept(str(info["run"]), party.client)
     base = kept.base(before) if before else None
     if before and base is None:
         base = model.pretrained

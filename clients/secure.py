@@ -18,9 +18,9 @@ def keys(message: Message, party: Party) -> ConfigRecord:
     """Draw this round's secrets, in place of those before, and say the public keys."""
     settings = party.settings
     if not settings.secure_aggregation:
-        raise RunError(f"{party.task}: the server asks for keys, but secure-aggregation=false")
+        raise RunError(f"{party.client}: the server asks for keys, but secure-aggregation=false")
     session = session_of(*_round(message))
-    member = Member(party.task, session, settings.party_names, settings.threshold)
+    member = Member(party.client, session, settings.party_names, settings.threshold)
     public = member.advertise()
     _kept(message, party).save_secret(member.dump())
     return ConfigRecord({"keys": public})
@@ -52,7 +52,7 @@ def _taken(message: Message, party: Party) -> Member:
     text, session = _kept(message, party).take_secret(), session_of(*_round(message))
     member = Member.load(text) if text else None
     if member is None or member.session != session:
-        raise RunError(f"{party.task}: secure aggregation of {session}: no secrets here, or they were used already")
+        raise RunError(f"{party.client}: secure aggregation of {session}: no secrets here, or they were used already")
     return member
 
 
@@ -62,7 +62,7 @@ def _round(message: Message) -> tuple[str, int]:
 
 
 def _kept(message: Message, party: Party) -> Kept:
-    return Kept(_round(message)[0], party.task)
+    return Kept(_round(message)[0], party.client)
 
 
 def _record(message: Message, name: str) -> dict[str, bytes]:

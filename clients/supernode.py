@@ -2,7 +2,7 @@
 
 Flower's own gives up for good when a TLS handshake breaks off, which is what a proxy or a published port does while the
 SuperLink behind it restarts; and its process then stays there doing nothing, since a server thread keeps it. This one
-tries again, and ends if it cannot go on, so that what supervises it starts it anew.
+tries again, and ends if it cannot go on, so that what supervises it starts it anew. Its naps are short (pace.py).
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import traceback
 
 import httpx
 from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
-from flwr.supernode import fleet_http_connection
+from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.cli import flower_supernode
+
+from atm_fl.deployment import pace
 
 
 def patient_invoker() -> RetryInvoker:
@@ -31,6 +33,8 @@ def _broke_off(error: Exception) -> bool:
 
 def main() -> None:
     """Run flower-supernode, its arguments unchanged."""
+    pace.set_variables()
+    start_client_internal.time = pace.ShortNaps  # type: ignore[assignment]
     fleet_http_connection.make_simple_http_retry_invoker = patient_invoker
     try:
         flower_supernode()

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from atm_fl.errors import RunError
 from atm_fl.report import write_report
-from atm_fl.runs import Run
+from atm_fl.runs import Run, told_if_full
 from atm_fl.settings import Settings
 from server.grid import StreamingGrid
 from server.strategy import Atm
@@ -29,7 +29,7 @@ def main(grid: Grid, context: Context) -> None:
 def serve(grid: Grid, settings: Settings) -> Run:
     """Run `settings` with the parties on `grid`; returns the finished run. RunError if it could not finish."""
     grid = StreamingGrid(grid)
-    with closing(Run(settings)) as run:
+    with closing(Run(settings)) as run, told_if_full(run.directory):
         strategy = Atm(run, roll_call(grid, settings))
         if run.rounds_done < settings.rounds:
             strategy.start(grid, strategy.arrays(), settings.rounds - run.rounds_done, settings.round_timeout)
@@ -41,11 +41,12 @@ def serve(grid: Grid, settings: Settings) -> Run:
 
 
 def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
-    """Which node holds which task, in the order of the setting `tasks`.
+    """Which node is which client (`Settings.party_names`), in the order of the setting `tasks`.
 
-    Every node loads its data and makes its head to answer, so that bad data ends the run before its first round.
-    RunError if a node holds a task that was not asked for, two hold the same, or (as `on-failure` and `min-successful`
-    allow) too few come within `node-timeout` or answer.
+    Every node loads its data and makes its head to answer, so that bad data ends the run before its first round. Of
+    several clients of one task the first is the node with the lowest id. RunError if a node holds a task that was not
+    asked for, more hold one than were, or (as `on-failure` and `min-successful` allow) too few come within
+    `node-timeout` or answer.
     """
     wanted = settings.party_names
     deadline = time.monotonic() + settings.node_timeout
@@ -58,7 +59,7 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
             )
         time.sleep(0.2)
     call = [Message(RecordDict({"info": ConfigRecord()}), node, "query") for node in nodes]
-    holders: dict[str, int] = {}
+    holders: dict[str, list[int]] = {task: [] for task in settings.held_tasks}
     failures = []
     for reply in grid.send_and_receive(call, timeout=settings.round_timeout):
         node = reply.metadata.src_node_id
@@ -66,15 +67,20 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
             failures.append(reply.error.reason)
             continue
         task = str(reply.content.config_records["info"]["task"])
-        if task not in wanted:
+        if task not in holders:
             raise RunError(f"roll call: node {node} holds task {task!r}, which tasks={settings.tasks!r} does not name")
-        if task in holders:
-            raise RunError(f"roll call: nodes {holders[task]} and {node} both hold task {task!r}")
-        holders[task] = node
-    missing = [task for task in wanted if task not in holders]
+        holders[task].append(node)
+        if len(holders[task]) > settings.held_tasks.count(task):
+            nodes = " and ".join(map(str, holders[task]))
+            raise RunError(
+                f"roll call: nodes {nodes} both hold task {task!r}; tasks names it once for each that should"
+            )
+    queues = {task: sorted(nodes) for task, nodes in holders.items()}
+    found = {client: queues[task].pop(0) for client, task in settings.task_of.items() if queues[task]}
+    missing = [client for client in wanted if client not in found]
     if missing:
         told = "; ".join([f"roll call: no party holds {', '.join(missing)}", *map(str, failures)])
-        if len(holders) < settings.needed:
+        if len(found) < settings.needed:
             raise RunError(told)
         log(WARNING, "%s", told)
-    return {holders[task]: task for task in wanted if task in holders}
+    return {node: client for client, node in found.items()}

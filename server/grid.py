@@ -6,22 +6,25 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 LONGEST_POLL = 1.0
+ROLL = 5.0
+"""Seconds between two looks at which SuperNodes have started anew."""
 
 
 class StreamingGrid(Grid):
-    """Any Grid, with a `send_and_receive` that yields replies one by one, in the order of the messages.
+    """Any Grid, with a `send_and_receive` that yields replies one by one, as they come.
 
     Flower's own returns a list of all replies, so that a server's memory grows with its clients. Here a reply stays at
-    the SuperLink until the one before it was dealt with; the order also makes a sum of floats the same on every run.
-    Polls start at 10 ms and lengthen with the wait (Flower's own sleeps 3 s between polls in deployment).
+    the SuperLink until the one before it was dealt with. Polls start at 10 ms and lengthen with the wait (Flower's own
+    sleeps 3 s between polls in deployment).
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -30,26 +33,45 @@ class StreamingGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Push all messages, then yield the reply to each. One without a reply by the deadline is passed over.
 
-        An error that the SuperLink itself reports gets the silent node's id as its source.
+        An error that the SuperLink itself reports gets the silent node's id as its source. A SuperNode that starts anew
+        has forgotten its message, which nobody would report: it gets an error NODE_UNAVAILABLE.
         """
         sent = list(messages)
         nodes = [message.metadata.dst_node_id for message in sent]
+        lives = self._lives()
         ids = list(self.grid.push_messages(sent))
         del sent, messages
-        return self._replies(ids, nodes, time.monotonic(), timeout)
+        return self._replies(dict(zip(ids, nodes, strict=True)), lives, time.monotonic(), timeout)
 
-    def _replies(self, ids: list[str], nodes: list[int], begin: float, timeout: float | None) -> Iterator[Message]:
-        for message_id, node in zip(ids, nodes, strict=True):
-            while True:
+    def _replies(
+        self, waiting: dict[str, int], lives: dict[int, str], begin: float, timeout: float | None
+    ) -> Iterator[Message]:
+        looked = begin
+        while waiting:
+            for message_id, node in list(waiting.items()):
                 found = list(self.grid.pull_messages([message_id]))
                 if found:
+                    del waiting[message_id]
                     found[0].metadata.__dict__["_src_node_id"] = node
                     yield found.pop()
-                    break
-                waited = time.monotonic() - begin
-                if timeout is not None and waited > timeout:
-                    break
+            waited = time.monotonic() - begin
+            if timeout is not None and waited > timeout:
+                return
+            if waiting and time.monotonic() - looked > ROLL:
+                looked, now = time.monotonic(), self._lives()
+                for message_id, node in list(waiting.items()):
+                    if node in lives and now.get(node, lives[node]) != lives[node]:
+                        del waiting[message_id]
+                        yield _restarted(node)
+            if waiting:
                 time.sleep(min(LONGEST_POLL, max(0.01, waited / 50)))
+
+    def _lives(self) -> dict[int, str]:
+        """When each SuperNode that is online began to be."""
+        return {node.node_id: node.last_activated_at for node in self.get_nodes()}
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return self.grid.get_nodes()
 
     def set_run(self, run: Run) -> None:
         self.grid.set_run(run)
@@ -69,6 +91,13 @@ class StreamingGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return self.grid.pull_messages(message_ids)
+
+
+def _restarted(node: int) -> Message:
+    error = Error(ErrorCode.NODE_UNAVAILABLE, "its SuperNode started anew while it was awaited")
+    reply = Message(error, reply_to=Message(RecordDict(), node, "train"))
+    reply.metadata.__dict__["_src_node_id"] = node
+    return reply
 
 
 class InProcessGrid(Grid):

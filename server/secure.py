@@ -18,11 +18,11 @@ from atm_fl.runs import Run
 class SecureExchange:
     """One round's messages beside the one that asks for the vectors; see atm_fl/privacy/secure_aggregation.py.
 
-    nodes: node id → task of the parties at the roll call.
+    nodes: node id → client of the parties at the roll call. deadline: of the round, on the monotonic clock.
     """
 
-    def __init__(self, run: Run, grid: Grid, nodes: Mapping[int, str], round_number: int) -> None:
-        self._run, self._grid, self._round = run, grid, round_number
+    def __init__(self, run: Run, grid: Grid, nodes: Mapping[int, str], round_number: int, deadline: float) -> None:
+        self._run, self._grid, self._round, self._deadline = run, grid, round_number, deadline
         self._nodes = {task: node for node, task in nodes.items()}
         self._keys: dict[str, bytes] = {}
         self.sealed: dict[str, dict[str, bytes]] = {}
@@ -73,7 +73,7 @@ class SecureExchange:
 
     def _ask(self, what: str, contents: Mapping[str, Mapping[str, Mapping]]) -> Iterator[tuple[str, ConfigRecord]]:
         """Send each task its records and yield (task, the record `what` of its reply); failures are noted."""
-        begin, timeout = time.perf_counter(), self._run.settings.round_timeout
+        begin, timeout = time.perf_counter(), max(0.0, self._deadline - time.monotonic())
         info = ConfigRecord({"run": self._run.id, "round": self._round})
         messages = [
             Message(
@@ -85,7 +85,7 @@ class SecureExchange:
             for task, records in contents.items()
         ]
         tasks = {node: task for task, node in self._nodes.items()}
-        self.failures |= dict.fromkeys(contents, f"no {what} within {timeout:g} s")
+        self.failures |= dict.fromkeys(contents, f"no {what} within {self._run.settings.round_timeout:g} s")
         for reply in self._grid.send_and_receive(messages, timeout=timeout):
             task = tasks[reply.metadata.src_node_id]
             if reply.has_error():

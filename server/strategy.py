@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from logging import INFO, WARNING
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -13,12 +15,14 @@ from flwr.serverapp.strategy import Strategy
 from atm_fl import codecs, vectors
 from atm_fl.errors import RunError
 from atm_fl.loop import Round
-from atm_fl.party import Update
+from atm_fl.party import Update, evaluated_splits
 from atm_fl.runs import Run
 from server.secure import SecureExchange
 
 WHOLE = codecs.Fp32()
 """The codec of a whole base."""
+LOST = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED)
+"""What the SuperLink reports of a party that did not answer, as opposed to one that answered with an error."""
 
 
 class Atm(Strategy):
@@ -29,10 +33,13 @@ class Atm(Strategy):
 
     Unless `codec-down` is fp32, a message carries the step to the base from the one before; the first of a process,
     which has no step, only says which base it is. A client that lacks it says so and is sent it within the same round.
+    So is, once, one whose ClientApp or SuperNode died, if it is back within `node-timeout`: it answers with what it
+    would have.
 
     Under secure aggregation keys and shares are exchanged before, and the sum is unmasked when the vectors are in.
 
-    nodes: node id → task, in the order of the setting `tasks`.
+    nodes: node id → client (`Settings.party_names`), in the order of the setting `tasks`. One that has nothing to do in
+    a round, neither to tune nor to evaluate, is sent nothing.
     """
 
     def __init__(self, run: Run, nodes: dict[int, str]) -> None:
@@ -42,6 +49,10 @@ class Atm(Strategy):
         """Of the base that was sent last."""
         self._sent: tuple[Grid, str, int]
         """Where, as which kind of message and in which round."""
+        self._deadline = 0.0
+        """When the round's replies are to be here, on the monotonic clock."""
+        self._gone: set[int] = set()
+        """Nodes that did not come back; nobody waits for them again before they answer."""
         self._asked: set[str] = set()
         """Tasks whose clients asked for the whole base in this round."""
         self._exchange: SecureExchange | None = None
@@ -65,28 +76,22 @@ class Atm(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        number, nodes = self.run.rounds_done + 1, self.nodes
-        if self.run.settings.secure_aggregation:
-            self._exchange = exchange = SecureExchange(self.run, grid, nodes, number)
-            for step in (exchange.advertise, exchange.share):
-                step()
-                self._enough(self._unheard(nodes.values()) | exchange.failures, f"round {number}")
-            nodes = {node: task for node, task in nodes.items() if task in exchange.sealed}
-        return self._broadcast(grid, nodes, arrays, "train", number)
+        return self._broadcast(grid, arrays, "train", self.run.rounds_done + 1)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         current, failures, exchange = Round(self.run), self._unheard(), self._exchange
         failures |= exchange.failures if exchange else {}
+        takers = self._takers(current.number)
         for task, reply in self._successes(replies, failures):
             try:
-                update = _update(reply, bool(self.run.settings.part_taken(task, current.number)))
+                update = _update(reply, task in takers)
                 del reply
                 current.add(task, update, self._bytes_down(task))
             except (KeyError, TypeError, ValueError) as error:
                 failures[task] = f"refused: {error}"
-        self._enforce(failures, f"round {current.number}")
+        self._enforce(failures, takers, f"round {current.number}")
         if exchange:
             silent = exchange.unmask(current.vectors.words, current.vectors.tasks)
             if silent:
@@ -99,8 +104,7 @@ class Atm(Strategy):
     ) -> Iterable[Message]:
         if self.run.rounds_done < self.run.settings.rounds:
             return []
-        self._exchange = None
-        return self._broadcast(grid, self.nodes, arrays, "evaluate", self.run.rounds_done)
+        return self._broadcast(grid, arrays, "evaluate", self.run.rounds_done)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         if self.run.rounds_done < self.run.settings.rounds:
@@ -112,15 +116,37 @@ class Atm(Strategy):
                 self.run.record("evaluation", self.run.rounds_done, task=task, **found)
             except KeyError as error:
                 failures[task] = f"refused: {error}"
-        self._enforce(failures, "the final evaluation")
+        self._enforce(failures, self._due(), "the final evaluation")
         return None
 
-    def _broadcast(
-        self, grid: Grid, nodes: Iterable[int], arrays: ArrayRecord, kind: str, round_number: int
-    ) -> list[Message]:
+    def _broadcast(self, grid: Grid, arrays: ArrayRecord, kind: str, round_number: int) -> list[Message]:
         before = "" if self.run.delta is None else self._digest
         self._digest, self._sent, self._asked = vectors.digest(self.run.base), (grid, kind, round_number), set()
-        return self._messages(nodes, arrays, before)
+        self._deadline = time.monotonic() + self.run.settings.round_timeout
+        due, self._exchange = self._due(), None
+        if kind == "train" and self.run.settings.secure_aggregation:
+            due = self._exchanged(grid, round_number)
+        return self._messages([node for node, client in self.nodes.items() if client in due], arrays, before)
+
+    def _exchanged(self, grid: Grid, round_number: int) -> list[str]:
+        """Exchange keys and shares; the clients that are still there. RunError if they are too few."""
+        self._exchange = exchange = SecureExchange(self.run, grid, self.nodes, round_number, self._deadline)
+        absent = {task: reason for task, reason in self._unheard().items() if task not in self.nodes.values()}
+        for step in (exchange.advertise, exchange.share):
+            step()
+            self._enough(absent | exchange.failures, self._takers(round_number), f"round {round_number}")
+        return list(exchange.sealed)
+
+    def _takers(self, round_number: int) -> list[str]:
+        """The clients that take part in a round."""
+        settings = self.run.settings
+        return [client for client, task in settings.task_of.items() if settings.part_taken(task, round_number)]
+
+    def _due(self) -> list[str]:
+        """The clients that have something to do with the message that was sent last."""
+        settings, (_, kind, round_number) = self.run.settings, self._sent
+        everyone = kind == "evaluate" or evaluated_splits(settings, round_number - 1)
+        return list(settings.party_names) if everyone else self._takers(round_number)
 
     def _messages(self, nodes: Iterable[int], arrays: ArrayRecord, before: str = "") -> list[Message]:
         """One message to each of `nodes`; `before` is the digest of the base that a step starts from."""
@@ -136,30 +162,50 @@ class Atm(Strategy):
         return messages
 
     def _answers(self, replies: Iterable[Message]) -> Iterator[Message]:
-        """The replies; those that ask for the whole base are answered with it, and come when all others are here."""
+        """The replies; clients that ask for the whole base or were lost are sent it when all others' are here."""
         asking: list[int] = []
+        lost: dict[int, Message] = {}
         for reply in replies:
-            if reply.has_error() or not _info(reply).get("needs-base"):
-                yield reply
-                continue
             node = reply.metadata.src_node_id
-            self._asked.add(self.nodes[node])
-            asking.append(node)
-            log(INFO, "%s asks for the whole base", self.nodes[node])
+            if reply.has_error() and reply.error.code in LOST and node not in self._gone:
+                log(WARNING, "%s was lost: %s", self.nodes[node], reply.error.reason)
+                lost[node] = reply
+            elif reply.has_error() or not _info(reply).get("needs-base"):
+                self._gone -= set() if reply.has_error() else {node}
+                yield reply
+            else:
+                asking.append(node)
+                log(INFO, "%s asks for the whole base", self.nodes[node])
+        asking += self._return_of(set(lost))
+        for node in lost.keys() - asking:
+            yield lost[node]
         if asking:
+            self._asked |= {self.nodes[node] for node in asking}
             whole = _record(WHOLE.encode(self.run.base, self.run.layout))
-            grid, timeout = self._sent[0], self.run.settings.round_timeout
-            yield from grid.send_and_receive(self._messages(asking, whole), timeout=timeout)
+            left = max(0.0, self._deadline - time.monotonic())
+            yield from self._sent[0].send_and_receive(self._messages(asking, whole), timeout=left)
+
+    def _return_of(self, lost: set[int]) -> list[int]:
+        """Wait `node-timeout` at most for the nodes `lost`; those that are online then. The others are gone."""
+        if not lost:
+            return []
+        until = min(self._deadline, time.monotonic() + self.run.settings.node_timeout)
+        while lost - (online := set(self._sent[0].get_node_ids())) and time.monotonic() < until:
+            time.sleep(min(1.0, max(0.0, until - time.monotonic())))
+        self._gone |= lost - online
+        for node in lost & online:
+            log(INFO, "%s is asked again", self.nodes[node])
+        return sorted(lost & online)
 
     def _bytes_down(self, task: str) -> int:
         """Bytes that were sent to a task's client in this round."""
         return self.run.bytes_down + (self.run.base.nbytes if task in self._asked else 0)
 
-    def _unheard(self, heard: Iterable[str] = ()) -> dict[str, str]:
-        """Every task that is not `heard`, with the reason that counts until its reply is taken in."""
+    def _unheard(self) -> dict[str, str]:
+        """Every client that is due with the reason that counts until its reply is taken in."""
         silent = f"no reply within {self.run.settings.round_timeout:g} s"
-        here, tasks = self.nodes.values(), [task for task in self.run.settings.party_names if task not in heard]
-        return {task: silent if task in here else "no party at the roll call" for task in tasks}
+        here = self.nodes.values()
+        return {client: silent if client in here else "no party at the roll call" for client in self._due()}
 
     def _successes(self, replies: Iterable[Message], failures: dict[str, str]) -> Iterator[tuple[str, Message]]:
         """(task, reply) of the replies that belong; the others' reasons go into `failures`."""
@@ -173,7 +219,7 @@ class Atm(Strategy):
             found = {"needs-base": False, **_info(reply)}
             wrong = [
                 f"{key} {found.get(key)!r}, not {value!r}"
-                for key, value in {"task": task, **expected}.items()
+                for key, value in {"task": self.run.settings.task_of[task], **expected}.items()
                 if found.get(key) != value
             ]
             if wrong:
@@ -182,19 +228,23 @@ class Atm(Strategy):
                 del failures[task]
                 yield task, reply
 
-    def _enforce(self, failures: dict[str, str], when: str) -> None:
-        """RunError, naming tasks and reasons, if the failures are more than the policy allows; a warning if not."""
-        self._enough(failures, when)
+    def _enforce(self, failures: dict[str, str], counted: list[str], when: str) -> None:
+        """RunError, naming clients and reasons, if the failures are more than the policy allows; a warning if not.
+
+        counted: the clients of which `min-successful` must succeed.
+        """
+        self._enough(failures, counted, when)
         if failures:
             self._warn(f"{when} goes on without {_told(failures)}")
 
-    def _enough(self, failures: dict[str, str], when: str) -> None:
-        settings, every = self.run.settings, len(self.run.settings.party_names)
-        succeeded = every - len(failures)
-        if succeeded < settings.needed:
-            raise RunError(
-                f"{when}: {succeeded} of {every} clients succeeded, {settings.needed} needed. {_told(failures)}"
-            )
+    def _enough(self, failures: dict[str, str], counted: list[str], when: str) -> None:
+        needed, every = self.run.settings.needed, len(self.run.settings.party_names)
+        if failures and needed == every:  # whoever fails, be it in an evaluation only
+            counted = self._due()
+        succeeded = len(counted) - len(failures.keys() & counted)
+        if succeeded < min(needed, len(counted)):
+            of = f"{succeeded} of {len(counted)} clients succeeded, {min(needed, len(counted))} needed"
+            raise RunError(f"{when}: {of}. {_told(failures)}")
 
     def _warn(self, text: str) -> None:
         log(WARNING, "%s", text)
@@ -202,7 +252,7 @@ class Atm(Strategy):
 
 
 def _told(failures: dict[str, str]) -> str:
-    return "; ".join(f"{task}: {reason}" for task, reason in failures.items())
+    return "; ".join(f"{client}: {reason}" for client, reason in failures.items())
 
 
 def _record(arrays: codecs.Arrays) -> ArrayRecord:

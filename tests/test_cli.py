@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from atm_fl import cli
-from atm_fl.errors import SettingError
+from atm_fl.errors import RunError, SettingError
 from atm_fl.experiments import contest, read_study
 from atm_fl.settings import Settings, defaults
 
@@ -99,6 +99,27 @@ def test_a_failed_run_has_a_status(
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
     assert call(monkeypatch, "run", str(file), "--runtime", runtime) in (1, 2)
     assert "/no/such/folder does not exist" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_a_deployment_sends_int8_unless_it_is_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from server import deployment
+
+    taken: list[tuple[str, str]] = []
+
+    def submit(settings: Settings, *_: Any) -> None:
+        taken.append((settings.codec_up, settings.codec_down))
+        raise RunError("enough")
+
+    monkeypatch.setattr(deployment, "submit", submit)
+    (tmp_path / "plain.toml").write_text("rounds = 1\n")
+    (tmp_path / "says.toml").write_text('codec-down = "fp16"\n')
+    for file, more in (("plain", []), ("says", []), ("says", ["-c", "codec-up=fp32"])):
+        where = [str(tmp_path / f"{file}.toml"), "-c", f"run-dir={tmp_path / 'run'}"]
+        assert call(monkeypatch, "run", *where, "--runtime", "deployment", *more) == 1
+    assert taken == [("int8", "int8"), ("int8", "fp16"), ("fp32", "fp16")]
+    assert cli.read_config(tmp_path / "plain.toml", []).codec_up == "fp32"
 
 
 @pytest.mark.parametrize("command", ["tasks", "merges", "settings", "--help"])

@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 def checkout(tmp_path: Path) -> Path:
     """An empty folder with the compose file and a line of its own in .env."""
     shutil.copy(ROOT / "docker-compose.yml", tmp_path)
-    (tmp_path / ".env").write_text("ATM_FL_PARTY_MEMORY=8g\nATM_FL_PORT=1\n")
+    (tmp_path / ".env").write_text("ATM_FL_PARTY_MEMORY=8g\nATM_FL_BIND=1\n")
     return tmp_path
 
 
@@ -185,6 +185,16 @@ def test_the_compose_files_give_each_role_no_more_than_it_needs(checkout: Path) 
     assert found["superlink"]["volumes"][0] == "./federation/superlink:/etc/atm-fl:ro"
     assert "--enable-supernode-auth" in found["superlink"]["command"]
     assert yaml.safe_load((checkout / "docker-compose.yml").read_text())["networks"]["federation"] == {"internal": True}
+
+
+def test_a_later_call_leaves_the_port_as_parties_elsewhere_know_it(checkout: Path) -> None:
+    lay_out(checkout, "mnist", host="fl.example.org", port=18443)
+    lay_out(checkout)  # as after a party was removed
+    assert environment(checkout)["ATM_FL_PORT"] == "18443"
+    [folder] = lay_out(checkout, "digits", host="fl.example.org")
+    assert "--superlink=fl.example.org:18443" in (folder / "docker-compose.yml").read_text()
+    lay_out(checkout, port=443)
+    assert environment(checkout)["ATM_FL_PORT"] == "443"
 
 
 def test_a_party_elsewhere_gets_a_folder_that_is_enough(checkout: Path) -> None:
@@ -376,6 +386,50 @@ def test_the_control_api_answers_its_own_machine_alone() -> None:
         assert status(path, "127.0.0.1") == status(path, "::1") == 200
     for path in ("/health", "/v1/fleet/pull-messages"):
         assert status(path, "192.0.2.9") == 200
+
+
+def test_bodies_are_handed_over_whole() -> None:
+    from server.superlink import WholeBodies
+
+    seen: list[Any] = []
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        seen.extend([await receive(), await receive()])
+
+    def hand_over(*coming: dict[str, Any]) -> list[Any]:
+        messages = iter(coming)
+
+        async def receive() -> Any:
+            return next(messages)
+
+        seen.clear()
+        asyncio.run(WholeBodies(inner)({"type": "http"}, receive, None))  # type: ignore[arg-type]
+        return list(seen)
+
+    gone = {"type": "http.disconnect"}
+    pieces = [{"type": "http.request", "body": body, "more_body": body != b"c"} for body in (b"a", b"", b"b", b"c")]
+    assert hand_over(*pieces, gone) == [{"type": "http.request", "body": b"abc", "more_body": False}, gone]
+    assert hand_over({"type": "http.request"}, gone) == [
+        {"type": "http.request", "body": b"", "more_body": False},
+        gone,
+    ]
+    assert hand_over(pieces[0], gone) == []
+
+
+def test_flower_still_reads_what_the_launchers_pace() -> None:
+    """Flower's modules sleep by the `time` that is put in place, and read the variables."""
+    script = """if True:
+    from atm_fl.deployment import pace
+    pace.set_variables()
+    from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as chunk
+    from flwr.supercore.superexec.run_superexec import _get_task_poll_interval
+    from flwr.supernode import start_client_internal as supernode
+    assert chunk == int(pace.VARIABLES["FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE"])
+    assert _get_task_poll_interval() == float(pace.VARIABLES["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"])
+    code = [supernode.start_client_internal, supernode._push_messages]
+    assert all("time" in function.__code__.co_names for function in code)
+    """
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_register_lets_in_whose_keys_are_there_and_no_others(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -497,6 +497,7 @@ def test_a_vector_beyond_the_range_is_said_by_name(four: dict[str, Any]) -> None
         ({"merge": "clipped-mean"}, "merge='clipped-mean': not with secure-aggregation=true"),
         ({"codec-up": "int8"}, "codec-up='int8': not with secure-aggregation=true"),
         ({"alignment": True}, "alignment=true: not with secure-aggregation=true"),
+        ({"fraction": 0.5}, "fraction=0.5: not with secure-aggregation=true"),
         ({"participation": "red=2-"}, "participation='red=2-': not with secure-aggregation=true"),
         ({"secure-threshold": 2}, "secure-threshold=2: it must be more than half of the 4 tasks"),
         ({"secure-threshold": 5}, "secure-threshold=5: it must be more than half of the 4 tasks and at most all"),

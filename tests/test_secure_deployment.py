@@ -112,7 +112,7 @@ def test_a_party_killed_within_a_round_is_out_of_an_otherwise_right_sum(
         nodes[name] = start(name, "clients.supernode", *node)
 
     config = {"tasks": ",".join(f"./{name}" for name in NAMES), "rounds": 1, "batch-size": 8, "device": "cpu"}
-    config |= {"secure-aggregation": True, "on-failure": "skip", "min-successful": 3, "node-timeout": 900.0}
+    config |= {"secure-aggregation": True, "on-failure": "skip", "min-successful": 3, "node-timeout": 240.0}
     settings = Settings.parse({**config, "run-dir": str(tmp_path / "run")})
     killed: list[str] = []
 

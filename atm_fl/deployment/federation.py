@@ -80,13 +80,14 @@ def read_parties(text: str) -> list[PartyPlan]:
     return list(plans.values())
 
 
-def lay_out(root: Path, parties: str = "", host: str = "", port: int = PORT, renew: bool = False) -> list[Path]:
+def lay_out(root: Path, parties: str = "", host: str = "", port: int = 0, renew: bool = False) -> list[Path]:
     """Make or extend the federation of the checkout `root`; returns the folders of the parties named.
 
     parties: as `read_parties` takes them. host: the name or address by which other machines reach this one; the
     parties are then on other machines, and each folder is to be carried to one. Without it they are services beside
-    the SuperLink. renew: make a new certificate for the SuperLink even if there is one. SettingError before anything
-    is written if something cannot work.
+    the SuperLink. port: the one they reach it by; 0 leaves it as it is, at first 8000. renew: make
+    a new certificate for the SuperLink even if there is one. SettingError before anything is written if something
+    cannot work.
     """
     plans = read_parties(parties) if parties else []
     if host and not _HOST.fullmatch(host):
@@ -95,6 +96,7 @@ def lay_out(root: Path, parties: str = "", host: str = "", port: int = PORT, ren
         raise SettingError(
             f"{root} has no docker-compose.yml; call this in the checkout of atm-fl, or name it with --root"
         )
+    port = port or _known_port(root)
     home = root / "federation"
     (home / "superlink" / "parties").mkdir(parents=True, exist_ok=True)
     home.chmod(0o700)
@@ -180,6 +182,13 @@ def _write_environment(root: Path, port: int) -> None:
     kept = [line for line in lines if line.partition("=")[0] not in ours]
     with atomic_write(file) as part:
         part.write_text("\n".join([*kept, *(f"{key}={value}" for key, value in ours.items())]) + "\n")
+
+
+def _known_port(root: Path) -> int:
+    """The port of an earlier call, the usual one before the first: parties elsewhere know it."""
+    file = root / ".env"
+    found = re.search(r"^ATM_FL_PORT=(\d+)$", file.read_text() if file.exists() else "", re.MULTILINE)
+    return int(found[1]) if found else PORT
 
 
 def _is_here(compose_file: Path) -> bool:
