@@ -478,7 +478,7 @@ def read_config(path: Path, overrides: list[str], defaults: dict[str, Any] | Non
     if not path.is_file():
         raise SettingError(f"{path} is not a file; the configurations are in configs/")
     try:
-        values = (defaults or {}) | tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise SettingError(f"{path} is not valid TOML: {error}") from error
     for item in overrides:
@@ -486,6 +486,10 @@ def read_config(path: Path, overrides: list[str], defaults: dict[str, Any] | Non
         if not separator:
             raise SettingError(f"-c {item!r}: write it as key=value")
         values[key.strip()] = _value(value.strip())
+    elsewhere = dict(defaults or {})
+    if values.get("secure-aggregation"):
+        elsewhere.pop("codec-up", None)  # masked vectors have no codec
+    values = elsewhere | values
     # Flower runs the ServerApp in a directory of its own.
     for key in ("run-dir", "start"):
         if isinstance(values.get(key), str) and values[key] != "pretrained":

@@ -3,12 +3,15 @@
     $ATM_FL_CACHE/runs/<run>/<task>/base.safetensors             the base model it was last sent, where steps are sent
                                     residual-00007.safetensors   what the encoding of round 7's task vector lost
                                     optimizer-00007.safetensors  the optimizer's state after round 7 (keep-optimizer)
+                                    secret.json                  of a round's secure aggregation, until it is over
 
-It all can be deleted at any time: a client without its base asks for it, one without the others starts from zero.
+It all can be deleted at any time: a client without its base asks for it, one without its secret is out of the round,
+and one without the others starts from zero.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -64,6 +67,23 @@ class Kept:
         kept = [path for path in known if _round(path) <= round_number][-KEPT_ROUNDS:]
         for path in set(known) - set(kept):
             path.unlink()
+
+    def save_secret(self, text: str) -> None:
+        """Keep a secret, for its owner's eyes only, instead of the one before."""
+        with atomic_write(self.folder / "secret.json") as part:
+            part.touch(0o600)
+            part.write_text(text)
+
+    def take_secret(self) -> str | None:
+        """The secret, which is gone then: of several processes that want it, one gets it. None if there is none."""
+        taken = self.folder / f"secret.{os.getpid()}"
+        try:
+            os.replace(self.folder / "secret.json", taken)
+        except FileNotFoundError:
+            return None
+        text = taken.read_text()
+        taken.unlink()
+        return text
 
     def _files(self, kind: str) -> list[Path]:
         return sorted(self.folder.glob(f"{kind}-*.safetensors"))

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import time
 from contextlib import closing
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from atm_fl.blocks import gram
-from atm_fl.codecs import size_of
+from atm_fl.codecs import Arrays, size_of
 from atm_fl.party import Party, Update
+from atm_fl.privacy import client_level
+from atm_fl.privacy.ring import WORD, check_words
 from atm_fl.report import write_report
 from atm_fl.runs import Run, told_if_full
 from atm_fl.scaling import scale_layers
@@ -22,20 +26,91 @@ BLOCK = 1 << 20
 """Elements at a time."""
 
 
-class Round:
-    """The server's side of one round, without any transport: take in updates, then merge in the order of the tasks.
+class Apart:
+    """A round's vectors, each by itself, to be merged in the order of the tasks.
 
-    Holds one update at a time: the vectors are spilled to disk and read back block by block, by the merge and for
-    their cosines, whatever the number of clients. Several clients of one task are averaged first, weighted by the
-    images that each says it tuned on, and the task then counts in the merge as any other.
+    Holds one at a time: they are spilled to disk and read back block by block, by the merge and for their cosines,
+    whatever the number of clients. Several clients of one task are averaged first, weighted by the images that each
+    says it tuned on, and the task then counts in the merge as any other.
     """
+
+    def __init__(self, run: Run) -> None:
+        self._settings, self._layout = run.settings, run.layout
+        self._scalings = run.settings.task_scalings
+        self._spill = Spill(run.directory)
+        self._images: dict[str, float] = {}
+
+    def decode(self, arrays: Arrays) -> Tensor:
+        """The vector that arrived. ValueError if it is none."""
+        return self._settings.uplink.decode(arrays, self._layout)
+
+    def add(self, client: str, vector: Tensor, images: float) -> None:
+        """Keep a decoded vector, which may be changed."""
+        vector.mul_(self._scalings.get(self._settings.task_of[client], 1.0))
+        if self._settings.dp_client_clip:
+            client_level.clip(vector, self._settings.dp_client_clip)
+        self._spill.add(client, vector)
+        self._images[client] = images
+
+    def merge(self, round_number: int) -> tuple[Tensor, dict[str, Any]]:
+        """The merged vector, and what is recorded beside it. Once."""
+        settings, spilled = self._settings, self._spill.vectors()
+        begin = time.perf_counter()
+        # Replies come in any order, and the order of a sum decides its last bits.
+        clients: dict[str, list[str]] = {task: [] for task in settings.held_tasks}
+        for client in settings.party_names:
+            clients[settings.task_of[client]] += [client] if client in spilled else []
+        vectors = {
+            task: mean([spilled[name] for name in those], [self._images[name] for name in those])
+            for task, those in clients.items()
+            if those
+        }
+        merged = settings.make_merge(self._layout, round_number).combine(vectors)
+        seconds = time.perf_counter() - begin
+        products = gram(list(vectors.values()))
+        self._spill.close()
+        norms = products.diagonal().sqrt().clamp_min(1e-30)
+        cosines = [[round(value, 6) for value in row] for row in (products / norms.outer(norms)).tolist()]
+        return merged, {"tasks": list(vectors), "cosines": cosines, "seconds_merge": seconds}
+
+
+class Together:
+    """The sum of a round's vectors and nothing else, in the ring of secure aggregation; they may be masked."""
+
+    def __init__(self, run: Run) -> None:
+        self._settings = run.settings
+        self.words = np.zeros(run.layout.size, WORD)
+        """The sum, [n]."""
+        self.tasks: list[str] = []
+        """Whose vectors are in it."""
+
+    def decode(self, arrays: Arrays) -> np.ndarray:
+        """The words that arrived. ValueError if they are none."""
+        if set(arrays) != {"words"}:
+            raise ValueError(f"arrays {sorted(arrays)} where ['words'] was expected")
+        check_words(arrays["words"], len(self.words))
+        return arrays["words"]
+
+    def add(self, task: str, words: np.ndarray, images: float) -> None:
+        """Add what was decoded."""
+        np.add(self.words, words, out=self.words)
+        self.tasks.append(task)
+
+    def merge(self, round_number: int) -> tuple[Tensor, dict[str, Any]]:
+        """The merged vector, and what is recorded beside it."""
+        begin = time.perf_counter()
+        merged = self._settings.ring.decode(self.words, self._settings.sum_factor(len(self.tasks)))
+        tasks = [task for task in self._settings.party_names if task in self.tasks]
+        return merged, {"tasks": tasks, "seconds_merge": time.perf_counter() - begin}
+
+
+class Round:
+    """The server's side of one round, without any transport: take in updates, then merge and move the base."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.number = run.rounds_done + 1
-        self._scalings = run.settings.task_scalings
-        self._spill = Spill(run.directory)
-        self._images: dict[str, float] = {}
+        self.vectors: Any = Together(run) if run.settings.secure_aggregation else Apart(run)
         self._begin = time.perf_counter()
 
     def add(self, task: str, update: Update, bytes_down: int) -> None:
@@ -52,7 +127,7 @@ class Round:
         held, images = self.run.settings.task_of[task], update.tuning.get("images", 0)
         if self.run.settings.held_tasks.count(held) > 1 and not 0 < images < math.inf:
             raise ValueError(f"images {images!r}, not the positive number that weighs it within {held}")
-        vector = self.run.settings.uplink.decode(update.arrays, self.run.layout)
+        vector = self.vectors.decode(update.arrays)
         costs = {"seconds_decode": time.perf_counter() - begin}
         costs |= {"bytes_up": size_of(update.arrays), "bytes_down": bytes_down}
         if update.evaluation:
@@ -61,38 +136,18 @@ class Round:
         budget, spent = self.run.settings.dp_epsilon, update.tuning.get("epsilon", 0.0)
         if budget and spent > budget:
             self.run.record("warning", self.number, text=f"{task}: its ε is {spent:.3f}, over dp-epsilon={budget:g}")
-        self._spill.add(task, vector.mul_(self._scalings.get(held, 1.0)))
-        self._images[task] = images
+        self.vectors.add(task, vector, images)
 
-    def close(self, failures: dict[str, str] | None = None) -> None:
-        """Merge, move the base, write the checkpoint and the round's line."""
-        settings, layout, spilled = self.run.settings, self.run.layout, self._spill.vectors()
-        begin = time.perf_counter()
-        # Replies come in any order, and the order of a sum decides its last bits.
-        clients: dict[str, list[str]] = {task: [] for task in settings.held_tasks}
-        for client in settings.party_names:
-            clients[settings.task_of[client]] += [client] if client in spilled else []
-        vectors = {
-            task: mean([spilled[name] for name in those], [self._images[name] for name in those])
-            for task, those in clients.items()
-            if those
-        }
-        merged = settings.make_merge(layout, self.number).combine(vectors)
-        merged = scale_layers(merged, layout, settings.layer_scalings)
-        seconds_merge = time.perf_counter() - begin
-        products = gram(list(vectors.values()))
-        self._spill.close()
-        norms = products.diagonal().sqrt().clamp_min(1e-30)
-        self.run.record(
-            "merge",
-            self.number,
-            norm=float(merged.norm()),
-            tasks=list(vectors),
-            cosines=[[round(value, 6) for value in row] for row in (products / norms.outer(norms)).tolist()],
-            seconds_merge=seconds_merge,
-            seconds=time.perf_counter() - self._begin,
-            failures=failures or {},
-        )
+    def close(self, failures: dict[str, str] | None = None, costs: dict[str, float] | None = None) -> None:
+        """Merge, move the base, write the checkpoint and the round's line, with `costs` in it."""
+        settings = self.run.settings
+        merged, beside = self.vectors.merge(self.number)
+        if settings.dp_client_noise:
+            factor = settings.sum_factor(len(beside["tasks"]))
+            beside["epsilon"] = client_level.add_noise(merged, factor, settings, self.number)
+        merged = scale_layers(merged, self.run.layout, settings.layer_scalings)
+        beside |= {"seconds": time.perf_counter() - self._begin, "failures": failures or {}, **(costs or {})}
+        self.run.record("merge", self.number, norm=float(merged.norm()), **beside)
         self.run.advance(merged)
 
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from atm_fl.evaluation import accuracy
 from atm_fl.files import atomic_write
 from atm_fl.hub import zero_shot
 from atm_fl.kept import Kept
+from atm_fl.privacy import client_level
 from atm_fl.privacy.budget import Budget
 from atm_fl.privacy.dp_sgd import tune_privately
 from atm_fl.seeds import derive_seed
@@ -183,7 +185,7 @@ class Party:
             **({"loss": tuned.loss} if not self.budget else spent),
             "steps": tuned.steps,
             "images": tuned.images,
-            "norm": float(vector.norm()),
+            **({} if settings.secure_aggregation else {"norm": float(vector.norm())}),
             "seconds_evaluate": evaluated - begin,
             "seconds_tune": time.perf_counter() - evaluated,
         }
@@ -198,6 +200,8 @@ class Party:
     def _encode(self, vector: Tensor, round_number: int, run: str, tuning: dict[str, float]) -> Arrays:
         """The task vector, which may be changed, as it travels. `tuning` is told of residuals that are gone."""
         settings, layout, codec = self.settings, self.model.layout, self.settings.uplink
+        if settings.secure_aggregation:
+            return {"words": self._words(vector, round_number)}
         kept = Kept(run, self.client) if run and codec.feedback else None
         found = self._taken_up(kept, "residual", round_number, tuning) if kept else {}
         if found and len(found["vector"]) == len(vector):
@@ -210,6 +214,19 @@ class Party:
         if kept:
             kept.save("residual", {"vector": vector.sub_(codec.decode(arrays, layout))}, round_number)
         return arrays
+
+    def _words(self, vector: Tensor, round_number: int) -> np.ndarray:
+        """The task vector, which may be changed, as it is added up: scaled and clipped here, where it is seen."""
+        settings, ring = self.settings, self.settings.ring
+        vector.mul_(settings.task_scalings.get(self.task, 1.0))
+        if settings.dp_client_clip:
+            rounding = ring.step / 2 * len(vector) ** 0.5  # the most that it can add to the norm
+            client_level.clip(vector, max(0.0, settings.dp_client_clip - rounding))
+        try:
+            return ring.encode(vector)
+        except ValueError as error:
+            told = f"{self.task}'s task vector of round {round_number} has {error}; try a lower learning-rate"
+            raise RunError(told) from error
 
     def _taken_up(self, kept: Kept, kind: str, round_number: int, tuning: dict[str, float]) -> dict[str, Tensor]:
         """What was kept of the task's last round; empty if there is none, and `tuning` is told if it is lost."""

@@ -254,7 +254,9 @@ def _norms(record: _Record) -> Iterable[str]:
 def _cosines(record: _Record) -> Iterable[str]:
     """Pairwise cosines; only rounds with at least two task vectors have any."""
     merges = record.merges().items()
-    found = {n: (line["tasks"], np.array(line["cosines"], float)) for n, line in merges if len(line["tasks"]) > 1}
+    found = {
+        n: (line["tasks"], np.array(line["cosines"], float)) for n, line in merges if len(line.get("cosines", ())) > 1
+    }
     if not found:
         return
     apart = {n: cosines[~np.eye(len(cosines), dtype=bool)] for n, (_, cosines) in found.items()}

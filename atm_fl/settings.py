@@ -14,6 +14,7 @@ from atm_fl.codecs import Codec, make_codec
 from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.merging import Merge, make_merge
 from atm_fl.participation import check_participation, read_participation
+from atm_fl.privacy.ring import Ring
 from atm_fl.scaling import check_task_scaling, read_factors, read_table
 from atm_fl.seeds import derive_seed
 from atm_fl.server_optimizer import ServerOptimizer
@@ -112,6 +113,17 @@ class Settings:
     dp_delta: float = setting(1e-5, "of dp-sgd: δ")
     dp_clip: float = setting(1.0, "of dp-sgd: the norm C to which a record's gradient is clipped; inf: never")
     dp_policy: str = setting("stop", "when a run's ε would pass dp-epsilon", decides=False, choices=("stop", "warn"))
+    dp_client_clip: float = setting(
+        0.0, "the norm C to which each party's whole task vector is scaled down; 0: never; of mean and task-arithmetic"
+    )
+    dp_client_noise: float = setting(
+        0.0, "noise on the merged vector, as if of σ C on the sum: hides whole parties, see docs/privacy.md"
+    )
+    secure_aggregation: bool = setting(False, "the server learns the sum of the task vectors, and no single one")
+    secure_threshold: int = setting(
+        0, "of secure-aggregation: parties that must be there to unmask a sum; 0: just over half", decides=False
+    )
+    secure_range: float = setting(1.0, "of secure-aggregation: the largest magnitude of an element of a task vector")
     clip_norm: float = setting(10.0, "gradient norm above which a gradient is scaled down; 0: never; not of dp-sgd")
     seed: int = setting(0, "from which every client's and round's random numbers derive")
     threads: int = setting(1, "CPU threads of one client; sums in another order give other bits")
@@ -202,6 +214,21 @@ class Settings:
         return self.privacy == "dp-sgd"
 
     @property
+    def threshold(self) -> int:
+        """`secure-threshold`, or just over half of the parties."""
+        return self.secure_threshold or len(self.task_names) // 2 + 1
+
+    @property
+    def ring(self) -> Ring:
+        """What task vectors are added up in under secure aggregation."""
+        return Ring(self.secure_range, len(self.task_names))
+
+    @property
+    def travels(self) -> str:
+        """How task vectors travel: `codec-up`, or "ring" under secure aggregation."""
+        return "ring" if self.secure_aggregation else self.codec_up
+
+    @property
     def turns(self) -> int:
         """Rounds that one epoch is spread over: m for local-epochs = 1/m."""
         return max(1, round(1 / self.local_epochs))
@@ -237,6 +264,11 @@ class Settings:
         if self.scaling:
             chosen["scaling"] = self.scaling
         return make_merge(self.merge, layout, seed=derive_seed(self.seed, "merge", round_number), **chosen)
+
+    def sum_factor(self, count: int) -> float:
+        """What the merge, which is one of SUMS, multiplies the sum of `count` vectors with."""
+        scaling = self.make_merge(Layout((), ()), 0).scaling
+        return scaling / count if self.merge == "mean" else scaling
 
     @property
     def uplink(self) -> Codec:
@@ -302,6 +334,7 @@ class Settings:
                     f"{kebab(name)}={getattr(self, name)}: not with trainable='lora', which tunes B and A"
                 )
         self._check_privacy()
+        self._check_sums()
         if self.batch_size % self.accumulate:
             raise SettingError(f"accumulate={self.accumulate}: it must divide batch-size={self.batch_size}")
         positive = (
@@ -341,6 +374,7 @@ class Settings:
                 )
         for name in self.task_names:
             tasks.check(name)
+        self._check_secure()
         if self.min_successful > len(self.task_names):
             raise SettingError(
                 f"min-successful={self.min_successful}: there are only {len(self.task_names)} clients in tasks"
@@ -365,6 +399,54 @@ class Settings:
             if self.private and getattr(self, name) != wrong:
                 raise SettingError(f"{name}={getattr(self, name)!r}: not with privacy='dp-sgd'")
 
+    def _check_sums(self) -> None:
+        """What goes with a bound on whole parties: a plain sum of all of them in every round."""
+        for name in ("dp_client_clip", "dp_client_noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be 0 or more")
+        if self.dp_client_noise and not self.dp_client_clip:
+            raise SettingError(f"dp-client-noise={self.dp_client_noise:g}: it is in units of dp-client-clip; give that")
+        for key, wanted in (
+            ("secure-aggregation=true", self.secure_aggregation),
+            (f"dp-client-clip={self.dp_client_clip:g}", self.dp_client_clip),
+        ):
+            if wanted and self.merge not in SUMS:
+                raise SettingError(
+                    f"merge={self.merge!r}: not with {key}, which bounds what a sum tells; choose {' or '.join(SUMS)}"
+                )
+            if wanted and (self.participation or self.fraction < 1):
+                name, value = (
+                    ("participation", repr(self.participation))
+                    if self.participation
+                    else ("fraction", f"{self.fraction:g}")
+                )
+                raise SettingError(f"{name}={value}: not with {key}, whose sums are over all parties")
+            if wanted and len(set(self.held_tasks)) < len(self.held_tasks):
+                raise SettingError(f"tasks={self.tasks!r}: several clients of one task, not with {key}")
+
+    def _check_secure(self) -> None:
+        count, threshold = len(self.task_names), self.threshold
+        if not self.secure_aggregation:
+            if self.secure_threshold:
+                raise SettingError(f"secure-threshold={self.secure_threshold}: it needs secure-aggregation=true")
+            return
+        if count < 3:
+            raise SettingError("secure-aggregation=true: it needs 3 tasks, for of two each learns the other's vector")
+        if not count / 2 < threshold <= count:
+            raise SettingError(
+                f"secure-threshold={threshold}: it must be more than half of the {count} tasks and at most all of them"
+            )
+        if self.needed < threshold:
+            raise SettingError(
+                f"min-successful={self.min_successful}: secure-threshold={threshold} parties must be there; raise it"
+            )
+        if not 0 < self.secure_range < math.inf:
+            raise SettingError(f"secure-range={self.secure_range}: it must be a positive number")
+        if self.codec_up != "fp32":
+            raise SettingError(f"codec-up={self.codec_up!r}: not with secure-aggregation=true, whose masks need words")
+        if self.alignment:
+            raise SettingError("alignment=true: not with secure-aggregation=true, for it tells of single vectors")
+
     def _fewest(self) -> int:
         """The least number of tasks that take part in a round. SettingError if none does in one."""
         rounds = range(1, self.rounds + 1) if self.participation else (1,)
@@ -373,6 +455,10 @@ class Settings:
         if empty:
             raise SettingError(f"participation={self.participation!r}: no task takes part in round {empty}")
         return min(counts.values())
+
+
+SUMS = ("mean", "task-arithmetic")
+"""The merges that are no more than a sum times a number."""
 
 
 def _whole(number: float) -> bool:

@@ -15,6 +15,7 @@ from atm_fl.errors import SettingError
 from atm_fl.kept import Kept
 from atm_fl.party import Party
 from atm_fl.settings import Settings
+from clients import secure
 from clients.mods import named_errors
 
 app = ClientApp(mods=[named_errors])
@@ -74,6 +75,7 @@ def received_base(message: Message, party: Party) -> Tensor | None:
         raise ValueError("the server's base is not the one that its digest says")
     if message.metadata.message_type == "evaluate":
         kept.drop_base()
+        kept.take_secret()  # of a round that this party dropped out of
     elif party.settings.downlink:
         kept.save_base(base, digest)
     return base
@@ -84,7 +86,7 @@ def reply(
 ) -> Message:
     """A reply with numbers, who sends it, and a task vector's arrays if there are some; or the wish for the base."""
     base = message.content.config_records["info"].get("base", "")
-    info = {"task": party.task, "codec": party.settings.codec_up, "layout": party.model.layout.digest, "base": base}
+    info = {"task": party.task, "codec": party.settings.travels, "layout": party.model.layout.digest, "base": base}
     content = RecordDict(
         {
             "metrics": MetricRecord(metrics),  # type: ignore[arg-type]
@@ -103,6 +105,34 @@ def roll_call(message: Message, context: Context) -> Message:
     return reply(message, party, {"images": len(party.data.train.labels)})
 
 
+@app.query("keys")
+def secure_keys(message: Message, context: Context) -> Message:
+    """Secure aggregation: this round's public keys."""
+    party = party_of(context)
+    return secured(message, party, "keys", secure.keys(message, party))
+
+
+@app.query("shares")
+def secure_shares(message: Message, context: Context) -> Message:
+    """Secure aggregation: this party's secrets, shared among the others and sealed."""
+    party = party_of(context)
+    return secured(message, party, "shares", secure.shares(message, party))
+
+
+@app.query("unmask")
+def secure_unmask(message: Message, context: Context) -> Message:
+    """Secure aggregation: what takes the masks off the sum."""
+    party = party_of(context)
+    return secured(message, party, "unmask", secure.reveal(message, party))
+
+
+def secured(message: Message, party: Party, name: str, record: ConfigRecord) -> Message:
+    """A reply with a record of secure aggregation."""
+    answer = reply(message, party, {})
+    answer.content[name] = record
+    return answer
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Evaluate the received base, tune it, and return the task vector."""
@@ -113,6 +143,8 @@ def train(message: Message, context: Context) -> Message:
         return reply(message, party, {}, needs_base=True)
     seconds = time.perf_counter() - begin
     update = party.train(base, int(info["round"]), str(info["run"]))  # type: ignore[arg-type]
+    if party.settings.secure_aggregation and update.arrays:
+        secure.mask(message, party, update.arrays["words"])
     metrics = {f"evaluation.{name}": value for name, value in update.evaluation.items()}
     metrics |= {f"tuning.{name}": value for name, value in update.tuning.items()}
     return reply(message, party, metrics | {"tuning.seconds_receive": seconds}, update.arrays)

@@ -17,6 +17,7 @@ from atm_fl.errors import RunError
 from atm_fl.loop import Round
 from atm_fl.party import Update, evaluated_splits
 from atm_fl.runs import Run
+from server.secure import SecureExchange
 
 WHOLE = codecs.Fp32()
 """The codec of a whole base."""
@@ -35,6 +36,8 @@ class Atm(Strategy):
     So is, once, one whose ClientApp or SuperNode died, if it is back within `node-timeout`: it answers with what it
     would have.
 
+    Under secure aggregation keys and shares are exchanged before, and the sum is unmasked when the vectors are in.
+
     nodes: node id → client (`Settings.party_names`), in the order of the setting `tasks`. One that has nothing to do in
     a round, neither to tune nor to evaluate, is sent nothing.
     """
@@ -52,6 +55,8 @@ class Atm(Strategy):
         """Nodes that did not come back; nobody waits for them again before they answer."""
         self._asked: set[str] = set()
         """Tasks whose clients asked for the whole base in this round."""
+        self._exchange: SecureExchange | None = None
+        """Of this round, under secure aggregation."""
 
     def summary(self) -> None:
         settings = self.run.settings
@@ -76,7 +81,8 @@ class Atm(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        current, failures = Round(self.run), self._unheard()
+        current, failures, exchange = Round(self.run), self._unheard(), self._exchange
+        failures |= exchange.failures if exchange else {}
         takers = self._takers(current.number)
         for task, reply in self._successes(replies, failures):
             try:
@@ -86,7 +92,11 @@ class Atm(Strategy):
             except (KeyError, TypeError, ValueError) as error:
                 failures[task] = f"refused: {error}"
         self._enforce(failures, takers, f"round {current.number}")
-        current.close(failures)
+        if exchange:
+            silent = exchange.unmask(current.vectors.words, current.vectors.tasks)
+            if silent:
+                self._warn(f"round {current.number}: its sum was unmasked without {silent}")
+        current.close(failures, {"seconds_secure": exchange.seconds} if exchange else {})
         return self.arrays(), None
 
     def configure_evaluate(
@@ -113,8 +123,19 @@ class Atm(Strategy):
         before = "" if self.run.delta is None else self._digest
         self._digest, self._sent, self._asked = vectors.digest(self.run.base), (grid, kind, round_number), set()
         self._deadline = time.monotonic() + self.run.settings.round_timeout
-        due = self._due()
+        due, self._exchange = self._due(), None
+        if kind == "train" and self.run.settings.secure_aggregation:
+            due = self._exchanged(grid, round_number)
         return self._messages([node for node, client in self.nodes.items() if client in due], arrays, before)
+
+    def _exchanged(self, grid: Grid, round_number: int) -> list[str]:
+        """Exchange keys and shares; the clients that are still there. RunError if they are too few."""
+        self._exchange = exchange = SecureExchange(self.run, grid, self.nodes, round_number, self._deadline)
+        absent = {task: reason for task, reason in self._unheard().items() if task not in self.nodes.values()}
+        for step in (exchange.advertise, exchange.share):
+            step()
+            self._enough(absent | exchange.failures, self._takers(round_number), f"round {round_number}")
+        return list(exchange.sealed)
 
     def _takers(self, round_number: int) -> list[str]:
         """The clients that take part in a round."""
@@ -132,8 +153,13 @@ class Atm(Strategy):
         settings, (_, kind, round_number) = self.run.settings, self._sent
         info = {"round": round_number, "run": self.run.id, "codec": settings.codec_down if before else WHOLE.name}
         info |= {"layout": self.run.layout.digest, "base": self._digest, "from": before}
-        content = {"arrays": arrays, "info": ConfigRecord(info)}  # type: ignore[arg-type]
-        return [Message(RecordDict(content), node, kind, group_id=str(round_number)) for node in nodes]  # type: ignore[arg-type]
+        messages = []
+        for node in nodes:
+            content = RecordDict({"arrays": arrays, "info": ConfigRecord(info)})  # type: ignore[arg-type]
+            if self._exchange:
+                content["sealed"] = ConfigRecord(dict(self._exchange.sealed[self.nodes[node]]))
+            messages.append(Message(content, node, kind, group_id=str(round_number)))
+        return messages
 
     def _answers(self, replies: Iterable[Message]) -> Iterator[Message]:
         """The replies; clients that ask for the whole base or were lost are sent it when all others' are here."""
@@ -183,7 +209,7 @@ class Atm(Strategy):
 
     def _successes(self, replies: Iterable[Message], failures: dict[str, str]) -> Iterator[tuple[str, Message]]:
         """(task, reply) of the replies that belong; the others' reasons go into `failures`."""
-        codec = self.run.settings.codec_up
+        codec = self.run.settings.travels
         expected = {"codec": codec, "layout": self.run.layout.digest, "base": self._digest, "needs-base": False}
         for reply in self._answers(replies):
             task = self.nodes[reply.metadata.src_node_id]
@@ -203,22 +229,30 @@ class Atm(Strategy):
                 yield task, reply
 
     def _enforce(self, failures: dict[str, str], counted: list[str], when: str) -> None:
-        """RunError, naming clients and reasons, if the failures are more than the policy allows.
+        """RunError, naming clients and reasons, if the failures are more than the policy allows; a warning if not.
 
         counted: the clients of which `min-successful` must succeed.
         """
-        if not failures:
-            return
+        self._enough(failures, counted, when)
+        if failures:
+            self._warn(f"{when} goes on without {_told(failures)}")
+
+    def _enough(self, failures: dict[str, str], counted: list[str], when: str) -> None:
         needed, every = self.run.settings.needed, len(self.run.settings.party_names)
-        told = "; ".join(f"{client}: {reason}" for client, reason in failures.items())
-        if needed == every:  # whoever fails, be it in an evaluation only
+        if failures and needed == every:  # whoever fails, be it in an evaluation only
             counted = self._due()
         succeeded = len(counted) - len(failures.keys() & counted)
         if succeeded < min(needed, len(counted)):
             of = f"{succeeded} of {len(counted)} clients succeeded, {min(needed, len(counted))} needed"
-            raise RunError(f"{when}: {of}. {told}")
-        log(WARNING, "%s goes on without %s", when, told)
-        self.run.record("warning", self.run.rounds_done, text=f"{when} goes on without {told}")
+            raise RunError(f"{when}: {of}. {_told(failures)}")
+
+    def _warn(self, text: str) -> None:
+        log(WARNING, "%s", text)
+        self.run.record("warning", self.run.rounds_done, text=text)
+
+
+def _told(failures: dict[str, str]) -> str:
+    return "; ".join(f"{client}: {reason}" for client, reason in failures.items())
 
 
 def _record(arrays: codecs.Arrays) -> ArrayRecord:

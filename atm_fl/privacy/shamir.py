@@ -1,0 +1,51 @@
+"""Shamir's secret sharing (Shamir 1979, "How to share a secret"): any t of n shares give the secret, fewer say nothing.
+
+The secret is f(0) of a polynomial f of degree t − 1 over the integers modulo the prime 2⁵²¹ − 1, whose other
+coefficients are drawn uniformly; the share of holder x is f(x).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping
+
+PRIME = 2**521 - 1
+SECRET_BYTES = 32
+SHARE_BYTES = 66
+
+
+def split(secret: bytes, holders: Iterable[int], threshold: int) -> dict[int, bytes]:
+    """A share of `secret` (32 bytes) for each of `holders` (numbers from 1); any `threshold` of them join.
+
+    ValueError if that cannot be.
+    """
+    wanted = set(holders)
+    if len(secret) != SECRET_BYTES or not 1 <= threshold <= len(wanted) or min(wanted) < 1:
+        raise ValueError(f"{len(secret)} bytes cannot be split among {sorted(wanted)} with threshold {threshold}")
+    coefficients = [int.from_bytes(secret, "big"), *(secrets.randbelow(PRIME) for _ in range(threshold - 1))]
+    return {holder: _value(coefficients, holder).to_bytes(SHARE_BYTES, "big") for holder in wanted}
+
+
+def _value(coefficients: list[int], x: int) -> int:
+    total = 0
+    for coefficient in reversed(coefficients):
+        total = (total * x + coefficient) % PRIME
+    return total
+
+
+def join(shares: Mapping[int, bytes]) -> bytes:
+    """The secret that `shares` (holder → share, as many as the threshold or more) are of: Lagrange's f(0).
+
+    ValueError if they are no shares of one secret, as far as that shows.
+    """
+    total = 0
+    for x, share in shares.items():
+        above, below = 1, 1
+        for other in shares:
+            if other != x:
+                above, below = above * other % PRIME, below * (other - x) % PRIME
+        total += int.from_bytes(share, "big") * above * pow(below, -1, PRIME)
+    total %= PRIME
+    if total >= 256**SECRET_BYTES:
+        raise ValueError("shares that do not fit together")
+    return total.to_bytes(SECRET_BYTES, "big")

@@ -1,0 +1,527 @@
+"""Secure aggregation: the right sum to the last bit, whoever drops out and when, and no single vector at the server."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_folder
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from scipy.stats import chisquare
+from test_runs import final, in_process, same, tampered
+
+from atm_fl import party as party_module
+from atm_fl.errors import RunError, SettingError
+from atm_fl.kept import Kept
+from atm_fl.loop import run_loop
+from atm_fl.privacy import secure_aggregation, shamir
+from atm_fl.privacy.ring import WORD, Ring
+from atm_fl.privacy.secure_aggregation import Member, add_mask, unmask
+from atm_fl.runs import Run, read_metrics
+from atm_fl.settings import Settings
+from clients.app import app as client_app
+
+PARTIES = ("a", "b", "c", "d", "e")
+SESSION = "round 1 of run x"
+
+
+# ------------------------------------------------------------------------------------------------------ shares and ring
+
+
+@given(st.binary(min_size=32, max_size=32), st.integers(2, 7), st.data())
+@hypothesis_settings(max_examples=40, deadline=None)
+def test_any_threshold_of_the_shares_join_and_fewer_do_not(secret: bytes, count: int, data: st.DataObject) -> None:
+    threshold = data.draw(st.integers(2, count))
+    shares = shamir.split(secret, range(1, count + 1), threshold)
+    for chosen in combinations(shares, threshold):
+        assert shamir.join({holder: shares[holder] for holder in chosen}) == secret
+    fewer = {holder: shares[holder] for holder in list(shares)[: threshold - 1]}
+    with pytest.raises(ValueError, match="do not fit together"):  # 2⁻²⁶⁵ of all wrong joins look like a secret
+        shamir.join(fewer)
+    wrong = shares | {1: shamir.split(secret, (1, 2), 2)[1]}
+    with pytest.raises(ValueError, match="do not fit together"):
+        shamir.join(wrong)
+
+
+def test_a_line_through_two_shares_by_hand() -> None:
+    """f(x) = s + a x: f(1) and f(3) give s = (3 f(1) − f(3)) / 2."""
+    secret = (123456789).to_bytes(32, "big")
+    shares = {x: int.from_bytes(share, "big") for x, share in shamir.split(secret, (1, 3), 2).items()}
+    assert (3 * shares[1] - shares[3]) * pow(2, -1, shamir.PRIME) % shamir.PRIME == 123456789
+
+
+def test_fewer_shares_are_uniform_whatever_the_secret() -> None:
+    """Two shares of three needed: their leading bytes over many splits, of a secret that is all zeros."""
+    leading = [shamir.split(bytes(32), (1, 2, 3), 3)[2][2] for _ in range(4096)]
+    assert chisquare(np.bincount(leading, minlength=256)).pvalue > 1e-4
+
+
+@given(st.integers(1, 9), st.floats(1e-3, 1e3), st.integers(0, 2**32))
+@hypothesis_settings(max_examples=40, deadline=None)
+def test_the_ring_never_wraps_and_is_off_by_half_a_step(parties: int, reach: float, seed: int) -> None:
+    reach = float(np.float32(reach))
+    ring, random = Ring(reach, parties), torch.Generator().manual_seed(seed)
+    vectors = (torch.rand(parties, 50, generator=random) * 2 - 1) * reach
+    vectors[:, 0], vectors[:, 1] = reach, -reach
+    total = np.zeros(50, WORD)
+    for vector in vectors:
+        total += ring.encode(vector)
+    bound = parties * ring.step / 2 * 1.001 + 1e-7 * reach * parties  # and float32's own rounding of the result
+    assert float((ring.decode(total).double() - vectors.double().sum(0)).abs().max()) <= bound
+
+
+def test_what_the_ring_cannot_hold_is_said() -> None:
+    with pytest.raises(ValueError, match=r"magnitude 1\.5, beyond secure-range=1"):
+        Ring(1.0, 3).encode(torch.tensor([0.5, -1.5]))
+    with pytest.raises(ValueError, match="not finite"):
+        Ring(1.0, 3).encode(torch.tensor([float("nan")]))
+
+
+def test_a_mask_is_chacha20_and_goes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atm_fl.blocks.BLOCK", 64)
+    monkeypatch.setattr(secure_aggregation, "BLOCK", 64)
+    words = np.arange(200, dtype=WORD)
+    add_mask(words, bytes(range(32)))
+    key = bytes(range(32))
+    whole = secure_aggregation.Cipher(secure_aggregation.algorithms.ChaCha20(key, bytes(16)), None).encryptor()
+    stream = np.frombuffer(whole.update(bytes(800)), WORD)
+    assert np.array_equal(words, np.arange(200, dtype=WORD) + stream)
+    add_mask(words, key, -1)
+    assert np.array_equal(words, np.arange(200, dtype=WORD))
+
+
+# --------------------------------------------------------------------------------------------------------- the protocol
+
+
+def protocol(
+    vectors: dict[str, np.ndarray], gone: dict[str, str], threshold: int = 3
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Run one round among `vectors`; gone: phase → names that drop out in it. (The sum, what the server received)."""
+    names = tuple(vectors)
+    members = {name: Member(name, SESSION, names, threshold) for name in names}
+
+    def there(phase: str, among: Any) -> list[str]:
+        return [name for name in among if name not in gone.get(phase, "")]
+
+    def carried(name: str) -> Member:
+        """As over the disk."""
+        members[name] = Member.load(members[name].dump())
+        return members[name]
+
+    keys = {name: members[name].advertise() for name in there("keys", names)}
+    sealed = {name: carried(name).share(keys) for name in there("shares", keys)}
+    received, total = {}, np.zeros_like(next(iter(vectors.values())))
+    for name in there("vectors", sealed):
+        received[name] = vectors[name].copy()
+        carried(name).mask(received[name], {other: sealed[other][name] for other in sealed if other != name})
+        total += received[name]
+    revealed = {name: carried(name).reveal(list(received)) for name in there("unmask", received)}
+    unmask(total, SESSION, names, threshold, {name: keys[name] for name in sealed}, list(received), revealed)
+    return total, received
+
+
+def made_up(size: int = 1000, names: tuple[str, ...] = PARTIES) -> dict[str, np.ndarray]:
+    """Words of vectors as small as task vectors are."""
+    random = torch.Generator().manual_seed(0)
+    return {name: Ring(1.0, len(names)).encode(torch.randn(size, generator=random) * 1e-3) for name in names}
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        {},
+        *[{phase: name} for phase in ("keys", "shares", "vectors", "unmask") for name in "ace"],
+        {"keys": "a", "vectors": "c"},
+        {"shares": "b", "unmask": "e"},
+        {"vectors": "ae"},
+        {"vectors": "d", "unmask": "b"},
+    ],
+)
+def test_the_sum_is_exact_whoever_drops_out_at_whichever_phase(gone: dict[str, str]) -> None:
+    vectors = made_up()
+    out = "".join(names for phase, names in gone.items() if phase != "unmask")
+    total, _ = protocol(vectors, gone)
+    expected = sum((words for name, words in vectors.items() if name not in out), np.zeros(1000, WORD))
+    assert np.array_equal(total, expected)
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        ({"keys": "abc"}, "refused: the server sent keys of 2 parties; 3 are needed"),
+        ({"shares": "abc"}, "refused: the server sent shares of 2 parties; 3 are needed"),
+        ({"vectors": "abc"}, "refused: the server sent vectors of 2 parties; 3 are needed"),
+        ({"unmask": "abc"}, "2 of 5 parties helped to unmask the sum, 3 needed"),
+    ],
+)
+def test_below_the_threshold_nothing_is_unmasked(gone: dict[str, str], words: str) -> None:
+    with pytest.raises(RunError, match=words):
+        protocol(made_up(), gone)
+
+
+def masked_members() -> dict[str, Member]:
+    """Five members that have sent their vectors."""
+    members = {name: Member(name, SESSION, PARTIES, 3) for name in PARTIES}
+    keys = {name: member.advertise() for name, member in members.items()}
+    sealed = {name: member.share(keys) for name, member in members.items()}
+    for name, member in members.items():
+        member.mask(np.zeros(4, WORD), {other: sealed[other][name] for other in PARTIES if other != name})
+    return members
+
+
+def test_a_member_reveals_one_kind_of_share_of_each_peer_and_once() -> None:
+    member = masked_members()["a"]
+    kept = Member.load(member.dump())
+    first = member.reveal(["a", "b", "c"])
+    with pytest.raises(RunError, match="a: .*refused: the server sent a step out of turn"):
+        member.reveal(["a", "b", "c", "d"])
+    both = kept.reveal(["a", "b", "c", "d"])  # what refusing prevents: d's other share
+    assert [name for name in PARTIES if first[name] != both[name]] == ["d"]
+
+
+@pytest.mark.parametrize(
+    ("summed", "words"),
+    [
+        (["a", "b"], "vectors of 2 parties; 3 are needed"),
+        (["a", "a", "a"], "vectors of 1 parties; 3 are needed"),
+        (["b", "c", "d"], "vectors of b, c, d, who are not among a, b, c, d, e with a"),
+        (["a", "b", "x"], "vectors of a, b, x, who are not among"),
+    ],
+)
+def test_a_member_refuses_sets_that_cannot_be(summed: list[str], words: str) -> None:
+    with pytest.raises(RunError, match=words):
+        masked_members()["a"].reveal(summed)
+
+
+def test_two_vectors_never_get_the_same_masks() -> None:
+    member = masked_members()["a"]
+    with pytest.raises(RunError, match="step out of turn"):
+        member.mask(np.zeros(4, WORD), {})
+
+
+def test_swapped_or_missing_keys_and_shares_are_refused() -> None:
+    members = {name: Member(name, SESSION, PARTIES, 3) for name in PARTIES}
+    keys = {name: member.advertise() for name, member in members.items()}
+    with pytest.raises(RunError, match="another key as its own"):
+        Member.load(members["a"].dump()).share(keys | {"a": keys["b"]})
+    with pytest.raises(RunError, match="too short or the same"):
+        Member.load(members["a"].dump()).share(keys | {"c": keys["b"]})
+    sealed = {name: member.share(keys) for name, member in members.items()}
+    to_a = {other: sealed[other]["a"] for other in PARTIES[1:]}
+    members["a"].mask(np.zeros(4, WORD), to_a | {"b": sealed["b"]["c"]})  # b's share for c
+    with pytest.raises(RunError, match="shares that b did not seal"):
+        members["a"].reveal(PARTIES)
+
+
+def test_sealed_shares_are_for_their_holder_alone() -> None:
+    """What the server passes on: neither the shares nor the secrets are in it, and only the holder opens it."""
+    members = {name: Member(name, SESSION, PARTIES, 3) for name in PARTIES}
+    keys = {name: member.advertise() for name, member in members.items()}
+    sealed = {name: member.share(keys) for name, member in members.items()}
+    share = members["b"]._open("a", sealed["a"]["b"])
+    assert len(share) == 2 * shamir.SHARE_BYTES
+    assert share not in sealed["a"]["b"]
+    with pytest.raises(RunError, match="a did not seal"):
+        members["c"]._open("a", sealed["a"]["b"])
+    for name, member in members.items():
+        assert all(secret not in b"".join(sealed[name].values()) for secret in (member.seed, member.mask_key))
+        assert repr(member).count("=") == 5  # no secret gets into a log
+
+
+# ------------------------------------------------------------------------------------------------------- what is leaked
+
+
+def correlations(received: dict[str, np.ndarray], vectors: dict[str, np.ndarray]) -> np.ndarray:
+    """Of each received array, and of each difference of two, with each true vector; words as signed numbers."""
+    arrays = list(received.values())
+    arrays += [one - other for one, other in combinations(arrays, 2)] + [
+        one + other for one, other in combinations(arrays, 2)
+    ]
+    heard = np.stack([array.view(np.int32).astype(float) for array in arrays])
+    true = np.stack([vector.view(np.int32).astype(float) for vector in vectors.values()])
+    return np.abs(np.corrcoef(heard, true)[: len(heard), len(heard) :])
+
+
+def uniform(words: np.ndarray) -> float:
+    """The least p-value of chi-squared tests that each of the four bytes of the words is uniform."""
+    return min(chisquare(np.bincount(column, minlength=256)).pvalue for column in words.view(np.uint8).reshape(-1, 4).T)
+
+
+def test_a_single_vector_cannot_be_recovered_from_what_the_server_received(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = made_up(100_000)
+    _, received = protocol(vectors, {"vectors": "d"})
+    assert correlations(received, vectors).max() < 5.5 / 100_000**0.5  # of 150 normal values of deviation 1/√n
+    assert min(uniform(words) for words in received.values()) > 1e-5
+    monkeypatch.setattr(secure_aggregation, "add_mask", lambda *_: None)  # the same attack without masks
+    _, received = protocol(vectors, {"vectors": "d"})
+    assert correlations(received, vectors).max() > 0.999
+    assert max(uniform(words) for words in received.values()) < 1e-100
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def four(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A run config with four tiny tasks and secure aggregation."""
+    monkeypatch.setenv("ATM_FL_CACHE", str(tmp_path / "cache"))
+    extra = make_folder(tmp_path / "data" / "grey", 3)
+    return config | {"tasks": f"{config['tasks']},{extra}", "secure-aggregation": True}
+
+
+SKIP = {"on-failure": "skip", "min-successful": 3}
+
+
+def merged(run: Run) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(run.directory) if line["kind"] == "merge"]
+
+
+def secrets_left(config: dict[str, Any]) -> list[Path]:
+    return list(Path(config["run-dir"]).parent.glob("cache/runs/**/secret*"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"merge": "task-arithmetic", "task-scaling": "red=0.5", "layer-scaling": "*mlp*=1.5"},
+        {"codec-down": "int8", "server-optimizer": "momentum"},
+        {"trainable": "lora"},
+        {"dp-client-clip": 0.05},
+    ],
+)
+def test_a_secure_run_ends_with_the_bits_of_the_plain_loop(four: dict[str, Any], more: dict[str, Any]) -> None:
+    config = four | more
+    flower = in_process(Settings.parse({**config, "run-dir": four["run-dir"] + "-flower"}))
+    loop = run_loop(Settings.parse({**config, "run-dir": four["run-dir"] + "-loop"}))
+    assert same(final(flower.directory), final(loop.directory))
+    assert secrets_left(four) == []
+    assert [line["tasks"] for line in merged(flower)] == [["red", "green", "blue", "grey"]] * 3
+    for line in read_metrics(flower.directory):
+        assert not {"norm", "alignment"} & line.keys() or line["kind"] == "merge"
+        assert "cosines" not in line
+    assert "Cosines" not in (flower.directory / "report.html").read_text()
+
+
+@pytest.mark.parametrize("merge", ["mean", "task-arithmetic"])
+def test_one_round_differs_from_a_plain_one_by_less_than_the_steps(four: dict[str, Any], merge: str) -> None:
+    config = four | {"rounds": 1, "merge": merge, "secure-range": 0.5}
+    secure = in_process(Settings.parse(config))
+    plain = in_process(Settings.parse({**config, "secure-aggregation": False, "run-dir": four["run-dir"] + "-plain"}))
+    factor = {"mean": 1.0, "task-arithmetic": 0.3 * 4}[merge]
+    ring = secure.settings.ring
+    assert ring.step == 0.5 / ((2**31 - 1) // 4)
+    apart = (secure.base.double() - plain.base.double()).abs()
+    rounding = plain.base.double().abs() * 2**-23 + 1e-9  # of the float32 sums and bases themselves
+    assert bool((apart <= factor * ring.step / 2 + rounding).all())
+    assert not torch.equal(secure.base, plain.base)
+
+
+def test_it_is_the_same_whatever_the_masks(four: dict[str, Any]) -> None:
+    runs = [in_process(Settings.parse({**four, "run-dir": four["run-dir"] + name})) for name in "ab"]
+    assert same(final(runs[0].directory), final(runs[1].directory))
+    assert runs[0].id != runs[1].id  # other sessions, and other keys anyway
+
+
+def dropping(task: str, kind: str, round_number: int = 1) -> ClientApp:
+    """The ClientApp, of which one task's client does its work and then fails to say so, at one phase of one round."""
+
+    def change(message: Message, reply: Message) -> Message:
+        if message.content.config_records["info"]["round"] == round_number:
+            return Message(Error(2, "the line is dead"), reply_to=message)
+        return reply
+
+    return tampered(change, task, kind)
+
+
+@pytest.mark.parametrize("task", ["red", "grey"])
+@pytest.mark.parametrize("kind", ["query.keys", "query.shares", "train", "query.unmask"])
+def test_a_run_survives_a_dropout_at_each_phase(four: dict[str, Any], kind: str, task: str) -> None:
+    run = in_process(Settings.parse(four | SKIP | {"rounds": 2, "keep-checkpoints": 0}), dropping(task, kind))
+    rest = [name for name in ("red", "green", "blue", "grey") if name != task]
+    lines = merged(run)
+    late = kind == "query.unmask"  # its vector was in already
+    assert lines[0]["tasks"] == (["red", "green", "blue", "grey"] if late else rest)
+    assert lines[1]["tasks"] == ["red", "green", "blue", "grey"]
+    assert lines[0]["failures"] == ({} if late else {task: "the line is dead"})
+    warned = [line["text"] for line in read_metrics(run.directory) if line["kind"] == "warning"]
+    verb = "its sum was unmasked" if late else "goes on"
+    assert any(verb in text and f"without {task}: the line is dead" in text for text in warned)
+    assert secrets_left(four) == []
+    # the same as a plain run of which that client fails the same round
+    plain = {**four, **SKIP, "rounds": 1, "secure-aggregation": False, "run-dir": four["run-dir"] + "-plain"}
+    other = in_process(Settings.parse(plain), client_app if late else dropping(task, "train"))
+    after = load_file(str(run.directory / "checkpoint" / "round-00001.safetensors"))
+    for name, expected in final(other.directory).items():
+        torch.testing.assert_close(after[name], expected, rtol=2**-22, atol=run.settings.ring.step)
+
+
+def test_a_round_that_failed_is_done_again_with_fresh_keys(four: dict[str, Any]) -> None:
+    with pytest.raises(RunError, match="round 2: 3 of 4 clients succeeded"):
+        in_process(Settings.parse(four), dropping("blue", "train", round_number=2))
+    resumed = in_process(Settings.parse(four | {"resume": True}))
+    unbroken = in_process(Settings.parse(four | {"run-dir": four["run-dir"] + "-unbroken"}))
+    assert same(final(resumed.directory), final(unbroken.directory))
+
+
+@pytest.mark.parametrize("kind", ["query.keys", "query.shares", "train"])
+def test_below_the_policy_a_round_fails_in_one_line(four: dict[str, Any], kind: str) -> None:
+    with pytest.raises(RunError) as error:
+        in_process(Settings.parse(four), dropping("blue", kind))
+    assert str(error.value) == "round 1: 3 of 4 clients succeeded, 4 needed. blue: the line is dead"
+
+
+def test_too_few_to_unmask_fail_the_round_in_one_line(four: dict[str, Any]) -> None:
+    class Dead(ClientApp):
+        def __call__(self, message: Message, context: Context) -> Message:
+            silent = context.node_config["partition-id"] < 2 and message.metadata.message_type == "query.unmask"
+            return Message(Error(2, "dead"), reply_to=message) if silent else client_app(message, context)
+
+    with pytest.raises(RunError, match="secure aggregation of round 1 of run .*: 2 of 4 parties helped .*, 3 needed"):
+        in_process(Settings.parse(four), Dead())
+
+
+def test_a_client_whose_reply_is_refused_is_out_of_the_sum(four: dict[str, Any]) -> None:
+    def change(message: Message, reply: Message) -> Message:
+        reply.content.config_records["info"]["base"] = "0"
+        return reply
+
+    run = in_process(Settings.parse(four | SKIP), tampered(change, "green"))
+    assert [line["tasks"] for line in merged(run)] == [["red", "blue", "grey"]] * 3
+
+
+class Listening(ClientApp):
+    """The ClientApp, of which everything is written down that reaches the server: its log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words: dict[str, np.ndarray] = {}
+        self.bytes: list[bytes] = []
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        for record in reply.content.config_records.values():
+            self.bytes += [value for value in record.values() if isinstance(value, bytes)]
+        if "arrays" in reply.content.array_records:
+            task = str(reply.content.config_records["info"]["task"])
+            self.words[task] = reply.content.array_records["arrays"]["words"].numpy().copy()
+        return reply
+
+
+def test_no_single_vector_of_a_run_is_in_what_the_server_received(
+    four: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true: dict[str, np.ndarray] = {}
+    words = party_module.Party._words
+    monkeypatch.setattr(
+        party_module.Party,
+        "_words",
+        lambda self, *rest: true.setdefault(self.task, (found := words(self, *rest)).copy()) is None or found,
+    )
+    settings, log = Settings.parse(four | {"rounds": 1, "model": "vit_micro"}), Listening()
+    in_process(settings, log)
+    assert len(log.words) == len(true) == 4
+    size = len(true["red"])
+    assert size > 100_000
+    assert correlations(log.words, true).max() < 5.5 / size**0.5
+    assert min(uniform(found) for found in log.words.values()) > 1e-5
+    assert sum(log.words.values(), np.zeros(size, WORD)).tolist() != sum(true.values(), np.zeros(size, WORD)).tolist()
+    # 4 keys, 4 · 3 sealed shares and 4 · 4 opened ones are all the rest
+    assert sorted({len(found) for found in log.bytes}) == [64, 66, 12 + 2 * 66 + 16]
+    assert [sum(len(found) == size for found in log.bytes) for size in (64, 66, 160)] == [4, 16, 12]
+
+    monkeypatch.setattr(secure_aggregation, "add_mask", lambda *_: None)
+    bare = Listening()
+    in_process(Settings.parse({**settings.as_config(), "run-dir": four["run-dir"] + "-bare"}), bare)
+    assert correlations(bare.words, true).max() > 0.999
+
+
+def test_secrets_are_the_partys_own_and_asked_for_twice_they_are_gone(four: dict[str, Any]) -> None:
+    """Between the phases they lie on the party's disk, not in the Context; a second unmasking is refused."""
+    modes, contexts, refused = set(), [], []
+
+    class Curious(ClientApp):
+        def __call__(self, message: Message, context: Context) -> Message:
+            reply = client_app(message, context)
+            info = message.content.config_records["info"]
+            if message.metadata.message_type in ("query.keys", "query.shares", "train"):
+                task = str(reply.content.config_records["info"]["task"])
+                modes.add((Kept(str(info["run"]), task).folder / "secret.json").stat().st_mode & 0o777)
+            if message.metadata.message_type == "query.unmask":
+                message.content.config_records["summed"]["tasks"] = ["red", "green", "blue"]
+                refused.append(client_app(message, context).error.reason)
+            contexts.append(len(context.state))
+            return reply
+
+    in_process(Settings.parse(four | {"rounds": 1}), Curious())
+    assert modes == {0o600}
+    assert set(contexts) == {0}
+    assert len(refused) == 4
+    assert all("no secrets here, or they were used already" in reason for reason in refused)
+    assert secrets_left(four) == []
+
+
+def test_a_client_sends_no_vector_unmasked(four: dict[str, Any]) -> None:
+    """A server that leaves the shares out of its message gets an error."""
+
+    class Bare(ClientApp):
+        def __call__(self, message: Message, context: Context) -> Message:
+            message.content.pop("sealed", None)
+            return client_app(message, context)
+
+    with pytest.raises(RunError, match="round 1: 0 of 4 clients succeeded, 4 needed. red: .*sealed"):
+        in_process(Settings.parse(four), Bare())
+
+
+def test_a_vector_beyond_the_range_is_said_by_name(four: dict[str, Any]) -> None:
+    with pytest.raises(
+        RunError, match=r"red's task vector of round 1 has an element of magnitude .* secure-range=1e-07"
+    ):
+        in_process(Settings.parse(four | {"secure-range": 1e-7}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"merge": "ties"}, "merge='ties': not with secure-aggregation=true.*choose mean or task-arithmetic"),
+        ({"merge": "median"}, "merge='median': not with secure-aggregation=true"),
+        ({"merge": "clipped-mean"}, "merge='clipped-mean': not with secure-aggregation=true"),
+        ({"codec-up": "int8"}, "codec-up='int8': not with secure-aggregation=true"),
+        ({"alignment": True}, "alignment=true: not with secure-aggregation=true"),
+        ({"fraction": 0.5}, "fraction=0.5: not with secure-aggregation=true"),
+        ({"participation": "red=2-"}, "participation='red=2-': not with secure-aggregation=true"),
+        ({"secure-threshold": 2}, "secure-threshold=2: it must be more than half of the 4 tasks"),
+        ({"secure-threshold": 5}, "secure-threshold=5: it must be more than half of the 4 tasks and at most all"),
+        ({"on-failure": "skip", "min-successful": 2}, "min-successful=2: secure-threshold=3 parties must be there"),
+        ({"secure-range": 0.0}, "secure-range=0.0: it must be a positive number"),
+        ({"secure-aggregation": False, "secure-threshold": 3}, "secure-threshold=3: it needs secure-aggregation=true"),
+    ],
+)
+def test_settings_that_do_not_go_with_it_are_said(four: dict[str, Any], wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        Settings.parse(four | wrong)
+
+
+def test_it_needs_three_parties(config: dict[str, Any], folders: list[str]) -> None:
+    with pytest.raises(SettingError, match="it needs 3 tasks"):
+        Settings.parse(config | {"tasks": ",".join(folders[:2]), "secure-aggregation": True})
+
+
+@pytest.mark.slow
+def test_ray_simulation_ends_with_the_same_bits(tmp_path: Path) -> None:
+    from server.simulation import simulate
+
+    config = {"tasks": "digits,mnist,icons", "rounds": 2, "local-epochs": 1, "secure-aggregation": True}
+    plain, ray = (Settings.parse({**config, "run-dir": str(tmp_path / name)}) for name in ("plain", "ray"))
+    run_loop(plain)
+    simulate(ray, Path(__file__).parents[1])
+    assert same(final(plain.run_dir), final(ray.run_dir))
