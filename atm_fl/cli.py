@@ -465,6 +465,33 @@ def register(
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
+attack = typer.Typer(no_args_is_help=True, help="Measure what a setting protects by attacking it: docs/privacy.md.")
+app.add_typer(attack, name="attack")
+
+Config = Annotated[Path, typer.Argument(help="the attacked run: a TOML file of settings, as in configs/")]
+Override = Annotated[list[str] | None, typer.Option("-c", help="key=value over the file's, as often as needed")]
+
+
+@attack.command()
+def membership(
+    config: Config,
+    folder: Annotated[Path, typer.Option(help="where models' answers, table and curves are kept; it resumes there")],
+    override: Override = None,
+    task: Annotated[str, typer.Option(help="the attacked party's, an embedded one")] = "mnist",
+    members: Annotated[int, typer.Option(min=50, help="images it tunes on; as many are asked of that it does not")] = 1000,
+    count: Annotated[int, typer.Option("--models", help="runs to follow, each attacked with the rest")] = 16,
+) -> None:
+    """Was this image among those a party tuned on? Loss threshold, LiRA and RMIA on every round's models."""
+    from atm_fl.attacks import membership as attacks
+
+    found = attacks.study(read_config(config, override or []), task, folder, members, count, _say)
+    console.print(attacks.write(found, folder), soft_wrap=True, highlight=False, markup=False)
+
+
+def _say(line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
 def read_config(path: Path, overrides: list[str]) -> Any:
     """Settings from a TOML file and `key=value` overrides; relative directories become absolute."""
     from atm_fl.settings import Settings

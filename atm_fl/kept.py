@@ -1,6 +1,6 @@
 """What a client keeps on its disk during a run, for a process may serve one message and end.
 
-    $ATM_FL_CACHE/runs/<run>/<task>/base.safetensors             the base model it was last sent, where steps are sent
+    $ATM_FL_CACHE/runs/<run>/<task>/base.safetensors             the base it was last sent, for steps and `max-update-norm`
                                     residual-00007.safetensors   what the encoding of round 7's task vector lost
 
 It all can be deleted at any time: a client without its base asks for it, and one without its residual starts from zero.
@@ -34,11 +34,17 @@ class Kept:
     def base(self, digest: str) -> Tensor | None:
         """The base model, float32 [n], if it was saved under `digest`; whether it still is that one is not checked."""
         found = _load(self.folder / "base.safetensors")
-        return found[1] if found and found[0] == digest else None
+        return found[1] if found and found[0]["digest"] == digest else None
 
-    def save_base(self, base: Tensor, digest: str) -> None:
+    def held(self) -> tuple[int, Tensor] | None:
+        """(rounds done, base model) as it was saved last; None if there is none or it is damaged."""
+        found = _load(self.folder / "base.safetensors")
+        whole = found and vectors.digest(found[1]) == found[0]["digest"]
+        return (int(found[0].get("rounds", 0)), found[1]) if found and whole else None
+
+    def save_base(self, base: Tensor, digest: str, rounds_done: int = 0) -> None:
         """Keep a base model, float32 [n], instead of the one before."""
-        _save(self.folder / "base.safetensors", base, digest)
+        _save(self.folder / "base.safetensors", base, {"digest": digest, "rounds": str(rounds_done)})
 
     def drop_base(self) -> None:
         """Delete the base model: a finished run needs it no more, and one that is resumed sends it again."""
@@ -48,11 +54,11 @@ class Kept:
         """The residual, float32 [n], of the last round before `round_number`; None if there is none or it's damaged."""
         before = [path for path in self._residuals() if _round(path) < round_number]
         found = _load(before[-1]) if before else None
-        return found[1] if found and vectors.digest(found[1]) == found[0] else None
+        return found[1] if found and vectors.digest(found[1]) == found[0]["digest"] else None
 
     def save_residual(self, residual: Tensor, round_number: int) -> None:
         """Keep a round's residual, float32 [n]; all but the last few go, and those that a resumed run left behind."""
-        _save(self.folder / f"residual-{round_number:05d}.safetensors", residual, vectors.digest(residual))
+        _save(self.folder / f"residual-{round_number:05d}.safetensors", residual, {"digest": vectors.digest(residual)})
         known = self._residuals()
         kept = [path for path in known if _round(path) <= round_number][-KEPT_RESIDUALS:]
         for path in set(known) - set(kept):
@@ -66,16 +72,16 @@ def _round(path: Path) -> int:
     return int(path.stem.removeprefix("residual-"))
 
 
-def _save(path: Path, vector: Tensor, digest: str) -> None:
+def _save(path: Path, vector: Tensor, about: dict[str, str]) -> None:
     with atomic_write(path) as part:
-        save_file({"vector": vector}, str(part), {"digest": digest})
+        save_file({"vector": vector}, str(part), about)
 
 
-def _load(path: Path) -> tuple[str, Tensor] | None:
-    """(digest, vector) of a file; None if it is missing or damaged."""
+def _load(path: Path) -> tuple[dict[str, str], Tensor] | None:
+    """(what is said about it, vector) of a file; None if it is missing or damaged."""
     try:
         with safe_open(str(path), "pt") as file:
-            vector, digest = file.get_tensor("vector"), (file.metadata() or {}).get("digest", "")
+            vector, about = file.get_tensor("vector"), {"digest": "", **(file.metadata() or {})}
     except (SafetensorError, OSError):
         return None
-    return (digest, vector) if vector.dtype == torch.float32 and vector.dim() == 1 else None
+    return (about, vector) if vector.dtype == torch.float32 and vector.dim() == 1 else None
