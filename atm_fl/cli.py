@@ -488,6 +488,26 @@ def membership(
     console.print(attacks.write(found, folder), soft_wrap=True, highlight=False, markup=False)
 
 
+@attack.command()
+def audit(
+    config: Config,
+    override: Override = None,
+    task: Annotated[str, typer.Option(help="whose records the canaries are among")] = "mnist",
+    canaries: Annotated[int, typer.Option(help="images with a wrong label, each put in by a coin")] = 500,
+    guesses: Annotated[int, typer.Option(help="coins that the auditor guesses")] = 100,
+) -> None:
+    """Is the claimed ε of DP-SGD true? A lower bound by canaries, as it runs and with its noise secretly off."""
+    from atm_fl.attacks.audit import CONFIDENCE, audit
+
+    settings = read_config(config, override or [])
+    for silent in (False, True):
+        found = audit(settings, task, canaries, guesses, silent)
+        _say(
+            f"noise {'off' if silent else 'on'}: claimed ε {found.claimed:.3f}, true ε at least {found.bound:.3f} "
+            f"({CONFIDENCE:.0%}; {found.correct} of {found.guesses} guesses right, {canaries} canaries)"
+        )
+
+
 def _say(line: str) -> None:
     console.print(line, soft_wrap=True, highlight=False, markup=False)
 

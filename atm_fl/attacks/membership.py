@@ -261,19 +261,17 @@ def study(
     asked = question(settings, task, members)
     with atomic_write(config) as part:
         part.write_text(json.dumps(about, indent=2) + "\n")
-    parties = [name for name in settings.party_names if name != task]
+    parties = [name for name in settings.task_names if name != task]
     run = f"{derive_seed(str(folder.resolve()), about):016x}"
 
     def others(round_number: int, base: Tensor) -> dict[str, Tensor]:
         path = folder / f"others-{round_number:05d}.safetensors"
         if not path.exists():
-            updates = {name: Party(settings, name).train(base, round_number, run) for name in parties}
-            layout = Party(settings, task).model.layout
-            sent = {
-                name: settings.uplink.decode(update.arrays, layout)
-                for name, update in updates.items()
-                if update.arrays is not None
-            }
+            sent = {}
+            for party in (Party(settings, name) for name in parties):
+                update = party.train(base, round_number, run)
+                if update.arrays is not None:
+                    sent[party.task] = settings.uplink.decode(update.arrays, party.model.layout)
             with atomic_write(path) as part:
                 save_file(sent, str(part))
         return load_file(str(path))
