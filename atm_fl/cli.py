@@ -478,7 +478,9 @@ def membership(
     folder: Annotated[Path, typer.Option(help="where models' answers, table and curves are kept; it resumes there")],
     override: Override = None,
     task: Annotated[str, typer.Option(help="the attacked party's, an embedded one")] = "mnist",
-    members: Annotated[int, typer.Option(min=50, help="images it tunes on; as many are asked of that it does not")] = 1000,
+    members: Annotated[
+        int, typer.Option(min=50, help="images it tunes on; as many are asked of that it does not")
+    ] = 1000,
     count: Annotated[int, typer.Option("--models", help="runs to follow, each attacked with the rest")] = 16,
 ) -> None:
     """Was this image among those a party tuned on? Loss threshold, LiRA and RMIA on every round's models."""
@@ -506,6 +508,25 @@ def audit(
             f"noise {'off' if silent else 'on'}: claimed ε {found.claimed:.3f}, true ε at least {found.bound:.3f} "
             f"({CONFIDENCE:.0%}; {found.correct} of {found.guesses} guesses right, {canaries} canaries)"
         )
+
+
+@attack.command()
+def poison(
+    config: Config,
+    folder: Annotated[Path, typer.Option(help="where the runs go; finished ones are not run again")],
+    override: Override = None,
+    attacks: Annotated[str, typer.Option(help="separated by commas; docs/privacy.md lists them")] = "none,sign-flip",
+    attackers: Annotated[str, typer.Option(help="tasks whose parties attack")] = "mnist,digits",
+    merge: Annotated[list[str] | None, typer.Option(help="a defence, as multi-krum:f=2; as often as needed")] = None,
+) -> None:
+    """What do malicious parties do to honest tasks, and what do robust merges do about it, and to honest tasks?"""
+    from atm_fl.attacks import poisoning
+
+    chosen, named = ([item.strip() for item in text.split(",")] for text in (attacks, attackers))
+    results = poisoning.studies(read_config(config, override or []), chosen, merge or ["mean"], named, folder, _say)
+    text = poisoning.table(results)
+    (folder / "table.md").write_text(text + "\n")
+    _say(text)
 
 
 def _say(line: str) -> None:

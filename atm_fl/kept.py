@@ -1,6 +1,6 @@
 """What a client keeps on its disk during a run, for a process may serve one message and end.
 
-    $ATM_FL_CACHE/runs/<run>/<task>/base.safetensors             the base it was last sent, for steps and `max-update-norm`
+    $ATM_FL_CACHE/runs/<run>/<task>/base.safetensors             the base it was last sent: of steps and max-update-norm
                                     residual-00007.safetensors   what the encoding of round 7's task vector lost
 
 It all can be deleted at any time: a client without its base asks for it, and one without its residual starts from zero.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 
 from atm_fl.blocks import gram
@@ -75,10 +76,13 @@ class Round:
         self.run.advance(merged)
 
 
-def run_loop(settings: Settings) -> Run:
-    """Run the settings to their end in this process and write the report. Returns the finished run."""
+def run_loop(settings: Settings, parties: Sequence[Party] | None = None) -> Run:
+    """Run the settings to their end in this process and write the report. Returns the finished run.
+
+    parties: those of the settings by default; an experiment may hand over others, in whatever order they are to act.
+    """
     with closing(Run(settings)) as run:
-        parties = [Party(settings, name) for name in settings.task_names]
+        parties = parties or [Party(settings, name) for name in settings.task_names]
         while run.rounds_done < settings.rounds:
             current = Round(run)
             for party in parties:

@@ -291,7 +291,7 @@ class Settings:
             )
         if self.max_update_norm and self.start != "pretrained":
             raise SettingError(
-                f"max-update-norm={self.max_update_norm:g}: with start={self.start!r} no party could check the first base"
+                f"max-update-norm={self.max_update_norm:g}: with start={self.start!r} nobody could check the first base"
             )
         self.make_merge(Layout((), ()), 0).check_count(min(self.needed, self._fewest()))
         check_task_scaling(self.task_scalings, self.party_names)

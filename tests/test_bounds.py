@@ -46,13 +46,19 @@ def test_an_honest_run_is_the_same_with_and_without(config: dict[str, Any], down
     assert len(norms) == 3
     assert max(norms) < LIMIT
     with pytest.raises(RunError, match=r"red refuses the server's base of round 1: it is .* pretrained base"):
-        in_process(Settings.parse({**config, "run-dir": config["run-dir"] + "-tight", "max-update-norm": min(norms) / 2}))
+        in_process(
+            Settings.parse({**config, "run-dir": config["run-dir"] + "-tight", "max-update-norm": min(norms) / 2})
+        )
 
 
 @pytest.mark.usefixtures("trapped")
 def test_a_crafted_base_is_refused(config: dict[str, Any]) -> None:
-    in_process(Settings.parse({**config, "run-dir": config["run-dir"] + "-free"}))  # without the setting it goes through
-    with pytest.raises(RunError, match=r"round 2: 0 of 3 clients succeeded.* blue refuses the server's base of round 1"):
+    in_process(
+        Settings.parse({**config, "run-dir": config["run-dir"] + "-free"})
+    )  # without the setting it goes through
+    with pytest.raises(
+        RunError, match=r"round 2: 0 of 3 clients succeeded.* blue refuses the server's base of round 1"
+    ):
         in_process(Settings.parse({**config, "max-update-norm": LIMIT}))
 
 
@@ -101,5 +107,5 @@ def test_a_base_held_is_told_with_its_round_and_not_if_it_is_damaged() -> None:
 
 
 def test_a_start_that_no_party_knows_is_refused(config: dict[str, Any]) -> None:
-    with pytest.raises(SettingError, match="max-update-norm=1: with start='elsewhere'"):
+    with pytest.raises(SettingError, match="max-update-norm=1: with start='elsewhere' nobody"):
         Settings.parse({**config, "max-update-norm": 1, "start": "elsewhere"})

@@ -116,7 +116,9 @@ def noise() -> Iterator[str]:
 
     def build() -> Source:
         random = np.random.default_rng(0)
-        return Source(random.integers(0, 256, (340, 32, 32, 3), dtype=np.uint8), random.integers(0, 3, 340), list("abc"))
+        return Source(
+            random.integers(0, 256, (340, 32, 32, 3), dtype=np.uint8), random.integers(0, 3, 340), list("abc")
+        )
 
     tasks.add(tasks.Embedded("noise", "CC0", "a test", build))
     yield "noise"

@@ -2,8 +2,8 @@
 
 Steinke, Nasr and Jagielski 2023 (arXiv:2305.08846): each of m canaries, images with a wrong label, is put among the
 records or not by a fair coin; the party tunes; the auditor sees the task vector and guesses r of the coins. Under
-(ε, δ)-DP each guess is right with a probability of at most e^ε / (1 + e^ε), but for δ: so many right guesses rule small ε
-out. With all of them right the bound, at 95 %, is still at most 1.05 (r = 10), 3.49 (100) or 5.81 (1000).
+(ε, δ)-DP each guess is right with a probability of at most e^ε / (1 + e^ε), but for δ: so many right guesses rule a
+small ε out. With all of them right the bound, at 95 %, is still at most 1.05 (r = 10), 3.49 (100) or 5.81 (1000).
 
 The auditor knows all but the coins: the base, the settings, the canaries, the other records and the head.
 """
@@ -108,9 +108,9 @@ def audit(settings: Settings, task: str, canaries: int, guesses: int, silent: bo
 def inclusion(vector: Tensor, known: Tensor, canary: Tensor, deviation: float) -> Tensor:
     """How likely each canary is in: the higher the likelier, float64 [m].
 
-    The task vector is taken as −c (known + Σ inᵢ gᵢ + noise) to first order, with `known` [n] the other records' clipped
-    gradients at the base, `canary` [m, n] the canaries', and noise of `deviation` on each element; the result is the
-    posterior mean of in − ½ under a Gaussian prior of variance ¼. c is what fits the expected vector best.
+    The task vector is taken as −c (known + Σ inᵢ gᵢ + noise) to first order, with `known` [n] the sum of the other
+    records' clipped gradients at the base, `canary` [m, n] the canaries', and noise of `deviation` on each element; the
+    result is the posterior mean of in − ½ under a Gaussian prior of variance ¼. c is what fits the expected sum best.
     """
     expected = known + canary.sum(0) / 2
     scale = -(vector @ expected) / (expected @ expected)

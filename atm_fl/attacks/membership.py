@@ -1,7 +1,7 @@
 """Membership inference: was this image among those that a party tuned on?
 
-The attacker is the strongest of its kind: it knows the party's head, the images in question with their labels, and every
-other party's vectors, and it looks at the local model (base + the party's vector, which an honest-but-curious server
+The attacker is the strongest of its kind: it knows the party's head, the images in question with their labels, and all
+other parties' vectors, and it looks at the local model (base + the party's vector, which an honest-but-curious server
 sees) or at the merged one (which every peer sees). It tunes models of its own on random halves of the images in
 question, from the same pretrained base by the same settings, and compares:
 
@@ -85,9 +85,7 @@ def lira(target: Tensor, references: Tensor, members: Tensor, shared: bool = Tru
     return score
 
 
-def rmia(
-    target: Tensor, references: Tensor, members: Tensor, target_population: Tensor, population: Tensor
-) -> Tensor:
+def rmia(target: Tensor, references: Tensor, members: Tensor, target_population: Tensor, population: Tensor) -> Tensor:
     """The part of the population that each image's likelihood ratio exceeds γ times, float64 [n] in 0..1.
 
     target, references, members: as for `lira`; φ of the population's images in the attacked model, [k], and in the
@@ -173,7 +171,9 @@ def question(settings: Settings, task: str, members: int) -> Question:
     if not isinstance(found, tasks.Embedded):
         raise SettingError(f"--task {task}: the attack needs an embedded task, to draw its images from the source")
     arrays = tasks.split_source(found.build(), cap=10**9)
-    pixels, labels = (np.concatenate([arrays[f"{split}_{what}"] for split in tasks.SPLITS]) for what in ("images", "labels"))
+    pixels, labels = (
+        np.concatenate([arrays[f"{split}_{what}"] for split in tasks.SPLITS]) for what in ("images", "labels")
+    )
     everything = Split(torch.from_numpy(pixels), torch.from_numpy(labels))
     random = torch.Generator().manual_seed(derive_seed(settings.seed, "question", task))
     order = torch.randperm(len(everything), generator=random)
@@ -217,9 +217,7 @@ def trajectory(
         if update.arrays is not None:
             vectors[asked.task] = settings.uplink.decode(update.arrays, layout)
             local = base + vectors[asked.task]
-        ordered = {
-            name: vectors[name] * scalings.get(name, 1.0) for name in settings.party_names if name in vectors
-        }
+        ordered = {name: vectors[name] * scalings.get(name, 1.0) for name in settings.party_names if name in vectors}
         merged = scale_layers(
             settings.make_merge(layout, round_number).combine(ordered), layout, settings.layer_scalings
         )
