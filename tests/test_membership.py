@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from atm_fl import tasks
 from atm_fl.attacks import membership
-from atm_fl.attacks.membership import Leak, confidences, curve, lira, measure, rmia
+from atm_fl.attacks.membership import Curve, Leak, confidences, lira, measure, rmia
 from atm_fl.errors import SettingError
 from atm_fl.settings import Settings
 from atm_fl.tasks import Source, Split
@@ -186,6 +186,11 @@ def test_what_cannot_work_is_said(run: dict[str, Any], config: dict[str, Any], t
             membership.study(settings, *arguments)
 
 
-def test_the_curve_starts_and_ends_in_the_corners() -> None:
-    false, true = curve(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([True, False, True]))
-    assert list(zip(false.tolist(), true.tolist(), strict=True)) == [(0, 0), (0, 0.5), (1, 0.5), (1, 1)]
+def test_the_curve_is_scikit_learns() -> None:
+    from sklearn.metrics import roc_curve
+
+    random = np.random.default_rng(0)
+    scores, members, weights = random.integers(0, 40, 500), random.random(500) < 0.4, random.integers(0, 4, 500)
+    theirs = roc_curve(members, scores, sample_weight=weights, drop_intermediate=False)[:2]
+    ours = Curve(torch.from_numpy(scores), torch.from_numpy(members)).rates(weights)
+    np.testing.assert_allclose(ours, theirs)
