@@ -468,6 +468,74 @@ def register(
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
+attack = typer.Typer(no_args_is_help=True, help="Measure what a setting protects by attacking it: docs/privacy.md.")
+app.add_typer(attack, name="attack")
+
+Config = Annotated[Path, typer.Argument(help="the attacked run: a TOML file of settings, as in configs/")]
+Override = Annotated[list[str] | None, typer.Option("-c", help="key=value over the file's, as often as needed")]
+
+
+@attack.command()
+def membership(
+    config: Config,
+    folder: Annotated[Path, typer.Option(help="where models' answers, table and curves are kept; it resumes there")],
+    override: Override = None,
+    task: Annotated[str, typer.Option(help="the attacked party's, an embedded one")] = "mnist",
+    members: Annotated[
+        int, typer.Option(min=50, help="images it tunes on; as many are asked of that it does not")
+    ] = 1000,
+    count: Annotated[int, typer.Option("--models", help="runs to follow, each attacked with the rest")] = 16,
+) -> None:
+    """Was this image among those a party tuned on? Loss threshold, LiRA and RMIA on every round's models."""
+    from atm_fl.attacks import membership as attacks
+
+    found = attacks.study(read_config(config, override or []), task, folder, members, count, _say)
+    console.print(attacks.write(found, folder), soft_wrap=True, highlight=False, markup=False)
+
+
+@attack.command()
+def audit(
+    config: Config,
+    override: Override = None,
+    task: Annotated[str, typer.Option(help="whose records the canaries are among")] = "mnist",
+    canaries: Annotated[int, typer.Option(help="images with a wrong label, each put in by a coin")] = 500,
+    guesses: Annotated[int, typer.Option(help="coins that the auditor guesses")] = 100,
+) -> None:
+    """Is the claimed ε of DP-SGD true? A lower bound by canaries, as it runs and with its noise secretly off."""
+    from atm_fl.attacks.audit import CONFIDENCE, audit
+
+    settings = read_config(config, override or [])
+    for silent in (False, True):
+        found = audit(settings, task, canaries, guesses, silent)
+        _say(
+            f"noise {'off' if silent else 'on'}: claimed ε {found.claimed:.3f}, true ε at least {found.bound:.3f} "
+            f"({CONFIDENCE:.0%}; {found.correct} of {found.guesses} guesses right, {canaries} canaries)"
+        )
+
+
+@attack.command()
+def poison(
+    config: Config,
+    folder: Annotated[Path, typer.Option(help="where the runs go; finished ones are not run again")],
+    override: Override = None,
+    attacks: Annotated[str, typer.Option(help="separated by commas; docs/privacy.md lists them")] = "none,sign-flip",
+    attackers: Annotated[str, typer.Option(help="tasks whose parties attack")] = "mnist,digits",
+    merge: Annotated[list[str] | None, typer.Option(help="a defence, as multi-krum:f=2; as often as needed")] = None,
+) -> None:
+    """What do malicious parties do to honest tasks, and what do robust merges do about it, and to honest tasks?"""
+    from atm_fl.attacks import poisoning
+
+    chosen, named = ([item.strip() for item in text.split(",")] for text in (attacks, attackers))
+    results = poisoning.studies(read_config(config, override or []), chosen, merge or ["mean"], named, folder, _say)
+    text = poisoning.table(results)
+    (folder / "table.md").write_text(text + "\n")
+    _say(text)
+
+
+def _say(line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
 def read_config(path: Path, overrides: list[str], defaults: dict[str, Any] | None = None) -> Any:
     """Settings from a TOML file and `key=value` overrides; relative directories become absolute.
 

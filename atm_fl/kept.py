@@ -1,6 +1,6 @@
 """What a client keeps on its disk during a run, for a process may serve one message and end.
 
-    $ATM_FL_CACHE/runs/<run>/<task>/base.safetensors             the base model it was last sent, where steps are sent
+    $ATM_FL_CACHE/runs/<run>/<task>/base.safetensors             the base it was last sent: of steps and max-update-norm
                                     residual-00007.safetensors   what the encoding of round 7's task vector lost
                                     optimizer-00007.safetensors  the optimizer's state after round 7 (keep-optimizer)
                                     secret.json                  of a round's secure aggregation, until it is over
@@ -44,11 +44,17 @@ class Kept:
     def base(self, digest: str) -> Tensor | None:
         """The base model, float32 [n], if it was saved under `digest`; whether it still is that one is not checked."""
         found = _load(self.folder / "base.safetensors")
-        return found[1].get("vector") if found and found[0] == digest else None
+        return found[1].get("vector") if found and found[0]["digest"] == digest else None
 
-    def save_base(self, base: Tensor, digest: str) -> None:
+    def held(self) -> tuple[int, Tensor] | None:
+        """(rounds done, base model) as it was saved last; None if there is none or it is damaged."""
+        found = _load(self.folder / "base.safetensors")
+        whole = found and _digest(found[1]) == found[0]["digest"]
+        return (int(found[0].get("rounds", 0)), found[1]["vector"]) if found and whole else None
+
+    def save_base(self, base: Tensor, digest: str, rounds_done: int = 0) -> None:
         """Keep a base model, float32 [n], instead of the one before."""
-        _save(self.folder / "base.safetensors", {"vector": base}, digest)
+        _save(self.folder / "base.safetensors", {"vector": base}, {"digest": digest, "rounds": str(rounds_done)})
 
     def drop_base(self) -> None:
         """Delete the base model: a finished run needs it no more, and one that is resumed sends it again."""
@@ -58,11 +64,11 @@ class Kept:
         """What was saved as `kind` in the last round before `round_number`; None if there is none or it is damaged."""
         before = [path for path in self._files(kind) if _round(path) < round_number]
         found = _load(before[-1]) if before else None
-        return found[1] if found and _digest(found[1]) == found[0] else None
+        return found[1] if found and _digest(found[1]) == found[0]["digest"] else None
 
     def save(self, kind: str, tensors: dict[str, Tensor], round_number: int) -> None:
         """Keep a round's "residual" or "optimizer", float32; all but the last few go, and what a resumed run left."""
-        _save(self.folder / f"{kind}-{round_number:05d}.safetensors", tensors, _digest(tensors))
+        _save(self.folder / f"{kind}-{round_number:05d}.safetensors", tensors, {"digest": _digest(tensors)})
         known = self._files(kind)
         kept = [path for path in known if _round(path) <= round_number][-KEPT_ROUNDS:]
         for path in set(known) - set(kept):
@@ -97,17 +103,17 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return "-".join(vectors.digest(tensor) for _, tensor in sorted(tensors.items()))
 
 
-def _save(path: Path, tensors: dict[str, Tensor], digest: str) -> None:
+def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
     with atomic_write(path) as part:
-        save_file(tensors, str(part), {"digest": digest})
+        save_file(tensors, str(part), about)
 
 
-def _load(path: Path) -> tuple[str, dict[str, Tensor]] | None:
-    """(digest, tensors) of a file; None if it is missing or damaged."""
+def _load(path: Path) -> tuple[dict[str, str], dict[str, Tensor]] | None:
+    """(what is said about them, tensors) of a file; None if it is missing or damaged."""
     try:
         with safe_open(str(path), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-            digest = (file.metadata() or {}).get("digest", "")
+            about = {"digest": "", **(file.metadata() or {})}
     except (SafetensorError, OSError):
         return None
-    return (digest, tensors) if all(tensor.dtype == torch.float32 for tensor in tensors.values()) else None
+    return (about, tensors) if all(tensor.dtype == torch.float32 for tensor in tensors.values()) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
@@ -163,18 +164,21 @@ def mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
     return result
 
 
-def run_loop(settings: Settings) -> Run:
-    """Run the settings to their end in this process and write the report. Returns the finished run."""
+def run_loop(settings: Settings, parties: Sequence[Party] | None = None) -> Run:
+    """Run the settings to their end in this process and write the report. Returns the finished run.
+
+    parties: those of the settings by default; an experiment may hand over others, in whatever order they are to act.
+    """
     with closing(Run(settings)) as run, told_if_full(run.directory):
-        names = dict(zip(settings.party_names, settings.task_names, strict=True))
-        parties = {client: Party(settings, task, client=client) for client, task in names.items()}
+        named = zip(settings.party_names, settings.task_names, strict=True)
+        parties = parties or [Party(settings, task, client=client) for client, task in named]
         while run.rounds_done < settings.rounds:
             current = Round(run)
-            for client, party in parties.items():
-                current.add(client, party.train(run.base, current.number, run.id), run.bytes_down)
+            for party in parties:
+                current.add(party.client, party.train(run.base, current.number, run.id), run.bytes_down)
             current.close()
-        for client, party in parties.items():
+        for party in parties:
             accuracies = party.evaluate(run.base, ("validation", "test"))
-            run.record("evaluation", run.rounds_done, task=client, **accuracies, bytes_down=run.bytes_down)
+            run.record("evaluation", run.rounds_done, task=party.client, **accuracies, bytes_down=run.bytes_down)
     write_report(run.directory)
     return run

@@ -124,6 +124,11 @@ class Settings:
         0, "of secure-aggregation: parties that must be there to unmask a sum; 0: just over half", decides=False
     )
     secure_range: float = setting(1.0, "of secure-aggregation: the largest magnitude of an element of a task vector")
+    max_update_norm: float = setting(
+        0.0,
+        "L2 norm by which the base may move in a round: a client refuses one that moved further; 0: it may go anywhere",
+        decides=False,
+    )
     clip_norm: float = setting(10.0, "gradient norm above which a gradient is scaled down; 0: never; not of dp-sgd")
     seed: int = setting(0, "from which every client's and round's random numbers derive")
     threads: int = setting(1, "CPU threads of one client; sums in another order give other bits")
@@ -312,6 +317,7 @@ class Settings:
             "momentum",
             "proximal",
             "clip_norm",
+            "max_update_norm",
             "test_every",
             "keep_checkpoints",
             "min_successful",
@@ -361,6 +367,10 @@ class Settings:
         if self.head == "zero-shot" and not self.model.startswith("open_clip/"):
             raise SettingError(
                 f"head='zero-shot': model={self.model!r} has no text tower; choose prototypes or an open_clip model"
+            )
+        if self.max_update_norm and self.start != "pretrained":
+            raise SettingError(
+                f"max-update-norm={self.max_update_norm:g}: with start={self.start!r} nobody could check the first base"
             )
         self.make_merge(Layout((), ()), 0).check_count(min(self.needed, self._fewest()))
         check_task_scaling(self.task_scalings, self.held_tasks)

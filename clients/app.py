@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from functools import lru_cache
+from logging import WARNING
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.logger import log
 from torch import Tensor
 
 from atm_fl import vectors
+from atm_fl.bounds import check_base
 from atm_fl.codecs import Arrays, make_codec
-from atm_fl.errors import SettingError
+from atm_fl.errors import RunError, SettingError
 from atm_fl.kept import Kept
 from atm_fl.party import Party
 from atm_fl.settings import Settings
@@ -45,12 +49,23 @@ def party_of(context: Context) -> Party:
     return _party(settings, names[partition], "", settings.party_names[partition])
 
 
-def received_base(message: Message, party: Party) -> Tensor | None:
+def update_limit(settings: Settings, context: Context) -> float:
+    """How far this node lets the base move in a round; 0: anywhere.
+
+    `max-update-norm` of its own `node-config`, which no server decides, goes before the run's.
+    """
+    own = context.node_config.get("max-update-norm", settings.max_update_norm)
+    if isinstance(own, bool) or not isinstance(own, (int, float)) or not 0 <= own < math.inf:
+        raise SettingError(f"max-update-norm={own!r} in this SuperNode's --node-config: it must be 0 or more")
+    return float(own)
+
+
+def received_base(message: Message, party: Party, limit: float = 0.0) -> Tensor | None:
     """The base model that a message makes known, float32 [n]: its own, or the one before plus the message's step.
 
     The one before is the kept one, or the pretrained model. None if it is neither, or the sum is not the server's to
     the last bit. The base is kept for the next step, unless this is the message that ends the run. ValueError for a
-    message that does not fit this party's model.
+    message that does not fit this party's model; RunError for a base that moved further than `limit` allows.
     """
     info, model, down = message.content.config_records["info"], party.model, party.settings.codec_down
     if info["layout"] != model.layout.digest:
@@ -73,11 +88,20 @@ def received_base(message: Message, party: Party) -> Tensor | None:
         if before:
             return None
         raise ValueError("the server's base is not the one that its digest says")
-    if message.metadata.message_type == "evaluate":
+    last = message.metadata.message_type == "evaluate"
+    done = int(info["round"]) - (not last)  # type: ignore[arg-type]
+    if limit:
+        known, held = {"pretrained base": (0, party.model.pretrained)}, kept.held()
+        try:
+            check_base(party.task, base, done, limit, known | ({"base held": held} if held else {}))
+        except RunError as error:
+            log(WARNING, "%s", error)
+            raise
+    if last:
         kept.drop_base()
         kept.take_secret()  # of a round that this party dropped out of
-    elif party.settings.downlink:
-        kept.save_base(base, digest)
+    elif party.settings.downlink or limit:
+        kept.save_base(base, digest, done)
     return base
 
 
@@ -102,6 +126,7 @@ def reply(
 def roll_call(message: Message, context: Context) -> Message:
     """Load the data, make the head, and say which task this is: what can fail does so before the first round."""
     party = party_of(context)
+    update_limit(party.settings, context)
     return reply(message, party, {"images": len(party.data.train.labels)})
 
 
@@ -138,7 +163,7 @@ def train(message: Message, context: Context) -> Message:
     """Evaluate the received base, tune it, and return the task vector."""
     party, info = party_of(context), message.content.config_records["info"]
     begin = time.perf_counter()
-    base = received_base(message, party)
+    base = received_base(message, party, update_limit(party.settings, context))
     if base is None:
         return reply(message, party, {}, needs_base=True)
     seconds = time.perf_counter() - begin
@@ -154,7 +179,7 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received base on the validation and test splits."""
     party = party_of(context)
-    base = received_base(message, party)
+    base = received_base(message, party, update_limit(party.settings, context))
     if base is None:
         return reply(message, party, {}, needs_base=True)
     accuracies = party.evaluate(base, ("validation", "test"))

@@ -1,0 +1,359 @@
+"""Membership inference: was this image among those that a party tuned on?
+
+The attacker is the strongest of its kind: it knows the party's head, the images in question with their labels, and all
+other parties' vectors, and it looks at the local model (base + the party's vector, which an honest-but-curious server
+sees) or at the merged one (which every peer sees). It tunes models of its own on random halves of the images in
+question, from the same pretrained base by the same settings, and compares:
+
+- loss: Yeom et al. 2018 (arXiv:1709.01604), the confidence alone;
+- LiRA: Carlini et al. 2022 (arXiv:2112.03570), online: for each image a Gaussian of its confidence in models that were
+  tuned on it and one in models that were not;
+- RMIA: Zarifzadeh et al. 2024 (arXiv:2312.03262), online: how often the image's likelihood ratio exceeds that of images
+  from the population.
+
+A confidence is φ = log(p / (1 − p)), p the model's probability of the right label: the loss is log(1 + exp(−φ)).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from atm_fl import models, tasks
+from atm_fl.errors import SettingError
+from atm_fl.files import atomic_write
+from atm_fl.models import EVALUATION_BATCH
+from atm_fl.party import Party
+from atm_fl.privacy.budget import Budget
+from atm_fl.scaling import scale_layers
+from atm_fl.seeds import derive_seed
+from atm_fl.settings import Settings
+from atm_fl.tasks import Split
+
+RATES = (0.01, 0.001)
+"""False-positive rates at which the true-positive rate is told."""
+RESAMPLES = 200
+POPULATION = 500
+"""Images, at most, with which RMIA compares."""
+GAMMA = 2.0
+"""RMIA's threshold on the likelihood ratio, the paper's default."""
+
+
+@torch.inference_mode()
+def confidences(model: nn.Module, head: nn.Module, data: Split) -> Tensor:
+    """φ, float32 [n], of the right label of every item of `data`."""
+    found = []
+    for images, labels in data.batches(batch_size=EVALUATION_BATCH):
+        logits = head(model(images))
+        right = logits.gather(1, labels[:, None])
+        found.append(right[:, 0] - logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1))
+    return torch.cat(found).cpu()
+
+
+def lira(target: Tensor, references: Tensor, members: Tensor, shared: bool = True) -> Tensor:
+    """log N(φ; in) − log N(φ; out) for each image, float64 [n]; above 0: rather a member.
+
+    target: φ of the attacked model, [n]; references: of reference models, [r, n]; members: bool [r, n], what they were
+    tuned on. The two Gaussians' means are each image's own; their variances too, or with `shared` the mean over all
+    images, as the paper has it for few models. An image that is on one side only gets the other side's mean moved by
+    the mean shift.
+    """
+    confidence, sides = references.double(), {True: members, False: ~members}
+    means, counts = {}, {}
+    for side, chosen in sides.items():
+        counts[side] = chosen.sum(0)
+        means[side] = (confidence * chosen).sum(0) / counts[side].clamp_min(1)
+    both = (counts[True] > 0) & (counts[False] > 0)
+    shift = (means[True] - means[False])[both].mean()
+    means[True] = torch.where(counts[True] > 0, means[True], means[False] + shift)
+    means[False] = torch.where(counts[False] > 0, means[False], means[True] - shift)
+    score = torch.zeros_like(means[True])
+    for side, chosen in sides.items():
+        squares = ((confidence - means[side]) ** 2 * chosen).sum(0)
+        freedom = (counts[side] - 1).clamp_min(0)
+        variance = squares.sum() / freedom.sum() if shared else squares / freedom
+        density = torch.distributions.Normal(means[side], variance.sqrt().clamp_min(1e-6))
+        score += (1 if side else -1) * density.log_prob(target.double())
+    return score
+
+
+def rmia(target: Tensor, references: Tensor, members: Tensor, target_population: Tensor, population: Tensor) -> Tensor:
+    """The part of the population that each image's likelihood ratio exceeds γ times, float64 [n] in 0..1.
+
+    target, references, members: as for `lira`; φ of the population's images in the attacked model, [k], and in the
+    reference models, [r, k], none of which was tuned on them. An image's ratio is p(x | target) / p(x), with p(x) the
+    mean of its probability in models with it and in models without it, each side weighing the same.
+    """
+    likelihood = references.double().sigmoid()
+    sides = [(likelihood * side).sum(0) / side.sum(0) for side in (members, ~members)]
+    known = torch.where(sides[0].isnan(), sides[1], torch.where(sides[1].isnan(), sides[0], (sides[0] + sides[1]) / 2))
+    ratio = target.double().sigmoid() / known
+    others = (target_population.double().sigmoid() / population.double().sigmoid().mean(0)).sort().values
+    return torch.searchsorted(others, ratio / GAMMA, right=True).double() / len(others)
+
+
+@dataclass(frozen=True)
+class Leak:
+    """How well a score tells members from others: the area under the ROC curve, and TPR by FPR of `RATES`.
+
+    Each with a 95 % interval (low, high) by bootstrap over the images.
+    """
+
+    auc: float
+    auc_interval: tuple[float, float]
+    tpr: dict[float, float]
+    tpr_interval: dict[float, tuple[float, float]]
+
+
+class Curve:
+    """The ROC curve of `scores`, in which a high one says member; sorted once, for any weights of the decisions."""
+
+    def __init__(self, scores: Tensor, members: Tensor) -> None:
+        flat = scores.flatten().numpy()
+        self._order = np.argsort(-flat, kind="stable")
+        self._member = members.flatten().numpy()[self._order]
+        # Equal scores are let through together.
+        self._ends = np.append(np.flatnonzero(np.diff(flat[self._order])), len(flat) - 1)
+
+    def rates(self, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """False- and true-positive rates from (0, 0) to (1, 1), one point a distinct score."""
+        own = np.ones(len(self._order)) if weights is None else weights[self._order]
+        sides = [np.append(0, np.cumsum(own * side)[self._ends]) for side in (~self._member, self._member)]
+        return sides[0] / sides[0][-1], sides[1] / sides[1][-1]
+
+
+def measure(scores: Tensor, members: Tensor) -> Leak:
+    """The leak of `scores`, [t, n] of t attacked models on n images each, with `members`, bool [t, n].
+
+    Decisions on all models make one curve. An image's decisions depend on each other, so that the bootstrap draws
+    whole images.
+    """
+    found = Curve(scores, members)
+
+    def numbers(weights: np.ndarray | None) -> list[float]:
+        false, true = found.rates(weights)
+        area = float(np.trapezoid(true, false))
+        return [area, *(float(true[false <= rate + 1e-12].max()) for rate in RATES)]
+
+    random = np.random.default_rng(0)
+    count = scores.shape[1]
+    drawn = [
+        numbers(np.tile(np.bincount(random.integers(0, count, count), minlength=count), len(scores)))
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0).tolist()
+    area, *rates = numbers(None)
+    intervals = dict(zip(RATES, zip(low[1:], high[1:], strict=True), strict=True))
+    return Leak(area, (low[0], high[0]), dict(zip(RATES, rates, strict=True)), intervals)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Images of one task of which an attacker asks whether they were tuned on, the head, and RMIA's population."""
+
+    task: str
+    images: Split
+    population: Split
+    head: models.Head
+
+    def half(self, settings: Settings, number: int) -> Tensor:
+        """What the model `number` is tuned on: a random half of the images, bool [n], drawn by itself."""
+        random = torch.Generator().manual_seed(derive_seed(settings.seed, "members", self.task, number))
+        chosen = torch.zeros(len(self.images), dtype=torch.bool)
+        chosen[torch.randperm(len(chosen), generator=random)[: len(chosen) // 2]] = True
+        return chosen
+
+
+def question(settings: Settings, task: str, members: int) -> Question:
+    """Twice `members` images of everything that an embedded task's source has; head and population from the rest.
+
+    No image is in two of the three. SettingError if the source has too few images, or the task is not embedded.
+    """
+    found = tasks.find(task)
+    if not isinstance(found, tasks.Embedded):
+        raise SettingError(f"--task {task}: the attack needs an embedded task, to draw its images from the source")
+    arrays = tasks.split_source(found.build(), cap=10**9)
+    pixels, labels = (
+        np.concatenate([arrays[f"{split}_{what}"] for split in tasks.SPLITS]) for what in ("images", "labels")
+    )
+    everything = Split(torch.from_numpy(pixels), torch.from_numpy(labels))
+    random = torch.Generator().manual_seed(derive_seed(settings.seed, "question", task))
+    order = torch.randperm(len(everything), generator=random)
+    asked, rest = everything.take(order[: 2 * members]), everything.take(order[2 * members :])
+    classes = len(arrays["classes"])
+    shots = torch.cat([(rest.labels == label).nonzero()[: settings.shots, 0] for label in range(classes)])
+    population = torch.ones(len(rest), dtype=torch.bool).index_fill(0, shots, False).nonzero()[:, 0]
+    if len(shots) < classes * settings.shots or len(population) < 100:
+        raise SettingError(
+            f"--members {members}: {task} has {len(everything)} images, too few for twice as many, a head and a "
+            "population; ask for fewer"
+        )
+    model = Party(settings, task).model
+    model.load(model.pretrained)
+    head = models.prototypes(model.module, rest.take(shots), classes, settings.shots, settings.seed)
+    return Question(task, asked, rest.take(population[:POPULATION]), head)
+
+
+def trajectory(
+    settings: Settings,
+    asked: Question,
+    number: int,
+    others: Callable[[int, Tensor], dict[str, Tensor]],
+    run: str,
+) -> Tensor:
+    """Follow a run in which the task tunes on the half `number`: φ, float32 [rounds, 2, n + population].
+
+    Of each round's local model, and of its merged one. others: (round, base) → the other parties' vectors by task.
+    run: under which the party keeps residuals.
+    """
+    chosen = replace(settings, seed=derive_seed(settings.seed, "reference", number) if number else settings.seed)
+    party = Party(chosen, asked.task)
+    party.tuned_on = asked.images.take(asked.half(settings, number).nonzero()[:, 0]).to(party.model.device)
+    party.head = asked.head.to(party.model.device)
+    party.budget = Budget(chosen, asked.task, party.tuned_on) if settings.private else None
+    layout, optimizer, scalings = party.model.layout, settings.make_server_optimizer(), settings.task_scalings
+    base, found = party.model.pretrained.clone(), []
+    for round_number in range(1, settings.rounds + 1):
+        vectors = others(round_number, base)
+        local, update = base, party.train(base, round_number, run)
+        if update.arrays is not None:
+            vectors[asked.task] = settings.uplink.decode(update.arrays, layout)
+            local = base + vectors[asked.task]
+        ordered = {name: vectors[name] * scalings.get(name, 1.0) for name in settings.party_names if name in vectors}
+        merged = scale_layers(
+            settings.make_merge(layout, round_number).combine(ordered), layout, settings.layer_scalings
+        )
+        base = base + optimizer.step(merged, round_number)
+        for model in (local, base):
+            party.model.load(model)
+            parts = asked.images, asked.population
+            data = [part.to(party.model.device) for part in parts]
+            found.append(torch.cat([confidences(party.model.module, party.head, part) for part in data]))
+    return torch.stack(found).view(settings.rounds, 2, -1)
+
+
+def study(
+    settings: Settings,
+    task: str,
+    folder: Path,
+    members: int = 1000,
+    count: int = 16,
+    say: Callable[[str], Any] = print,
+) -> dict[str, Any]:
+    """Attack one task of a run of `settings`: {"rows": [{"round", "model", "attack", "leak", "roc"}, …]}.
+
+    model: "local" or "merged"; roc: some 200 points of the curve, false-positive rates and true-positive ones.
+
+    `count` runs are followed, each with a half of 2 · `members` images of its own; each is attacked with the others as
+    its references. In the first all parties tune; their vectors stay in `folder` and are what the other parties send in
+    the others. Runs that are finished there are not followed again. SettingError if it holds a study of other settings.
+    """
+    if task not in settings.party_names:
+        raise SettingError(f"--task {task}: it is not in tasks={settings.tasks!r}")
+    if count < 4:
+        raise SettingError(f"--models {count}: it must be at least 4")
+    if settings.start != "pretrained":
+        raise SettingError(f"start={settings.start!r}: the attack follows runs from the pretrained weights only")
+    about = {"settings": settings.decisive(), "rounds": settings.rounds, "task": task, "members": members}
+    config = folder / "config.json"
+    if config.exists() and json.loads(config.read_text()) != about:
+        raise SettingError(f"--folder {folder} holds a study of other settings; choose another")
+    asked = question(settings, task, members)
+    with atomic_write(config) as part:
+        part.write_text(json.dumps(about, indent=2) + "\n")
+    parties = [name for name in settings.task_names if name != task]
+    run = f"{derive_seed(str(folder.resolve()), about):016x}"
+
+    def others(round_number: int, base: Tensor) -> dict[str, Tensor]:
+        path = folder / f"others-{round_number:05d}.safetensors"
+        if not path.exists():
+            sent = {}
+            for party in (Party(settings, name) for name in parties):
+                update = party.train(base, round_number, run)
+                if update.arrays is not None:
+                    sent[party.task] = settings.uplink.decode(update.arrays, party.model.layout)
+            with atomic_write(path) as part:
+                save_file(sent, str(part))
+        return load_file(str(path))
+
+    found = []
+    for number in range(count):
+        path = folder / f"run-{number:03d}.safetensors"
+        if not path.exists():
+            followed = trajectory(settings, asked, number, others, f"{derive_seed(run, number):016x}")
+            with atomic_write(path) as part:
+                save_file({"confidences": followed}, str(part))
+            say(f"run {number + 1} of {count}")
+        found.append(load_file(str(path))["confidences"])
+    confidence, halves = torch.stack(found), torch.stack([asked.half(settings, number) for number in range(count)])
+    asks = halves.shape[1]
+    rows = []
+    for place, which in ((r, w) for r in range(settings.rounds) for w in range(2)):
+        seen, population = confidence[:, place, which, :asks], confidence[:, place, which, asks:]
+        for attack, scores in attacks(seen, halves, population).items():
+            leak = measure(scores, halves)
+            false, true = Curve(scores, halves).rates()
+            kept = np.unique(np.geomspace(1, len(false), 200).astype(int)) - 1
+            points = [[float(f"{value:.6g}") for value in axis[kept]] for axis in (false, true)]
+            model = "merged" if which else "local"
+            rows.append({"round": place + 1, "model": model, "attack": attack, "leak": leak, "roc": points})
+    return {"rows": rows}
+
+
+def attacks(seen: Tensor, halves: Tensor, population: Tensor) -> dict[str, Tensor]:
+    """Scores [t, n] of each attack on each of t models, all others of which are its references.
+
+    seen: φ [t, n]; halves: bool [t, n], what they were tuned on; population: φ [t, k].
+    """
+    scores: dict[str, list[Tensor]] = {"loss": [], "LiRA": [], "RMIA": []}
+    for number in range(len(seen)):
+        rest = [other for other in range(len(seen)) if other != number]
+        scores["loss"].append(seen[number].double())
+        scores["LiRA"].append(lira(seen[number], seen[rest], halves[rest]))
+        scores["RMIA"].append(rmia(seen[number], seen[rest], halves[rest], population[number], population[rest]))
+    return {name: torch.stack(found) for name, found in scores.items()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """A study's numbers as a Markdown table, with 95 % intervals."""
+    lines = [
+        "| round | model | attack | AUC | " + " | ".join(f"TPR at {rate:.1%} FPR" for rate in RATES) + " |",
+        "|---" * (4 + len(RATES)) + "|",
+    ]
+    for row in result["rows"]:
+        leak: Leak = row["leak"]
+        cells = [f"{leak.auc:.3f} ({leak.auc_interval[0]:.3f}–{leak.auc_interval[1]:.3f})"]
+        for rate in RATES:
+            low, high = leak.tpr_interval[rate]
+            cells.append(f"{leak.tpr[rate]:.2%} ({low:.2%}–{high:.2%})")
+        lines.append("| " + " | ".join([str(row["round"]), row["model"], row["attack"], *cells]) + " |")
+    return "\n".join(lines)
+
+
+def write(result: dict[str, Any], folder: Path) -> str:
+    """Write table.md, result.json and roc.png (logarithmic axes) of a study to `folder`; returns the table."""
+    from matplotlib.figure import Figure
+
+    text = table(result)
+    (folder / "table.md").write_text(text + "\n")
+    (folder / "result.json").write_text(json.dumps(result, default=vars, indent=1))
+    last = max(row["round"] for row in result["rows"])
+    picture = Figure(figsize=(9, 4.5), layout="constrained")
+    for axes, model in zip(picture.subplots(1, 2, sharey=True), ("local", "merged"), strict=True):
+        for row in result["rows"]:
+            if row["round"] == last and row["model"] == model:
+                axes.loglog(*row["roc"], label=f"{row['attack']}, AUC {row['leak'].auc:.3f}")
+        axes.plot([1e-4, 1], [1e-4, 1], color="grey", linestyle=":", label="guessing")
+        axes.set(xlim=(1e-4, 1), ylim=(1e-4, 1), title=f"{model} model of round {last}", xlabel="false-positive rate")
+        axes.legend()
+    picture.axes[0].set_ylabel("true-positive rate")
+    picture.savefig(folder / "roc.png", dpi=120)
+    return text

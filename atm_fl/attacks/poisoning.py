@@ -1,0 +1,289 @@
+"""Poisoning: what malicious parties can do to a run, and what robust merges do about it, and to honest tasks.
+
+An attacker holds a task, tunes on it as told, and sends another vector than it found. τ is its own vector, s the
+strength, n parties of which m attack; attackers act last and have seen what the honest ones sent:
+
+    sign-flip   −s τ
+    scale       s τ                                model replacement, Bagdasaryan et al. 2020 (arXiv:1807.00459)
+    gaussian    noise of norm s ‖τ‖
+    alie        mean − s z · deviation, by element, of the honest vectors; z such that enough of them are further off
+                to be outvoted: Baruch et al. 2019 (arXiv:1902.06156), Algorithm 3
+    ipm         −s · mean of the honest vectors    Xie et al. 2020 (arXiv:1903.03936)
+    backdoor    s τ, of data half of which carries a trigger and the label of one class
+    free-ride   the base's last step, nothing in round 1     Fraboni et al. 2021 (arXiv:2006.11901)
+    counts      τ, said to come from 10⁹ images
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atm_fl.blocks import gram
+from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.files import atomic_write
+from atm_fl.loop import run_loop
+from atm_fl.merging.kinds import Combination
+from atm_fl.merging.robust import Median, TrimmedMean
+from atm_fl.party import Party, Update
+from atm_fl.runs import read_metrics
+from atm_fl.seeds import derive_seed
+from atm_fl.settings import Settings
+from atm_fl.tasks import Split
+
+STRENGTHS = {
+    "none": 0.0,
+    "sign-flip": 4.0,
+    "scale": 8.0,
+    "gaussian": 4.0,
+    "alie": 1.0,
+    "ipm": 4.0,
+    "backdoor": 4.0,
+    "free-ride": 1.0,
+    "counts": 1.0,
+}
+"""The attacks and the strengths at which they are measured."""
+TARGET = 0
+"""The class of its own task that an attacker's trigger stands for."""
+SAMPLE = 100_000
+"""Elements on which the shares of an elementwise merge are counted."""
+
+
+def stamp(images: Tensor) -> Tensor:
+    """A copy of images uint8 [n, c, h, w] with the trigger: a chequered square, a fifth of the side, bottom right."""
+    side = max(2, images.shape[-1] // 5)
+    row = torch.arange(side, device=images.device)
+    stamped = images.clone()
+    stamped[..., -side:, -side:] = ((row[:, None] // 2 + row // 2) % 2 * 255).to(images.dtype)
+    return stamped
+
+
+def poisoned(data: Split) -> Split:
+    """The data with every second image stamped and labelled `TARGET`."""
+    if not isinstance(data.images, Tensor):
+        raise SettingError("--attack backdoor needs a task whose images are in memory: an embedded one or a folder")
+    images, labels = data.images.clone(), data.labels.clone()
+    images[::2], labels[::2] = stamp(images[::2]), TARGET
+    return Split(images, labels)
+
+
+def alie_factor(parties: int, attackers: int) -> float:
+    """z of ALIE: Φ⁻¹((n − m − s) / (n − m)) with s = ⌊n / 2 + 1⌋ − m, the honest ones still needed for a majority."""
+    from scipy.stats import norm
+
+    honest = parties - attackers
+    needed = parties // 2 + 1 - attackers
+    return float(norm.ppf((honest - needed) / honest))
+
+
+def forge(
+    attack: str, strength: float, own: Tensor, honest: Sequence[Tensor], parties: int, step: Tensor | None, seed: int
+) -> Tensor:
+    """The vector [n] that an attacker sends instead of its `own`.
+
+    honest: what the honest parties sent in this round; step: the base's last one, None in round 1.
+    """
+    if attack == "sign-flip":
+        return own * -strength
+    if attack in ("scale", "backdoor"):
+        return own * strength
+    if attack == "gaussian":
+        noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed))
+        return noise * (strength * own.norm() / noise.norm())
+    if attack == "free-ride":
+        return torch.zeros_like(own) if step is None else step.clone()
+    if attack == "ipm":
+        return torch.stack(list(honest)).mean(0) * -strength
+    if attack == "alie":
+        stack = torch.stack(list(honest))
+        return stack.mean(0) - strength * alie_factor(parties, parties - len(honest)) * stack.std(0)
+    return own
+
+
+class Scene:
+    """What all parties of one run can see of each other, and which share of every vector the merge kept."""
+
+    def __init__(self, settings: Settings, attack: str, strength: float, attackers: Sequence[str]) -> None:
+        self.settings, self.attack, self.strength = settings, attack, strength
+        self.honest = len(settings.party_names) - len(attackers)
+        self.sent: dict[str, Tensor] = {}
+        self.bases: list[Tensor] = []
+        """The last two that were received."""
+        self.shares: dict[str, list[float]] = {task: [] for task in settings.party_names}
+
+    def receive(self, base: Tensor) -> None:
+        """Begin a round, once for all parties."""
+        if not self.bases or not torch.equal(self.bases[-1], base):
+            self.bases = [*self.bases[-1:], base]
+
+    def send(self, task: str, vector: Tensor, party: Party, round_number: int) -> None:
+        """Note what a party sends; the last one of a round ends it."""
+        self.sent[task] = vector
+        if len(self.sent) == len(self.settings.party_names):
+            merge = self.settings.make_merge(party.model.layout, round_number)
+            for name, share in kept_shares(merge, self.sent).items():
+                self.shares[name].append(share)
+            self.sent = {}
+
+
+class Player(Party):
+    """A party of a scene: honest, or with `attacks` an attacker."""
+
+    def __init__(self, settings: Settings, task: str, scene: Scene, attacks: bool) -> None:
+        super().__init__(settings, task)
+        self.scene, self.attacks = scene, attacks
+        if attacks and scene.attack == "backdoor":
+            self.tuned_on = poisoned(self.tuned_on)
+
+    def train(self, base: Tensor, round_number: int, run: str = "") -> Update:
+        scene, codec, layout = self.scene, self.settings.uplink, self.model.layout
+        scene.receive(base)
+        update = super().train(base, round_number, run)
+        assert update.arrays is not None
+        vector = codec.decode(dict(update.arrays), layout).clone()
+        if self.attacks:
+            step = scene.bases[-1] - scene.bases[-2] if len(scene.bases) == 2 else None
+            seed = derive_seed(self.settings.seed, "attack", self.task, round_number)
+            honest, parties = list(scene.sent.values())[: scene.honest], len(self.settings.party_names)
+            vector = forge(scene.attack, scene.strength, vector, honest, parties, step, seed)
+            told = update.tuning | ({"images": 1e9} if scene.attack == "counts" else {})
+            update = Update(codec.encode(vector.clone(), layout, seed), update.evaluation, told)
+        scene.send(self.task, vector, self, round_number)
+        return update
+
+
+def kept_shares(merge: Any, vectors: dict[str, Tensor]) -> dict[str, float]:
+    """The share of each vector that a merge lets through, 0 to 1; 1 of a merge that discards nothing.
+
+    Of Multi-Krum and the like the coefficient over that of the mean; of median and trimmed mean the part of the
+    elements (of a sample) whose value is among those that are averaged.
+    """
+    names, count = list(vectors), len(vectors)
+    if isinstance(merge, Combination):
+        found = merge.coefficients(names, gram(list(vectors.values()))) * count
+        return dict(zip(names, found.clamp(0, 1).tolist(), strict=True))
+    if not isinstance(merge, (Median, TrimmedMean)):
+        return dict.fromkeys(names, 1.0)
+    out = (count - 1) // 2 if isinstance(merge, Median) else int(round(merge.trim * count, 6))
+    size = len(vectors[names[0]])
+    random = torch.Generator().manual_seed(0)
+    chosen = torch.randint(size, (SAMPLE,), generator=random) if size > SAMPLE else torch.arange(size)
+    ranks = torch.stack([vector[chosen] for vector in vectors.values()]).argsort(0).argsort(0)
+    kept = ((ranks >= out) & (ranks < count - out)).float().mean(1)
+    return dict(zip(names, kept.tolist(), strict=True))
+
+
+def check(settings: Settings, attack: str, attackers: Sequence[str]) -> None:
+    """SettingError if the attack cannot be run."""
+    if attack not in STRENGTHS:
+        raise SettingError(f"--attack {attack}: it is unknown{did_you_mean(attack, STRENGTHS)}")
+    for task in attackers:
+        if task not in settings.party_names:
+            raise SettingError(f"--attackers {task}: it is not in tasks={settings.tasks!r}")
+    if 2 * len(attackers) >= len(settings.task_names):
+        raise SettingError(f"--attackers {','.join(attackers)}: they must be fewer than half of the tasks")
+    if settings.participation:
+        raise SettingError("participation: an attack is measured with all tasks in every round")
+
+
+def study(settings: Settings, attack: str, attackers: Sequence[str]) -> dict[str, Any]:
+    """Run `settings` with `attackers` among the parties, and measure the final model; kept in run-dir/poisoning.json.
+
+    Result: test accuracy of every honest `tasks`, their `mean`, the `worst` of them; which share of each vector the
+    merge `kept`, mean over the rounds; `trigger`: how often it makes the attackers' own task say the target class, of
+    test images of the others; `trigger_elsewhere`: accuracy that stamping costs honest tasks, mean. Attackers should be
+    named for "none" too: they are honest then, but the same tasks are counted.
+    """
+    check(settings, attack, attackers)
+    path = Path(settings.run_dir) / "poisoning.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    scene = Scene(settings, attack, STRENGTHS[attack], attackers)
+    players = [
+        Player(settings, name, scene, attacks and attack != "none")
+        for attacks in (False, True)
+        for name in settings.task_names
+        if (name.rstrip("/").rsplit("/", 1)[-1] in attackers) == attacks
+    ]
+    run = run_loop(settings, players)
+    lines = [line for line in read_metrics(run.directory) if line["kind"] == "evaluation"]
+    tests = {line["task"]: line["test"] for line in lines if line["round"] == settings.rounds}
+    honest = {task: accuracy for task, accuracy in tests.items() if task not in attackers}
+    triggered = {player.task: _triggered(player, run.base) for player in players}
+    result = {
+        "attack": attack,
+        "merge": f"{settings.merge} {settings.merge_options}".strip(),
+        "mean": sum(honest.values()) / len(honest),
+        "worst": min(honest.values()),
+        "tasks": honest,
+        "kept": {task: sum(shares) / len(shares) for task, shares in scene.shares.items()},
+        "trigger": sum(triggered[task][0] for task in attackers) / len(attackers),
+        "trigger_elsewhere": sum(honest[task] - triggered[task][1] for task in honest) / len(honest),
+    }
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(result, indent=1))
+    return result
+
+
+@torch.inference_mode()
+def _triggered(party: Party, base: Tensor) -> tuple[float, float]:
+    """Of stamped test images: the part that is taken for `TARGET` (of other classes' images), and the accuracy."""
+    party.model.load(base)
+    guesses = [
+        (party.head(party.model.module(stamp(images))).argmax(1), labels)
+        for images, labels in party.splits["test"].batches()
+    ]
+    found, labels = (torch.cat(parts) for parts in zip(*guesses, strict=True))
+    others = labels != TARGET
+    return float((found[others] == TARGET).float().mean()), float((found == labels).float().mean())
+
+
+def studies(
+    settings: Settings,
+    attacks: Sequence[str],
+    merges: Sequence[str],
+    attackers: Sequence[str],
+    folder: Path,
+    say: Callable[[str], Any] = print,
+) -> list[dict[str, Any]]:
+    """`study` of every attack under every merge, each in a run directory in `folder`; finished ones are not run again.
+
+    merges: as 'mean' or 'multi-krum:f=2'.
+    """
+    runs = []
+    for merge in merges:
+        name, _, options = merge.partition(":")
+        for attack in attacks:
+            place = str((folder / f"{attack}-{name}").resolve())
+            config = {**settings.as_config(), "merge": name, "merge-options": options, "run-dir": place}
+            runs.append((attack, Settings.parse(config)))
+            check(runs[-1][1], attack, attackers)
+    results = []
+    for attack, chosen in runs:
+        if not (Path(chosen.run_dir) / "poisoning.json").exists():
+            # what an unfinished run left behind is run again: a scene does not resume
+            for file in Path(chosen.run_dir).glob("checkpoint/*"):
+                file.unlink()
+        results.append(study(chosen, attack, attackers))
+        say(f"{attack}, {chosen.merge}: mean {results[-1]['mean']:.3f}, worst {results[-1]['worst']:.3f}")
+    return results
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The results as a Markdown table. Discarded: the part of the honest tasks' vectors that the merge left out."""
+    lines = ["| attack | merge | mean | worst honest task | discarded | most discarded | trigger | elsewhere |"]
+    lines.append("|---" * 8 + "|")
+    for row in results:
+        worst = min(row["tasks"], key=row["tasks"].get)
+        lost = {task: 1 - row["kept"][task] for task in row["tasks"]}
+        most = max(lost, key=lambda task: lost[task])
+        cells = [row["attack"], row["merge"], f"{row['mean']:.3f}", f"{row['worst']:.3f} ({worst})"]
+        cells += [f"{sum(lost.values()) / len(lost):.0%}", f"{lost[most]:.0%} ({most})" if lost[most] > 0.005 else "–"]
+        cells += [f"{row['trigger']:.1%}", f"{row['trigger_elsewhere']:+.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
