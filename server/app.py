@@ -71,9 +71,9 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
             raise RunError(f"roll call: node {node} holds task {task!r}, which tasks={settings.tasks!r} does not name")
         holders[task].append(node)
         if len(holders[task]) > settings.held_tasks.count(task):
-            nodes = " and ".join(map(str, holders[task]))
+            both = " and ".join(map(str, holders[task]))
             raise RunError(
-                f"roll call: nodes {nodes} both hold task {task!r}; tasks names it once for each that should"
+                f"roll call: nodes {both} both hold task {task!r}; tasks names it once for each that should"
             )
     queues = {task: sorted(nodes) for task, nodes in holders.items()}
     found = {client: queues[task].pop(0) for client, task in settings.task_of.items() if queues[task]}
