@@ -120,9 +120,14 @@ def size_of(arrays: Arrays) -> int:
     return sum(array.nbytes for array in arrays.values())
 
 
+def is_finite(vector: Tensor) -> bool:
+    """Whether all values are finite: the least and the largest say it in one pass, and are NaN if one is."""
+    return not len(vector) or all(math.isfinite(end) for end in vector.aminmax())
+
+
 def check_finite(vector: Tensor) -> None:
     """ValueError if a value is not finite."""
-    if not all(bool(torch.isfinite(vector[part]).all()) for part in parts(len(vector))):
+    if not is_finite(vector):
         raise ValueError("a value that is not finite (NaN or infinity)")
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atm_fl import vectors
-from atm_fl.codecs import Arrays, Codec, size_of
+from atm_fl.codecs import Arrays, Codec, is_finite, size_of
 from atm_fl.errors import RunError, SettingError
 from atm_fl.files import atomic_write
 from atm_fl.models import load_backbone
@@ -106,7 +106,7 @@ class Run:
         stays.
         """
         step = self.optimizer.step(merged, self.rounds_done + 1)
-        if not bool(torch.isfinite(step).all()):
+        if not is_finite(step):
             raise RunError(
                 f"round {self.rounds_done + 1}: the step is not finite; try a lower learning-rate or scaling"
             )

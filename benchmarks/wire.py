@@ -38,10 +38,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import psutil
 from merging import SCALES, image_tower, made_up
-from PIL import Image
 
 from atm_fl import models
 from atm_fl.deployment.keys import make_authority, make_certificate, make_key_pair
@@ -152,7 +150,7 @@ class Federation:
                 command = [sys.executable, "-m", "clients.supernode"]
             command += [f"--superlink={address}", f"--root-certificates={authority}", f"--port={free_port()}"]
             command += [f"--auth-supernode-private-key={self.folder}/keys/{client}"]
-            command += [f'--node-config=data="{self.folder}/tasks/{client}"']
+            command += [f'--node-config=data="wire" task="{client}"']
             self._start(f"supernode-{client}", command, WIRE_CLIENT=str(client))
 
     def _start(self, name: str, command: list[str], **more: str) -> int:
@@ -196,7 +194,7 @@ def free_port() -> int:
 
 
 def prepare(folder: Path, scale: str, clients: int) -> None:
-    """Keys, the layout, and every client's step and tiny folder of images."""
+    """Keys, the layout, and every client's step."""
     layout = image_tower(scale)
     shapes = dict(zip(layout.names, layout.shapes, strict=True))
     (folder / "layout.json").write_text(json.dumps(shapes))
@@ -208,12 +206,6 @@ def prepare(folder: Path, scale: str, clients: int) -> None:
     for client in range(clients):
         make_key_pair(folder / "keys" / str(client), folder / "keys" / f"{client}.pub", str(client))
         made_up(layout, "gaussian", client).numpy().tofile(folder / f"{client}.f32")
-        random = np.random.default_rng(client)
-        for split in ("train", "val", "test"):
-            for number in range(4):
-                place = folder / "tasks" / str(client) / split / f"class{number % 2}"
-                place.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8)).save(place / f"{number}.png")
 
 
 def app_of(folder: Path, component: str, config: dict[str, object]) -> Path:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from made_up import first_base, marked, shapes, step
 from torch import Tensor, nn
 
-from atm_fl import models
+from atm_fl import models, tasks
 from atm_fl.party import SharedModel
 from atm_fl.tuning import Tuned
 from clients.app import app
@@ -41,6 +42,13 @@ class Tower(nn.Module):
 def backbone() -> models.Backbone:
     """Of the benchmark's layout."""
     return models.Backbone(Tower(), 8)
+
+
+@tasks.task("wire", licence="none", source="noise")
+def data() -> tasks.Source:
+    """The least that a party can have: the clients' task, which for the server goes by other names."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
+    return tasks.Source(images, np.arange(40) % 2, ["a", "b"])
 
 
 def look_up(
