@@ -71,11 +71,11 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
             raise RunError(f"roll call: node {node} holds task {task!r}, which tasks={settings.tasks!r} does not name")
         holders[task].append(node)
         if len(holders[task]) > settings.held_tasks.count(task):
-            both = " and ".join(map(str, holders[task]))
+            too_many = " and ".join(map(str, holders[task]))
             raise RunError(
-                f"roll call: nodes {both} both hold task {task!r}; tasks names it once for each that should"
+                f"roll call: nodes {too_many} both hold task {task!r}; tasks names it once for each that should"
             )
-    queues = {task: sorted(nodes) for task, nodes in holders.items()}
+    queues = {task: sorted(those) for task, those in holders.items()}
     found = {client: queues[task].pop(0) for client, task in settings.task_of.items() if queues[task]}
     missing = [client for client in wanted if client not in found]
     if missing:
