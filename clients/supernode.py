@@ -3,19 +3,40 @@
 Flower's own gives up for good when a TLS handshake breaks off, which is what a proxy or a published port does while the
 SuperLink behind it restarts; and its process then stays there doing nothing, since a server thread keeps it. This one
 tries again, and ends if it cannot go on, so that what supervises it starts it anew. Its naps are short (pace.py).
+
+It also gives a ClientApp's process START seconds until its first sign of life. Flower's own gives 30, then reports a
+failure and lets the process be: on a machine so busy that Python takes longer to start, each new try makes it busier.
 """
 
 from __future__ import annotations
 
 import os
 import traceback
+from datetime import timedelta
 
 import httpx
+from flwr.supercore.date import now
 from flwr.supercore.retry import RetryInvoker, make_simple_http_retry_invoker
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.cli import flower_supernode
+from flwr.supernode.nodestate import InMemoryNodeState, nodestate_factory
 
 from atm_fl.deployment import pace
+
+START = 300.0
+"""Seconds; a process that has given one is then watched as by Flower's own."""
+
+
+class PatientState(InMemoryNodeState):
+    """Flower's state of a SuperNode, in which a process that was started has longer to say that it is there."""
+
+    def claim_task(self, task_id: int) -> str | None:
+        """Flower's, with a later end."""
+        token = super().claim_task(task_id)
+        with self.lock_task_store:
+            if record := self.task_token_store.get(task_id):
+                record.active_until = now() + timedelta(seconds=START)
+        return token
 
 
 def patient_invoker() -> RetryInvoker:
@@ -35,6 +56,7 @@ def main() -> None:
     """Run flower-supernode, its arguments unchanged."""
     pace.set_variables()
     start_client_internal.time = pace.ShortNaps  # type: ignore[assignment]
+    nodestate_factory.InMemoryNodeState = PatientState  # type: ignore[misc]
     fleet_http_connection.make_simple_http_retry_invoker = patient_invoker
     try:
         flower_supernode()

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -491,6 +492,32 @@ def test_a_supernode_tries_again_unless_the_certificate_is_wrong(error: Exceptio
     gives_up = patient_invoker().should_giveup
     assert gives_up is not None
     assert gives_up(error) is final
+
+
+def test_a_process_has_longer_to_start_and_then_is_watched_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supernode.nodestate import InMemoryNodeState, NodeStateFactory, nodestate_factory
+
+    from clients.supernode import START, PatientState
+
+    def seconds_left(state: InMemoryNodeState) -> list[float]:
+        task = state.create_task(task_type=TaskType.CLIENT_APP, run_id=1, fab_hash="x")
+        assert task is not None
+        assert state.claim_task(task)
+        assert state.claim_task(task) is None
+        found = [state.task_token_store[task].active_until]
+        assert state.activate_task(task)
+        found.append(state.task_token_store[task].active_until)
+        return [(moment - datetime.now(UTC)).total_seconds() for moment in found]
+
+    store = ObjectStoreFactory().store()
+    usual = seconds_left(InMemoryNodeState(store))
+    monkeypatch.setattr(nodestate_factory, "InMemoryNodeState", PatientState)
+    made = NodeStateFactory(ObjectStoreFactory()).state()
+    assert isinstance(made, PatientState)
+    assert seconds_left(made) == pytest.approx([START, usual[1]], abs=5)
+    assert usual[0] < START / 5
 
 
 @pytest.mark.slow

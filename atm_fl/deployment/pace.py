@@ -11,7 +11,7 @@ import os
 import time
 
 VARIABLES = {
-    "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(32 * 2**20),  # bytes
+    "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(16 * 2**20),  # bytes; the SuperLink holds several at once
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",  # seconds until a message's process is started
 }
 LONGEST_NAP = 1.0
