@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from typer.testing import CliRunner
 
 from atm_fl import cli, experiments
 from atm_fl.attacks.labels import class_histogram, histogram_error, recovered_labels
 from atm_fl.attacks.measurement import measure
-from atm_fl.attacks.reconstruction import NoEquation, closed_form, reconstruct
+from atm_fl.attacks.reconstruction import NoEquation, closed_form
 from atm_fl.attacks.scenario import Scenario, Victim, victims
 from atm_fl.attacks.similarity import MOST, paired, psnr, ssim
 from atm_fl.attacks.simulation import simulate
@@ -215,8 +214,8 @@ def test_a_study_makes_a_table_and_pictures_and_resumes(
 ) -> None:
     file, folder = tmp_path / "study.toml", tmp_path / "out"
     common = "".join(f"{key} = {json.dumps(value)}\n" for key, value in scene.items())
-    rows = '[rows]\ncontrol = {}\n"a search" = { attack = "inverting", iterations = 2 }\nfrozen = { trainable = "last-1" }\n'
-    file.write_text(f'folder = "{folder}"\n[common]\n{common}{rows}')
+    rows = 'control = {}\n"a search" = { attack = "inverting", iterations = 2 }\nfrozen = { trainable = "last-1" }\n'
+    file.write_text(f'folder = "{folder}"\n[common]\n{common}[rows]\n{rows}')
     study = experiments.read_study(file, reconstruction)
     for units in reconstruction.phases(study):
         for unit in units:

@@ -77,7 +77,7 @@ def _noise_features(seen: Observation) -> tuple[Tensor, list[Tensor], Tensor]:
 
 
 def recovered_labels(seen: Observation) -> Tensor:
-    """As many labels, int64 [images], as the party has images, in ascending order: the histogram by largest remainders."""
+    """A label for each of the party's images, int64 [images], ascending: the histogram by largest remainders."""
     count = seen.scenario.images
     shares = class_histogram(seen) * count
     counts = shares.floor()

@@ -57,7 +57,10 @@ def attacked(scenario: Scenario, base: Tensor | None = None) -> list[Outcome]:
 def _attack_one(victim: Victim, number: int, average: Tensor) -> Outcome:
     seen, count = victim.observed, len(victim.labels)
     random = torch.Generator().manual_seed(number)
-    images = {"noise": torch.rand(victim.images.shape, generator=random), "mean image": average.expand_as(victim.images)}
+    images = {
+        "noise": torch.rand(victim.images.shape, generator=random),
+        "mean image": average.expand_as(victim.images),
+    }
     distance = None
     try:
         found = reconstruct(seen, number)

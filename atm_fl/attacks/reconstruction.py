@@ -1,10 +1,10 @@
 """Images out of a task vector.
 
 - `closed-form`: the patch embedding of a ViT is linear, so with δₚ = ∂L/∂(embedding of patch p) its gradient is
-  Σₚ δₚ xₚᵀ; the position embedding is added to it, so its gradient *is* δ. The patches xₚ are the least-squares solution
-  of that equation. Exact for one image, whatever its label, head and number of SGD steps; no search, no prior.
-- `dlg`: Deep Leakage from Gradients (Zhu 2019, arXiv:1906.08935): L-BFGS on images whose gradient is the vector's, in the
-  L2 norm. With labels found in the vector it is iDLG (Zhao 2020, arXiv:2001.02610).
+  Σₚ δₚ xₚᵀ; the position embedding is added to it, so its gradient *is* δ. The patches xₚ are the least-squares
+  solution of that equation. Exact for one image, whatever its label, head and number of SGD steps; no search, no prior.
+- `dlg`: Deep Leakage from Gradients (Zhu 2019, arXiv:1906.08935): L-BFGS on images whose gradient is the vector's, in
+  the L2 norm. With labels found in the vector it is iDLG (Zhao 2020, arXiv:2001.02610).
 - `inverting`: Inverting Gradients (Geiping 2020, arXiv:2003.14053): the cosine of the images' gradient and the vector,
   here entry by entry, plus total variation, by Adam on the signs of the gradient, pixels held within 0..1.
 - `simulation`: as `inverting`, with the vector of the simulated local steps (simulation.py) in the gradient's place.
@@ -136,8 +136,8 @@ def dlg(seen: Observation, start: Tensor, labels: Tensor | None) -> tuple[Tensor
 def signed_descent(seen: Observation, start: Tensor, labels: Tensor | None) -> tuple[Tensor, float]:
     """(images, 1 − mean cosine of what they would send and the vector); without labels by the prior alone.
 
-    min over x in [0, 1] of the mean over entries of 1 − cos(predicted(x), vector) + smoothness · TV(x). By entries, as the
-    layout knows them: the few behind the last block have the largest gradients, and tell least of the pixels.
+    min over x in [0, 1] of the mean over entries of 1 − cos(predicted(x), vector), + smoothness · TV(x). By entries, as
+    the layout knows them: the few behind the last block have the largest gradients, and tell least of the pixels.
     """
     scenario = seen.scenario
     head = _own(seen.head)

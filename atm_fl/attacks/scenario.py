@@ -182,9 +182,7 @@ def victims(scenario: Scenario, base: Tensor | None = None) -> Iterator[Victim]:
         images, labels = next(data.batches(batch_size=scenario.images))
         pixels = model.denormalise(model.normalise(images)).clamp(0, 1)
         known = labels if scenario.labels_known else None
-        yield Victim(
-            pixels, labels, Observation(scenario, model, shared.layout, base, received, head, seed, known)
-        )
+        yield Victim(pixels, labels, Observation(scenario, model, shared.layout, base, received, head, seed, known))
 
 
 def random_head(like: models.Head, seed: int) -> models.Head:

@@ -20,7 +20,8 @@ from atm_fl.attacks.measurement import BASELINES, FOUND, attacked, summary
 from atm_fl.attacks.scenario import Scenario
 from atm_fl.errors import SettingError
 from atm_fl.files import atomic_write
-from atm_fl.pages import document, figure, table as html_table
+from atm_fl.pages import document, figure
+from atm_fl.pages import table as html_table
 
 SHOWN = 10
 """Images of a row that the page shows."""
@@ -131,7 +132,11 @@ def _cells(unit: Unit) -> list[str]:
     cells = [unit.name, result["attack"], str(result["images"]), str(result["steps"])]
     cells.append("–" if epsilon is None else f"{epsilon:.3g}")
     if found:
-        cells += [f"{found['psnr']:.1f} ± {found['psnr_error']:.1f}", f"{found['psnr_best']:.1f}", f"{found['ssim']:.2f}"]
+        cells += [
+            f"{found['psnr']:.1f} ± {found['psnr_error']:.1f}",
+            f"{found['psnr_best']:.1f}",
+            f"{found['ssim']:.2f}",
+        ]
     else:
         cells += ["no equation", "–", "–"]
     cells += [f"{result[name]['psnr']:.1f}" if result[name] else "–" for name in BASELINES]
