@@ -407,6 +407,24 @@ def _run_study(found: Any, kind: Any, jobs: int | None) -> None:
                 console.print(f"{(time.monotonic() - begin) / 60:5.1f} min: {done.result()}", highlight=False)
 
 
+attack = typer.Typer(no_args_is_help=True, help="Attack what parties send, and measure it: docs/privacy.md.")
+app.add_typer(attack, name="attack")
+
+
+@attack.command()
+def reconstruct(
+    config: Annotated[Path, typer.Argument(help="a TOML file of scenarios, as configs/reconstruction.toml")],
+    jobs: Jobs = None,
+) -> None:
+    """Look for the images behind task vectors; print what is found under each setting, and write the pictures."""
+    from atm_fl.experiments import read_study, reconstruction
+
+    found = read_study(config, reconstruction)
+    _run_study(found, reconstruction, jobs)
+    console.print(reconstruction.table(found), soft_wrap=True, highlight=False, markup=False)
+    console.print(f"page: {reconstruction.page(found)}", soft_wrap=True, highlight=False, markup=False)
+
+
 deploy = typer.Typer(no_args_is_help=True, help="Set up a federation of real machines: docs/deployment.md.")
 app.add_typer(deploy, name="deploy")
 

@@ -62,6 +62,10 @@ class Backbone(nn.Module):
         pixels = (pixels - self.mean) / self.std
         return pixels.contiguous(memory_format=torch.channels_last) if self.channels_last else pixels
 
+    def denormalise(self, pixels: Tensor) -> Tensor:
+        """The ViT's input [n, 3, s, s] → images of values in 0..1, of its own size."""
+        return (pixels * self.std + self.mean) / 255
+
     def forward(self, images: Tensor) -> Tensor:
         pixels = self.normalise(images)
         with torch.autocast(pixels.device.type, self.precision, enabled=self.precision != torch.float32):

@@ -1,0 +1,159 @@
+"""What reconstruction attacks find under each setting, in one table and one page of pictures.
+
+A row is a scenario of `atm_fl.attacks`. Rows that are done are kept in the study's folder and not done again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from atm_fl.attacks.measurement import BASELINES, FOUND, attacked, summary
+from atm_fl.attacks.scenario import Scenario
+from atm_fl.errors import SettingError
+from atm_fl.files import atomic_write
+from atm_fl.pages import document, figure
+from atm_fl.pages import table as html_table
+
+SHOWN = 10
+"""Images of a row that the page shows."""
+HEAD = ["setting", "attack", "images", "steps", "ε", "PSNR", "best", "SSIM"]
+HEAD += [*BASELINES, "SSIM of the mean image", "labels wrong", "uniform"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One row: its name, its scenario's values, and where its result is kept."""
+
+    folder: Path
+    name: str
+    values: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """Its result; the pictures are beside it."""
+        return self.folder / f"{self.name.replace(' ', '-').replace('/', '-')}.json"
+
+    @property
+    def pictures(self) -> Path:
+        """Its images by who made them, float32 [k, 3, s, s], safetensors."""
+        return self.path.with_suffix(".safetensors")
+
+    def result(self) -> dict[str, Any] | None:
+        """What was measured, if it was with these values."""
+        if not self.path.is_file():
+            return None
+        kept = json.loads(self.path.read_text())
+        return kept["result"] if kept["values"] == self.values else None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's configuration: see configs/reconstruction.toml."""
+
+    folder: Path
+    units: list[Unit]
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Study:
+        """The study of a file's values. KeyError or TypeError for a wrong key, SettingError for a wrong value."""
+        folder, common, rows = Path(values.pop("folder")), values.pop("common"), values.pop("rows")
+        if values:
+            raise SettingError(f"{next(iter(values))!r} is none of folder, common, rows")
+        units = [Unit(folder, name, common | row) for name, row in rows.items()]
+        for unit in units:
+            try:
+                Scenario.parse(unit.values)
+            except SettingError as error:
+                raise SettingError(f"row {unit.name!r}: {error}") from error
+        return cls(folder, units)
+
+
+def phases(study: Study) -> Iterator[list[Unit]]:
+    """All rows; none needs another."""
+    yield study.units
+
+
+def run_unit(unit: Unit) -> str:
+    """Measure one row, unless that was done."""
+    if unit.result() is None:
+        scenario = Scenario.parse(unit.values)
+        outcomes = attacked(scenario)
+        unit.folder.mkdir(parents=True, exist_ok=True)
+        first = outcomes[: -(-SHOWN // scenario.images)]
+        pictures = {"original": _stacked([outcome.truth for outcome in first])}
+        for name in first[0].images:
+            pictures[name] = _stacked([outcome.images[name] for outcome in first])
+        with atomic_write(unit.pictures) as part:
+            save_file(pictures, str(part))
+        with atomic_write(unit.path) as part:
+            part.write_text(json.dumps({"values": unit.values, "result": summary(scenario, outcomes)}))
+    return unit.name
+
+
+def _stacked(images: list[Tensor]) -> Tensor:
+    return torch.cat(images)[:SHOWN].contiguous()
+
+
+def table(study: Study) -> str:
+    """The rows that are done, in Markdown: means over all images; PSNR in dB, ± its mean's standard error."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in map(_cells, _done(study))])
+
+
+def page(study: Study) -> Path:
+    """Write report.html, the table and the first images of each row, into the study's folder; its path."""
+    done = _done(study)
+    parts = ["<h1>Reconstruction</h1>", html_table(HEAD, map(_cells, done), style="numbers dense")]
+    for unit in done:
+        pictures = load_file(str(unit.pictures))
+        parts.append(figure(f"{unit.name}: first images", lambda pictures=pictures: _grid(pictures)))
+    path = study.folder / "report.html"
+    path.write_text(document("Reconstruction", parts))
+    return path
+
+
+def _done(study: Study) -> list[Unit]:
+    return [unit for unit in study.units if unit.result() is not None]
+
+
+def _cells(unit: Unit) -> list[str]:
+    result = unit.result()
+    assert result is not None
+    found, labels, epsilon = result[FOUND], result["labels"], result["epsilon"]
+    cells = [unit.name, result["attack"], str(result["images"]), str(result["steps"])]
+    cells.append("–" if epsilon is None else f"{epsilon:.3g}")
+    if found:
+        cells += [
+            f"{found['psnr']:.1f} ± {found['psnr_error']:.1f}",
+            f"{found['psnr_best']:.1f}",
+            f"{found['ssim']:.2f}",
+        ]
+    else:
+        cells += ["no equation", "–", "–"]
+    cells += [f"{result[name]['psnr']:.1f}" if result[name] else "–" for name in BASELINES]
+    cells.append(f"{result['mean image']['ssim']:.2f}")
+    return cells + ([f"{labels['found']:.2f}", f"{labels['uniform']:.2f}"] if labels else ["–", "–"])
+
+
+def _grid(pictures: dict[str, Tensor]) -> Figure:
+    """A line of images for the originals, the attack and each baseline."""
+    names = [name for name in ("original", FOUND, *BASELINES) if name in pictures]
+    columns = len(pictures["original"])
+    drawing = Figure(figsize=(9, 0.95 * len(names)), layout="constrained")
+    across = drawing.subplots(len(names), columns, squeeze=False)
+    for name, line in zip(names, across, strict=True):
+        for axis, image in zip(line, pictures[name], strict=True):
+            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    return drawing

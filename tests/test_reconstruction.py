@@ -1,0 +1,239 @@
+"""Attacks that look for images and labels in task vectors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from atm_fl import cli, experiments
+from atm_fl.attacks.labels import class_histogram, histogram_error, recovered_labels
+from atm_fl.attacks.measurement import measure
+from atm_fl.attacks.reconstruction import NoEquation, closed_form
+from atm_fl.attacks.scenario import Scenario, Victim, victims
+from atm_fl.attacks.similarity import MOST, paired, psnr, ssim
+from atm_fl.attacks.simulation import simulate
+from atm_fl.errors import SettingError
+from atm_fl.experiments import reconstruction
+from atm_fl.party import Party
+
+SGD = {"optimizer": "sgd", "learning-rate": 0.05}
+
+
+@pytest.fixture
+def scene(folders: list[str]) -> dict[str, Any]:
+    """One image, one step of SGD on a tiny ViT; three parties."""
+    return {"tasks": folders[0], "model": "tiny", **SGD, "victims": 3}
+
+
+def first(values: dict[str, Any]) -> Victim:
+    return next(victims(Scenario.parse(values)))
+
+
+def mean_psnr(values: dict[str, Any]) -> float:
+    return float(measure(Scenario.parse(values))["found"]["psnr"])
+
+
+# ------------------------------------------------------------------------------------------------- what is attacked
+
+
+def test_the_vector_is_what_a_party_sends(scene: dict[str, Any]) -> None:
+    """One batch of all of the task's images, against Party.train."""
+    scenario = Scenario.parse(scene | {"images": 36, "victims": 1, "batch-size": 36})
+    party = Party(scenario.settings, scenario.settings.task_names[0])
+    arrays = party.train(party.model.pretrained, 1).arrays
+    assert arrays is not None
+    sent = torch.from_numpy(arrays["values"])
+    (victim,) = victims(scenario)
+    torch.testing.assert_close(victim.observed.vector, sent, rtol=1e-4, atol=1e-7)
+    assert torch.equal(victim.labels.sort().values, party.tuned_on.labels.sort().values)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {**SGD, "momentum": 0.9, "clip-norm": 0.5},
+        {**SGD, "clip-norm": 0.0, "proximal": 0.5},
+        {"optimizer": "adamw", "learning-rate": 1e-3},
+    ],
+)
+def test_simulated_steps_make_the_partys_vector_of_the_true_images(
+    scene: dict[str, Any], optimizer: dict[str, Any]
+) -> None:
+    victim = first(scene | optimizer | {"images": 7, "batch-size": 3, "local-epochs": 2})
+    seen = victim.observed
+    ours = simulate(seen, seen.head, victim.images, victim.labels)
+    assert float((ours - seen.vector).norm() / seen.vector.norm()) < 1e-3
+    order = torch.arange(7).roll(1)  # the same images in another order are other batches
+    other = simulate(seen, seen.head, victim.images[order], victim.labels[order])
+    assert float((other - seen.vector).norm() / seen.vector.norm()) > 1e-2
+
+
+# ------------------------------------------------------------------------------------------------------- closed form
+
+
+def test_positive_control_on_the_embedded_vit(scene: dict[str, Any]) -> None:
+    row = measure(Scenario.parse(scene | {"model": "vit_micro"}))
+    assert row["found"]["psnr"] >= 30
+    assert row["found"]["ssim"] > 0.99
+    assert row["noise"]["psnr"] < row["mean image"]["psnr"] < 20
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_more_local_steps_of_sgd_hide_nothing(scene: dict[str, Any]) -> None:
+    assert mean_psnr(scene | {"local-epochs": 5, "weight-decay": 0.1, "momentum": 0.5}) >= 30
+
+
+def test_open_clips_entries_are_found(scene: dict[str, Any], clip: str) -> None:
+    assert mean_psnr(scene | {"model": clip, "weights": "random"}) >= 30
+
+
+@pytest.mark.parametrize("trainable", ["attention", "last-1"])
+def test_frozen_embeddings_leave_no_equation(scene: dict[str, Any], trainable: str) -> None:
+    values = scene | {"trainable": trainable}
+    with pytest.raises(NoEquation, match=f"trainable='{trainable}' the vector does not hold the patch"):
+        closed_form(first(values).observed)
+    row = measure(Scenario.parse(values))
+    assert row["found"] is None
+    assert row["noise"]["psnr"] > 0
+
+
+def test_the_noise_of_dp_sgd_ends_it_and_the_clip_alone_does_not(scene: dict[str, Any]) -> None:
+    private = scene | {"privacy": "dp-sgd", "dp-clip": 0.5}
+    assert mean_psnr(private) >= 30
+    row = measure(Scenario.parse(private | {"dp-noise": 1.0}))
+    assert row["found"]["psnr"] < row["mean image"]["psnr"]
+    assert 0 < row["epsilon"] < 10
+
+
+def test_several_images_are_mixed(scene: dict[str, Any]) -> None:
+    row = measure(Scenario.parse(scene | {"images": 6}))
+    assert row["images"] == 18
+    assert row["found"]["psnr"] < 30
+
+
+@pytest.mark.slow
+def test_positive_control_on_open_clips_vit_b_16(tmp_path: Path) -> None:
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    for label, photo in enumerate(load_sample_images().images):
+        for split in ("train", "val", "test"):
+            folder = tmp_path / "photos" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for left in (0, 100, 200):
+                Image.fromarray(photo[100:324, left : left + 224]).save(folder / f"{left}.png")
+    values = {"tasks": str(tmp_path / "photos"), "model": "open_clip/ViT-B-16", "weights": "random", "victims": 1}
+    assert mean_psnr(values | SGD) >= 30
+
+
+# ------------------------------------------------------------------------------------------------------------ search
+
+
+@pytest.mark.parametrize("change", [{"attack": "inverting"}, {"attack": "simulation", "local-epochs": 2}])
+def test_a_search_comes_nearer_than_its_prior(scene: dict[str, Any], change: dict[str, Any]) -> None:
+    values = scene | {"victims": 1, "iterations": 60, **change}
+    row = measure(Scenario.parse(values))
+    assert row["found"]["psnr"] > row["prior only"]["psnr"] + 1
+    assert row["distance"] < 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------ labels
+
+
+@pytest.mark.parametrize("model", ["vit_micro", "clip"])
+def test_the_label_of_one_image_is_read_off(scene: dict[str, Any], model: str, clip: str) -> None:
+    values = scene | ({"model": clip, "weights": "random"} if model == "clip" else {"model": model})
+    values |= {"victims": 6, "labels-known": False}
+    found = list(victims(Scenario.parse(values)))
+    assert len({int(victim.labels) for victim in found}) > 1
+    for victim in found:
+        assert victim.observed.labels is None
+        assert torch.equal(recovered_labels(victim.observed), victim.labels)
+
+
+def test_labels_of_many_images_are_as_many(scene: dict[str, Any]) -> None:
+    for victim in victims(Scenario.parse(scene | {"images": 5, "optimizer": "adamw", "learning-rate": 1e-3})):
+        shares = class_histogram(victim.observed)
+        assert float(shares.sum()) == pytest.approx(1)
+        assert float(shares.min()) >= 0
+        assert len(recovered_labels(victim.observed)) == 5
+
+
+def test_errors_of_histograms() -> None:
+    assert histogram_error(torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.0, 0.5, 0.5])) == 0.5
+
+
+# -------------------------------------------------------------------------------------------------------- similarity
+
+
+def test_similarity_of_pairs() -> None:
+    random = torch.Generator().manual_seed(0)
+    truth = torch.rand(4, 3, 16, 16, generator=random)
+    near = (truth + 0.1 * torch.randn(truth.shape, generator=random)).clamp(0, 1)
+    error = (near - truth).square().mean((1, 2, 3))
+    torch.testing.assert_close(psnr(near, truth), -10 * error.log10())
+    assert torch.equal(paired(near[[2, 0, 3, 1]], truth), near)
+    assert torch.equal(psnr(truth, truth), torch.full((4,), MOST))
+    torch.testing.assert_close(ssim(truth, truth), torch.ones(4))
+    assert float(ssim(near, truth).max()) < 1
+
+
+# ------------------------------------------------------------------------------------------------------------- study
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"atack": "dlg"}, "'atack' is neither of a run nor of an attack; did you mean 'attack'"),
+        ({"attack": "guess"}, "attack='guess': it takes one of"),
+        ({"images": "two"}, "images='two': it must be of type int"),
+        ({"images": 0}, "images=0: it must be at least 1"),
+        ({"attack": "dlg", "optimizer": "adamw"}, "attack='dlg' reads a gradient"),
+        ({"attack": "simulation", "trainable": "lora"}, "attack='simulation' knows neither"),
+        ({"privacy": "dp-sgd", "dp-epsilon": 1.0}, "dp-epsilon is of a whole run"),
+        ({"model": "tinny"}, "model='tinny' is unknown"),
+    ],
+)
+def test_scenarios_that_cannot_work_are_said(scene: dict[str, Any], wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        Scenario.parse(scene | wrong)
+
+
+def test_a_party_with_fewer_images_is_said(scene: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match="red has 36 images to tune on, not images \\* victims = 37"):
+        first(scene | {"victims": 37})
+
+
+def test_a_study_makes_a_table_and_pictures_and_resumes(
+    scene: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, folder = tmp_path / "study.toml", tmp_path / "out"
+    common = "".join(f"{key} = {json.dumps(value)}\n" for key, value in scene.items())
+    rows = 'control = {}\n"a search" = { attack = "inverting", iterations = 2 }\nfrozen = { trainable = "last-1" }\n'
+    file.write_text(f'folder = "{folder}"\n[common]\n{common}[rows]\n{rows}')
+    study = experiments.read_study(file, reconstruction)
+    for units in reconstruction.phases(study):
+        for unit in units:
+            reconstruction.run_unit(unit)
+    head, _, *lines = reconstruction.table(study).splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["| control", "| a search", "| frozen"]
+    assert {line.count("|") for line in (head, *lines)} == {head.count("|")}
+    assert "no equation" in lines[2]
+    text = reconstruction.page(study).read_text()
+    assert text.count("<figure>") == 3
+    assert "data:image/png" in text
+
+    monkeypatch.setattr(reconstruction, "attacked", lambda _: pytest.fail("done again"))
+    monkeypatch.setattr(cli, "_run_study", lambda found, kind, _: [kind.run_unit(unit) for unit in found.units])
+    shown = CliRunner().invoke(cli.app, ["attack", "reconstruct", str(file)])
+    assert shown.exit_code == 0
+    assert lines[0] in shown.output
+
+    file.write_text(file.read_text().replace("last-1", "lost-1"))
+    with pytest.raises(SettingError, match="row 'frozen': .*"):
+        experiments.read_study(file, reconstruction)
