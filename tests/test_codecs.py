@@ -374,28 +374,28 @@ def test_a_client_keeps_one_base_by_its_digest() -> None:
 def test_a_client_keeps_the_residuals_of_three_rounds_and_forgets_an_abandoned_future() -> None:
     kept = Kept(RUN, "residuals")
     for number in (1, 2, 4, 5):
-        kept.save_residual(torch.full((3,), float(number)), number)
+        kept.save("residual", {"vector": torch.full((3,), float(number))}, number)
 
     def before(number: int) -> float | None:
-        found = kept.residual(number)
-        return None if found is None else float(found[0])
+        found = kept.last("residual", number)
+        return None if found is None else float(found["vector"][0])
 
     assert [before(number) for number in range(1, 7)] == [None, None, 2, 2, 4, 5]
-    kept.save_residual(torch.zeros(3), 3)
+    kept.save("residual", {"vector": torch.zeros(3)}, 3)
     assert [before(number) for number in range(3, 7)] == [2, 0, 0, 0]
 
 
 def test_damaged_files_are_as_if_they_were_not_there() -> None:
     kept = Kept(RUN, "damaged")
-    kept.save_residual(torch.ones(300), 1)
+    kept.save("residual", {"vector": torch.ones(300)}, 1)
     kept.save_base(torch.ones(300), "a")
     residual, base = kept.folder / "residual-00001.safetensors", kept.folder / "base.safetensors"
     flip(residual)
-    assert kept.residual(2) is None
+    assert kept.last("residual", 2) is None
     base.write_bytes(base.read_bytes()[:200])
     assert kept.base("a") is None
     residual.write_bytes(b"")
-    assert kept.residual(2) is None
+    assert kept.last("residual", 2) is None
 
 
 def flip(path: Path) -> None:
