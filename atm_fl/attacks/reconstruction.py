@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +33,9 @@ PATCHES = ("vit.patch_embed.proj.weight", "vit.conv1.weight")
 POSITIONS = ("vit.pos_embed", "vit.positional_embedding")
 """The two embeddings' entries in timm's and open_clip's ViTs."""
 SOFTNESS = 1.0
+"""Of the simulated AdamW: see simulate."""
 HEAD_RATE = 0.01
-
-Predict = Callable[[Tensor], Tensor]
-"""Images → the vector that they would make, float32 [n]."""
+"""Adam's learning rate for a head that is searched for."""
 
 
 class NoEquation(SettingError):
@@ -100,10 +99,16 @@ def closed_form(seen: Observation) -> Tensor:
 
 
 def gradient_of(seen: Observation, head: Head, pixels: Tensor, labels: Tensor) -> Tensor:
-    """∇L at the base of these images [k, 3, s, s] and labels [k], float32 [n]; differentiable by images and head."""
+    """∇L at the base of these images [k, 3, s, s] and labels [k], float32 [n], clipped as the party clips its own.
+
+    Differentiable by images and head. (DP-SGD clips image by image: of several images it is not quite this.)
+    """
+    settings = seen.scenario.settings
     flat = seen.base.clone().requires_grad_()
     loss = functional.cross_entropy(head(seen.features(flat, pixels)), labels)
-    return torch.autograd.grad(loss, flat, create_graph=True)[0]
+    (gradient,) = torch.autograd.grad(loss, flat, create_graph=True)
+    bound = settings.dp_clip if settings.private else settings.clip_norm or math.inf
+    return gradient * (bound / gradient.norm()).clamp_max(1.0)
 
 
 def dlg(seen: Observation, start: Tensor, labels: Tensor | None) -> tuple[Tensor, float]:
@@ -147,7 +152,7 @@ def signed_descent(seen: Observation, start: Tensor, labels: Tensor | None) -> t
         search.add_param_group({"params": [head.weight.requires_grad_()], "lr": HEAD_RATE})
     plan = torch.optim.lr_scheduler.MultiStepLR(search, [scenario.iterations * part // 8 for part in (3, 5, 7)], 0.1)
 
-    def distance() -> Tensor:
+    def distance(labels: Tensor) -> Tensor:
         if scenario.attack == "simulation":
             predicted, wanted = simulate(seen, head, pixels, labels, SOFTNESS), seen.vector
         else:
@@ -160,14 +165,14 @@ def signed_descent(seen: Observation, start: Tensor, labels: Tensor | None) -> t
             search.zero_grad()
             objective = scenario.smoothness * total_variation(pixels)
             if labels is not None:
-                objective = objective + distance()
+                objective = objective + distance(labels)
             objective.backward()
             assert pixels.grad is not None
             pixels.grad.sign_()
             search.step()
             plan.step()
             pixels.data.clamp_(0, 1)
-        return pixels.detach(), 1.0 if labels is None else float(distance().detach())
+        return pixels.detach(), 1.0 if labels is None else float(distance(labels).detach())
 
 
 def total_variation(pixels: Tensor) -> Tensor:

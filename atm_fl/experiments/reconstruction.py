@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def page(study: Study) -> Path:
     parts = ["<h1>Reconstruction</h1>", html_table(HEAD, map(_cells, done), style="numbers dense")]
     for unit in done:
         pictures = load_file(str(unit.pictures))
-        parts.append(figure(f"{unit.name}: first images", lambda pictures=pictures: _grid(pictures)))
+        parts.append(figure(f"{unit.name}: first images", partial(_grid, pictures)))
     path = study.folder / "report.html"
     path.write_text(document("Reconstruction", parts))
     return path
