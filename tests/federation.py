@@ -62,7 +62,7 @@ class Federation:
             *["--enable-supernode-auth", "--disable-runtime-dependency-installation"],
             f"--database={self.home / 'superlink.db'}",
         )
-        wait(self._answers, "the SuperLink", 120)
+        wait(self._answers, "the SuperLink")
 
     def _answers(self) -> bool:
         with suppress(OSError), socket.create_connection(self.address.split(":"), 1):  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ class Federation:
             return "SuperNode ID" in self.said(name)[before:]
 
         before = len(self.said(name))
-        wait(let_in, f"the return of {name}", 300)
+        wait(let_in, f"the return of {name}")
 
     def spawn(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         """Start a program with a cache and FLWR_HOME of its own; what it says goes to NAME.log."""
@@ -140,7 +140,7 @@ class Federation:
                 return bool(found) and found[0].memory_info().rss > 4e8
             return False
 
-        wait(at_work, f"{name} in round {round_number}", 600)
+        wait(at_work, f"{name} in round {round_number}")
         return found[0]
 
     def kill(self, name: str) -> None:
@@ -273,7 +273,7 @@ def _toml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def wait(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+def wait(condition: Callable[[], object], what: str, seconds: float = 600) -> None:
     """Wait until `condition()` is true; RunError if it takes too long."""
     deadline = time.monotonic() + seconds
     while not condition():
