@@ -486,9 +486,6 @@ def register(
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-attack = typer.Typer(no_args_is_help=True, help="Measure what a setting protects by attacking it: docs/privacy.md.")
-app.add_typer(attack, name="attack")
-
 Config = Annotated[Path, typer.Argument(help="the attacked run: a TOML file of settings, as in configs/")]
 Override = Annotated[list[str] | None, typer.Option("-c", help="key=value over the file's, as often as needed")]
 
