@@ -415,12 +415,14 @@ app.add_typer(attack, name="attack")
 def reconstruct(
     config: Annotated[Path, typer.Argument(help="a TOML file of scenarios, as configs/reconstruction.toml")],
     jobs: Jobs = None,
+    only_report: Annotated[bool, typer.Option("--report", help="run nothing: report what is finished")] = False,
 ) -> None:
     """Look for the images behind task vectors; print what is found under each setting, and write the pictures."""
     from atm_fl.experiments import read_study, reconstruction
 
     found = read_study(config, reconstruction)
-    _run_study(found, reconstruction, jobs)
+    if not only_report:
+        _run_study(found, reconstruction, jobs)
     console.print(reconstruction.table(found), soft_wrap=True, highlight=False, markup=False)
     console.print(f"page: {reconstruction.page(found)}", soft_wrap=True, highlight=False, markup=False)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from typer.testing import CliRunner
 
 from atm_fl import cli, experiments
@@ -121,14 +118,16 @@ def test_several_images_are_mixed(scene: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_positive_control_on_open_clips_vit_b_16(tmp_path: Path) -> None:
+    from PIL import Image
     from sklearn.datasets import load_sample_images
 
-    for label, photo in enumerate(load_sample_images().images):
+    # A class has crops of both photographs: of an image that the model is sure of the gradient is lost in rounding.
+    for number, photo in enumerate(load_sample_images().images):
         for split in ("train", "val", "test"):
-            folder = tmp_path / "photos" / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for left in (0, 100, 200):
-                Image.fromarray(photo[100:324, left : left + 224]).save(folder / f"{left}.png")
+            for label, left in enumerate((0, 150, 300)):
+                folder = tmp_path / "photos" / split / f"class{label}"
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(photo[100:324, left : left + 224]).save(folder / f"{number}.png")
     values = {"tasks": str(tmp_path / "photos"), "model": "open_clip/ViT-B-16", "weights": "random", "victims": 1}
     assert mean_psnr(values | SGD) >= 30
 
@@ -136,31 +135,19 @@ def test_positive_control_on_open_clips_vit_b_16(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ search
 
 
-def halves(folder: Path) -> str:
-    """A task of images that are half dark and half bright, parted in two ways: what a search can find."""
-    for split, label in itertools.product(("train", "val", "test"), (0, 1)):
-        (folder / split / f"class{label}").mkdir(parents=True)
-        for number in range(3):
-            image = np.full((32, 32, 3), 10 + number, np.uint8)
-            (image if label else image.transpose(1, 0, 2))[:16] = 245
-            Image.fromarray(image).save(folder / split / f"class{label}" / f"{number}{split}.png")
-    return str(folder)
+@pytest.mark.parametrize("change", [{"attack": "inverting"}, {"attack": "simulation", "local-epochs": 2}])
+def test_a_search_finds_images_that_would_send_nearly_the_same(scene: dict[str, Any], change: dict[str, Any]) -> None:
+    values = scene | {"victims": 1, "smoothness": 0.05, **change}
+    ends = [measure(Scenario.parse(values | {"iterations": count})) for count in (1, 80)]
+    assert ends[1]["distance"] < 0.3 * ends[0]["distance"]
 
 
-@pytest.mark.xfail(reason="the searches do not find images yet: docs/privacy.md says so and quotes none", strict=False)
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"attack": "inverting"},
-        {"attack": "inverting", "trainable": "last-1", "head-known": False},
-        {"attack": "simulation", "local-epochs": 2},
-    ],
-)
-def test_a_search_comes_nearer_than_its_prior(scene: dict[str, Any], change: dict[str, Any], tmp_path: Path) -> None:
-    values = scene | {"tasks": halves(tmp_path / "halves"), "victims": 2, "iterations": 80, "smoothness": 0.2, **change}
-    row = measure(Scenario.parse(values))
-    assert row["found"]["psnr"] > max(row[name]["psnr"] for name in ("prior only", "noise")) + 1
-    assert row["distance"] < 0.5
+@pytest.mark.slow
+def test_a_search_finds_images_without_the_label_the_head_or_the_embeddings() -> None:
+    values = {"tasks": "bluemarble", "victims": 2, "optimizer": "sgd", "learning-rate": 0.1, "trainable": "last-4"}
+    searched = {"attack": "inverting", "head-known": False, "labels-known": False}
+    row = measure(Scenario.parse(values | searched))
+    assert row["found"]["psnr"] > 2 + max(row[name]["psnr"] for name in ("noise", "mean image", "prior only"))
 
 
 def test_the_true_images_gradient_is_the_one_searched_for(scene: dict[str, Any]) -> None:

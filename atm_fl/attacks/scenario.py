@@ -46,7 +46,7 @@ class Scenario:
     """Whether the attacker knows each image's class; else it takes what labels.py finds in the vector."""
     head_known: bool = True
     """Whether it has the party's head (public class names, say); else it searches for one along with the images."""
-    iterations: int = 120
+    iterations: int = 400
     step_size: float = 0.1
     """Of the attacks with signed gradients: pixels, of values in 0..1, move by so much an iteration at first."""
     smoothness: float = 1.0

@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional
 
 from atm_fl.attacks.measurement import BASELINES, FOUND, attacked, summary
 from atm_fl.attacks.scenario import Scenario
@@ -148,13 +149,13 @@ def _cells(unit: Unit) -> list[str]:
 def _grid(pictures: dict[str, Tensor]) -> Figure:
     """A line of images for the originals, the attack and each baseline."""
     names = [name for name in ("original", FOUND, *BASELINES) if name in pictures]
-    columns = len(pictures["original"])
-    drawing = Figure(figsize=(9, 0.95 * len(names)), layout="constrained")
-    across = drawing.subplots(len(names), columns, squeeze=False)
-    for name, line in zip(names, across, strict=True):
-        for axis, image in zip(line, pictures[name], strict=True):
-            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.grid(False)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    count, _, size, _ = pictures["original"].shape
+    gap = max(1, size // 16)
+    lines = [torch.cat(list(functional.pad(pictures[name], [gap] * 4, value=1.0)), dim=2) for name in names]
+    drawing = Figure(figsize=(9, 0.4 + 8 * len(names) / max(count, SHOWN)), layout="constrained")
+    axis = drawing.subplots()
+    axis.imshow(torch.cat(lines, dim=1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.set_yticks([(size + 2 * gap) * (line + 0.5) for line in range(len(names))], names)
+    axis.set_xticks([])
+    axis.grid(False)
     return drawing
