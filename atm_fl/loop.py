@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import gram
+from atm_fl.blocks import gram, parts
 from atm_fl.codecs import Arrays, size_of
 from atm_fl.party import Party, Update
 from atm_fl.privacy import client_level
@@ -22,9 +22,6 @@ from atm_fl.runs import Run, told_if_full
 from atm_fl.scaling import scale_layers
 from atm_fl.settings import Settings
 from atm_fl.vectors import Spill
-
-BLOCK = 1 << 20
-"""Elements at a time."""
 
 
 class Apart:
@@ -157,8 +154,7 @@ def mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
     if len(vectors) == 1:
         return vectors[0]
     result = torch.empty_like(vectors[0])
-    for start in range(0, len(result), BLOCK):
-        part = slice(start, start + BLOCK)
+    for part in parts(len(result)):
         total = sum(weight * vector[part].double() for vector, weight in zip(vectors, weights, strict=True))
         result[part] = total / sum(weights)
     return result

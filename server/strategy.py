@@ -45,7 +45,7 @@ class Atm(Strategy):
     def __init__(self, run: Run, nodes: dict[int, str]) -> None:
         self.run = run
         self.nodes = nodes
-        self._digest = vectors.digest(run.base)
+        self._digest = "" if run.delta is None else vectors.digest(run.base)
         """Of the base that was sent last."""
         self._sent: tuple[Grid, str, int]
         """Where, as which kind of message and in which round."""

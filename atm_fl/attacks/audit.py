@@ -20,7 +20,7 @@ from torch import Tensor
 from atm_fl.errors import SettingError
 from atm_fl.party import Party
 from atm_fl.privacy.budget import Budget
-from atm_fl.privacy.dp_sgd import record_gradients, sampling_rate
+from atm_fl.privacy.dp_sgd import clip_factors, record_gradients, sampling_rate
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
@@ -125,7 +125,7 @@ def _gradients(party: Party, data: Split) -> Tensor:
     model, found = party.model, []
     for images, labels in data.batches(batch_size=PART):
         own = record_gradients(model.module, party.head, model.layout, model.flat, images, labels)
-        found.append((own * (party.settings.dp_clip / own.norm(dim=1)).clamp_max(1.0)[:, None]).cpu())
+        found.append((own * clip_factors(own, party.settings.dp_clip)[:, None]).cpu())
     return torch.cat(found) if found else torch.zeros(0, model.layout.size)
 
 

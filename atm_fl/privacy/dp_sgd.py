@@ -53,6 +53,11 @@ def record_gradients(
     return torch.func.vmap(gradient, in_dims=(None, 0, 0), randomness="different")(flat.detach(), images, labels)
 
 
+def clip_factors(gradients: Tensor, norm: float) -> Tensor:
+    """What scales gradients [k, n] down to at most `norm` each, [k]."""
+    return (norm / gradients.norm(dim=1)).clamp_max(1.0)
+
+
 def tune_privately(
     model: nn.Module,
     head: nn.Module,
@@ -82,7 +87,7 @@ def tune_privately(
         parts = data.batches(chosen.to(data.labels.device), size, settings.workers)
         for images, labels in parts if len(chosen) else ():
             gradients = record_gradients(model, head, layout, flat, images, labels)
-            flat.grad.add_((settings.dp_clip / gradients.norm(dim=1)).clamp_max(1.0) @ gradients)
+            flat.grad.add_(clip_factors(gradients, settings.dp_clip) @ gradients)
         if noise:
             drawn = torch.randn(flat.shape, generator=random)
             flat.grad.add_(drawn.to(flat.device), alpha=noise * settings.dp_clip)
