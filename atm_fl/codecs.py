@@ -220,6 +220,7 @@ class Integers(Codec):
 
     block: int = 256
     levels: ClassVar[int] = 127
+    """The largest whole number."""
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -342,6 +343,46 @@ class Int4Nearest(Int4):
     """int4, rounded to nearest."""
 
     stochastic: ClassVar[bool] = False
+
+
+@codec("ternary")
+@dataclass(frozen=True)
+class Ternary(Integers):
+    """-1, 0 or 1 times one magnitude a block, five elements a byte, squeezed; and 4 bytes a block.
+
+    Ternary weight networks, Li et al. 2016 (arXiv:1605.04711), equations 5 and 6: an element is 0 if its magnitude is
+    at most 0.7 times the block's mean, and the block's magnitude is the mean of the others. A bell curve's vector loses
+    a fifth of its square length, which error feedback makes up for.
+    """
+
+    levels: ClassVar[int] = 1
+    feedback: ClassVar[bool] = True
+    PLACES: ClassVar[Tensor] = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)
+    """What each of a byte's five elements, plus 1, counts."""
+
+    def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
+        size = len(vector)
+        digits, magnitudes = torch.ones(-(-size // 5) * 5, dtype=torch.uint8), torch.empty(self._blocks(size))
+        for elements, blocks in self._strides(size):
+            rows = self._rows(vector[elements])
+            sizes = rows.abs()
+            kept = sizes > 0.7 * sizes.mean(1, dtype=torch.float64).unsqueeze(1)
+            sizes.mul_(kept)
+            magnitudes[blocks] = sizes.sum(1, dtype=torch.float64) / kept.sum(1).clamp_min(1)
+            signs = rows.sign().mul_(kept).add_(1).view(-1)
+            digits[elements] = signs[: elements.stop - elements.start].to(torch.uint8)
+        packed = digits.view(-1, 5).mul_(self.PLACES).sum(1, dtype=torch.uint8)
+        return {"values": squeezed(packed), "largest": magnitudes.numpy()}
+
+    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor:
+        size = layout.size
+        packed, magnitudes = self._unsqueezed(arrays, size, -(-size // 5))
+        if len(packed) and int(packed.max()) >= 3**5:
+            raise ValueError(f"a byte of {int(packed.max())}, which is no five elements of -1, 0 or 1")
+        numbers = torch.empty(len(packed), 5, dtype=torch.int8)
+        for place, count in enumerate(self.PLACES.tolist()):
+            numbers[:, place] = packed.div(count, rounding_mode="floor").remainder_(3).view(torch.int8).sub_(1)
+        return self._restored(numbers.view(-1)[:size], magnitudes)
 
 
 # ------------------------------------------------------------------------------------------------- what matters most

@@ -6,11 +6,14 @@ tries again, and ends if it cannot go on, so that what supervises it starts it a
 
 It also gives a ClientApp's process START seconds until its first sign of life. Flower's own gives 30, then reports a
 failure and lets the process be: on a machine so busy that Python takes longer to start, each new try makes it busier.
+Who starts those processes is `clients/superexec.py`.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import traceback
 from datetime import timedelta
 
@@ -39,6 +42,16 @@ class PatientState(InMemoryNodeState):
         return token
 
 
+class OurSuperExec:
+    """The module `subprocess` with a `Popen` that starts clients/superexec.py where flower-superexec is meant."""
+
+    @staticmethod
+    def Popen(command: list[str]) -> subprocess.Popen[bytes]:
+        """Start it."""
+        assert command[0] == "flower-superexec"
+        return subprocess.Popen([sys.executable, "-m", "clients.superexec", *command[1:]])
+
+
 def patient_invoker() -> RetryInvoker:
     """Flower's retries, and also one after a handshake that broke off; a wrong certificate stays final."""
     invoker = make_simple_http_retry_invoker()
@@ -56,6 +69,7 @@ def main() -> None:
     """Run flower-supernode, its arguments unchanged."""
     pace.set_variables()
     start_client_internal.time = pace.ShortNaps  # type: ignore[assignment]
+    start_client_internal.subprocess = OurSuperExec  # type: ignore[assignment]
     nodestate_factory.InMemoryNodeState = PatientState  # type: ignore[misc]
     fleet_http_connection.make_simple_http_retry_invoker = patient_invoker
     try:

@@ -126,6 +126,27 @@ def test_rounding_at_random_is_unbiased_and_seeded(name: str, levels: int, block
     assert float((rounded - vector).norm()) < float((trips[0] - vector).norm())
 
 
+@settings(max_examples=60, deadline=None)
+@given(vector=vectors_, block=st.sampled_from([2, 6, 256]))
+def test_ternary_is_the_equations_of_ternary_weight_networks(vector: Tensor, block: int) -> None:
+    arrived = trip(f"ternary:{block}", vector).tolist()
+    for start in range(0, len(vector), block):
+        exact = vector[start : start + block].tolist()
+        # What a block lacks counts as zeros.
+        threshold = 0.7 * math.fsum(map(abs, exact)) / block
+        large = [abs(value) for value in exact if abs(value) > threshold * (1 + 1e-12)]
+        close = any(threshold and abs(abs(value) / threshold - 1) < 1e-9 for value in exact)
+        if not close:
+            size = math.fsum(large) / len(large) if large else 0.0
+            wanted = [math.copysign(size, value) if abs(value) > threshold else 0.0 for value in exact]
+            assert arrived[start : start + block] == pytest.approx(wanted, rel=1e-6, abs=2.0**-149)
+
+
+def test_ternary_loses_a_fifth_of_a_bell_curve() -> None:
+    vector = task_vector(flat(100_000))
+    assert float((trip("ternary", vector) - vector).norm() ** 2 / vector.norm() ** 2) == pytest.approx(0.19, abs=0.01)
+
+
 @settings(max_examples=100, deadline=None)
 @given(vector=vectors_, density=st.floats(0.001, 1))
 def test_topk_keeps_exactly_the_k_largest_and_of_equal_ones_the_first(vector: Tensor, density: float) -> None:
@@ -201,7 +222,10 @@ def test_bytes_by_formula(text: str, size: int) -> None:
 
 @pytest.mark.parametrize(
     ("text", "count", "blocks"),
-    [("int8", 1001, 4), ("int8:64", 1001, 16), ("int4", 501, 16), ("int4-nearest:32", 501, 32)],
+    [
+        *[("int8", 1001, 4), ("int8:64", 1001, 16), ("int4", 501, 16), ("int4-nearest:32", 501, 32)],
+        *[("ternary", 201, 4), ("ternary:64", 201, 16)],
+    ],
 )
 def test_whole_numbers_are_squeezed_bytes_and_largest_magnitudes(text: str, count: int, blocks: int) -> None:
     arrays = make_codec(text).encode(task_vector(flat(1001)), flat(1001))
@@ -209,8 +233,10 @@ def test_whole_numbers_are_squeezed_bytes_and_largest_magnitudes(text: str, coun
     assert arrays["largest"].nbytes == 4 * blocks
 
 
-@pytest.mark.parametrize("text", ["int8", "int8-nearest", "int4", "int4-nearest"])
-def test_squeezing_comes_near_the_numbers_entropy(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "less"), [("int8", 4), ("int8-nearest", 4), ("int4", 7.5), ("int4-nearest", 7.5), ("ternary", 18)]
+)
+def test_squeezing_comes_near_the_numbers_entropy(text: str, less: float) -> None:
     size = 400_000
     layout, vector = flat(size), torch.randn(size, generator=torch.Generator().manual_seed(0)) * 1e-4
     arrays = make_codec(text).encode(vector, layout)
@@ -218,10 +244,10 @@ def test_squeezing_comes_near_the_numbers_entropy(text: str) -> None:
     shares = np.bincount(sent)[np.bincount(sent) > 0] / len(sent)
     assert arrays["values"].nbytes == pytest.approx(-(shares * np.log2(shares)).sum() / 8 * len(sent), rel=0.02)
     # as wire.md promises of int8: what goes with the blocks included, a quarter of fp32's bytes
-    assert size_of(arrays) < vector.nbytes / (4 if "8" in text else 7.5)
+    assert size_of(arrays) < vector.nbytes / less
 
 
-@pytest.mark.parametrize("text", ["int8", "int4"])
+@pytest.mark.parametrize("text", ["int8", "int4", "ternary"])
 def test_damaged_frames_are_refused(text: str) -> None:
     codec = make_codec(text)
     arrays = codec.encode(task_vector(MATRICES), MATRICES)
@@ -300,6 +326,11 @@ def test_arrays_that_no_encoder_makes_are_refused(text: str, how: str) -> None:
         ("bf16", {"values": np.full(3, 0x7F80, np.int16)}, "not finite"),
         ("int8", {"largest": np.array([np.inf], np.float32)}, "not finite"),
         ("int4", {"largest": np.array([np.nan], np.float32)}, "not finite"),
+        (
+            "ternary",
+            {"values": codecs.squeezed(torch.tensor([243], dtype=torch.uint8))},
+            "a byte of 243, which is no five",
+        ),
         ("topk:0.3", {"bitmap": np.array([0b00010000], np.uint8)}, "positions that are not 1 below 3"),
         ("topk:0.3", {"bitmap": np.array([0b11000000], np.uint8)}, "positions that are not 1 below 3"),
         ("topk:0.3", {"gaps": np.array([0], np.uint8)}, "where gaps uint8 or uint16, or a bitmap uint8 were expected"),
