@@ -267,8 +267,10 @@ class Integers(Codec):
     def _restored(self, numbers: Tensor, largest: Tensor) -> Tensor:
         vector = empty(len(numbers), largest)
         for elements, blocks in self._strides(len(numbers)):
-            rows = self._rows(numbers[elements].float().div_(self.levels)).mul_(largest[blocks].unsqueeze(1))
-            vector[elements] = rows.view(-1)[: elements.stop - elements.start]
+            scaled = torch.div(numbers[elements], self.levels, out=vector[elements])
+            whole = len(scaled) // self.block
+            scaled[: whole * self.block].view(-1, self.block).mul_(largest[blocks][:whole].unsqueeze(1))
+            scaled[whole * self.block :].mul_(largest[blocks][-1])
         return vector
 
 

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from atm_fl import tasks, vectors
 from atm_fl.files import atomic_write
+from atm_fl.tensor_files import save_vectors
 
 KEPT_ROUNDS = 3
 """A run may be resumed from either of its last two checkpoints, and the client may be a round ahead of them."""
@@ -105,7 +105,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
     with atomic_write(path) as part:
-        save_file(tensors, str(part), about)
+        save_vectors(part, tensors, about)
 
 
 def _load(path: Path) -> tuple[dict[str, str], dict[str, Tensor]] | None:

@@ -20,7 +20,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from atm_fl.errors import RunError, SettingError
 from atm_fl.files import atomic_write
 from atm_fl.merging import Merge, make_merge, options
 from atm_fl.scaling import check_layer_scaling, check_task_scaling, scale_layers
+from atm_fl.tensor_files import bits, write_entries
 from atm_fl.vectors import Layout
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -156,7 +157,8 @@ def merge_files(
             tell(f"writing {out.name}", done)
 
     with atomic_write(out) as part:
-        write_like(start, part, contents(), start.metadata | {"atm-fl": json.dumps(made)})
+        # Every entry keeps its offset.
+        write_entries(part, start.entries, contents(), start.metadata | {"atm-fl": json.dumps(made)})
     return Merged(len(names) + len(tied), layout.size)
 
 
@@ -269,22 +271,6 @@ def merged_vector(
     del vector, views, view
     tell(f"merging {len(others)} files", done)
     return merge.result()
-
-
-def write_like(base: Checkpoint, path: Path, tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with the entries of `base`, one tensor after another, in its order and dtypes."""
-    # Every entry keeps its offset, and the header is padded, so that all are aligned as the base's writer had them.
-    header = json.dumps({"__metadata__": dict(metadata), **base.entries}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for tensor in tensors:
-            file.write(bits(tensor).numpy().data)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The bytes of a contiguous tensor as a view, uint8 [bytes]."""
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -50,7 +50,7 @@ class SharedModel:
     def __init__(self, settings: Settings) -> None:
         self.device = find_device(settings.device)
         self.module = models.load_backbone(settings.model, settings.weights)
-        self.digest = vectors.digest(vectors.Layout.of(self.module).flatten(self.module))
+        self.digest = vectors.digest(*vectors.shared_entries(self.module).values())
         """Of the whole pretrained backbone."""
         set_trainable(self.module, settings.trainable)
         self.layout = vectors.Layout.of(self.module)

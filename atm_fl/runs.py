@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from atm_fl import vectors
@@ -34,6 +33,7 @@ from atm_fl.models import load_backbone
 from atm_fl.scaling import check_layer_scaling
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
+from atm_fl.tensor_files import save_vectors
 from atm_fl.trainable import set_trainable
 
 
@@ -243,11 +243,8 @@ def save_checkpoint(
     moments = {STATE + name: moment for name, moment in (state or {}).items()}
     about = {"rounds": rounds_done, "layout": layout.digest, "base": vectors.digest(base)}
     about |= {name: vectors.digest(moment) for name, moment in sorted(moments.items())}
-    # One key: safetensors writes several in an order of its own each time, and equal runs should be equal files.
-    metadata = {"atm-fl": json.dumps(about)}
     with atomic_write(path) as part:
-        named = {name: view.contiguous() for name, view in layout.views(base).items()}
-        save_file(named | moments, str(part), metadata)
+        save_vectors(part, layout.views(base.cpu()) | moments, {"atm-fl": json.dumps(about)})
     for old in [*(checkpoints(directory)[:-kept] if kept else ()), *folder.glob(".*.safetensors")]:
         old.unlink()
     return path

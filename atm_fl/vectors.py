@@ -30,7 +30,7 @@ class Layout:
     @classmethod
     def of(cls, module: nn.Module) -> Layout:
         """The layout of a module's trainable floating-point parameters, in the module's order."""
-        shared = _shared(module)
+        shared = shared_entries(module)
         return cls(tuple(shared), tuple(tuple(parameter.shape) for parameter in shared.values()))
 
     @cached_property
@@ -60,7 +60,7 @@ class Layout:
 
     def flatten(self, module: nn.Module) -> Tensor:
         """A copy of the module's shared entries as one flat tensor [n], in their own dtype."""
-        shared = _shared(module)
+        shared = shared_entries(module)
         return torch.cat([shared[name].detach().reshape(-1) for name in self.names])
 
 
@@ -73,14 +73,17 @@ def bind(module: nn.Module, layout: Layout) -> nn.Parameter:
     flat = nn.Parameter(layout.flatten(module))
     flat.grad = torch.zeros_like(flat)
     values, gradients = layout.views(flat.data), layout.views(flat.grad)
-    for name, parameter in _shared(module).items():
+    for name, parameter in shared_entries(module).items():
         parameter.data, parameter.grad = values[name], gradients[name]
     return flat
 
 
-def digest(flat: Tensor) -> str:
-    """A short hash of a vector's exact bytes."""
-    return hashlib.sha256(flat.detach().cpu().contiguous().numpy().data).hexdigest()[:16]
+def digest(*parts: Tensor) -> str:
+    """A short hash of the exact bytes of a vector, or of its parts one after another."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.detach().cpu().contiguous().numpy().data)
+    return found.hexdigest()[:16]
 
 
 class Spill:
@@ -117,5 +120,6 @@ class Spill:
         self._file.close()
 
 
-def _shared(module: nn.Module) -> dict[str, nn.Parameter]:
+def shared_entries(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's trainable floating-point parameters by name, in the module's order."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()}

@@ -78,12 +78,12 @@ def received_base(message: Message, party: Party, limit: float = 0.0) -> Tensor 
     kept = Kept(str(info["run"]), party.client)
     base = kept.base(before) if before else None
     if before and base is None:
-        base = model.pretrained
+        base = model.pretrained.clone() if arrays else model.pretrained
     if arrays or base is None:
         sent = make_codec(expected).decode(arrays, model.layout)
         if base is not None and len(base) != len(sent):
             return None
-        base = sent if base is None else base + sent
+        base = sent if base is None else base.add_(sent)
     if vectors.digest(base) != digest:
         if before:
             return None

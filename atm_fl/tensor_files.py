@@ -1,0 +1,37 @@
+"""Writing safetensors files at the disk's speed: safetensors itself (0.8.0) takes ten times as long for a large one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def save_vectors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write contiguous float32 tensors, by name, as a safetensors file."""
+    entries, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    write_entries(path, entries, tensors.values(), metadata)
+
+
+def write_entries(
+    path: Path, entries: Mapping[str, Any], tensors: Iterable[Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file: its `entries`, which the header has, and the contiguous tensors that they tell of."""
+    header = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # so that an entry is aligned as its offset is
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors:
+            file.write(bits(tensor).numpy().data)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor as a view, uint8 [bytes]."""
+    return tensor.reshape(-1).view(torch.uint8)
