@@ -359,13 +359,14 @@ def list_settings() -> None:
 
 
 Jobs = Annotated[int | None, typer.Option(help="runs at a time; default: one a core")]
+OnlyReport = Annotated[bool, typer.Option("--report", help="run nothing: report what is finished")]
 
 
 @app.command()
 def compare(
     config: Annotated[Path, typer.Argument(help="a contest's TOML file, as configs/contest.toml")],
     jobs: Jobs = None,
-    only_report: Annotated[bool, typer.Option("--report", help="run nothing: report what is finished")] = False,
+    only_report: OnlyReport = False,
 ) -> None:
     """Run a contest or its ablations, resuming what was begun; print the tables and write table.md, results.csv,
     results.json and report.html."""
@@ -378,12 +379,16 @@ def compare(
     console.print(f"page: {found.reports / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
 
 
-@app.command()
-def study(
+study = typer.Typer(no_args_is_help=True, help="Run a study, resuming what was begun, and print its table.")
+app.add_typer(study, name="study")
+
+
+@study.command("merges")
+def study_merges(
     config: Annotated[Path, typer.Argument(help="a study's TOML file, as configs/merges.toml")],
     jobs: Jobs = None,
 ) -> None:
-    """Run a study of merges, resuming what was begun, and print its table."""
+    """Which merges help inside ATM: docs/merging.md."""
     from atm_fl.experiments import merge_table, read_study
 
     found = read_study(config, merge_table)
@@ -393,6 +398,23 @@ def study(
     page = found.folder / "table.md"
     page.write_text(text + "\n")
     console.print(f"table: {page}", highlight=False, markup=False)
+
+
+@study.command("privacy")
+def study_privacy(
+    config: Annotated[Path, typer.Argument(help="a study's TOML file, as configs/privacy.toml")],
+    jobs: Jobs = None,
+    only_report: OnlyReport = False,
+) -> None:
+    """What settings protect, by attacks, and what they cost; also writes a page with plots: docs/privacy.md."""
+    from atm_fl.experiments import privacy as kind
+    from atm_fl.experiments import read_study
+
+    found = read_study(config, kind)
+    if not only_report:
+        _run_study(found, kind, jobs)
+    console.print(kind.table(found), soft_wrap=True, highlight=False, markup=False)
+    console.print(f"page: {kind.page(found)}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _run_study(found: Any, kind: Any, jobs: int | None) -> None:
@@ -415,7 +437,7 @@ app.add_typer(attack, name="attack")
 def reconstruct(
     config: Annotated[Path, typer.Argument(help="a TOML file of scenarios, as configs/reconstruction.toml")],
     jobs: Jobs = None,
-    only_report: Annotated[bool, typer.Option("--report", help="run nothing: report what is finished")] = False,
+    only_report: OnlyReport = False,
 ) -> None:
     """Look for the images behind task vectors; print what is found under each setting, and write the pictures."""
     from atm_fl.experiments import read_study, reconstruction

@@ -6,6 +6,8 @@ The drill on a real engine is `slow`; it runs where Docker is, or where ENGINE n
 from __future__ import annotations
 
 import asyncio
+import json
+import multiprocessing
 import os
 import shutil
 import ssl
@@ -21,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import forked
 import httpx
 import pytest
 import yaml
@@ -518,6 +521,42 @@ def test_a_process_has_longer_to_start_and_then_is_watched_as_before(monkeypatch
     assert isinstance(made, PatientState)
     assert seconds_left(made) == pytest.approx([START, usual[1]], abs=5)
     assert usual[0] < START / 5
+
+
+def test_client_apps_begin_with_their_imports_and_nothing_of_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.superexec.executor import ExecutionSpec, subprocess_executor
+
+    from clients import superexec
+
+    monkeypatch.setattr(superexec, "client_app", forked.tell)
+    executor, started = superexec.ForkingExecutor(), []
+    monkeypatch.setattr(subprocess_executor.subprocess, "Popen", started.append)
+
+    def spec(kind: TaskType, token: str) -> ExecutionSpec:
+        return ExecutionSpec(kind, "127.0.0.1:1", token, True, None, False, os.getpid(), False, 1)
+
+    for name in ("one", "two"):
+        executor.launch(spec(TaskType.CLIENT_APP, str(tmp_path / name)))
+    executor.launch(spec(TaskType.SERVER_APP, "token"))
+    assert started[0][0] == "flwr-serverapp"  # as Flower starts it
+    for process in multiprocessing.active_children():
+        process.join(60)
+    found = [json.loads((tmp_path / name).read_text()) for name in ("one", "two")]
+    for one in found:
+        assert (one["missing"], one["ours"], one["threads"]) == ([], [], 1)
+    assert found[0]["parent"] == found[1]["parent"] != os.getpid()  # they were forked from one that has the imports
+
+
+def test_a_supernode_starts_our_superexec(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clients.supernode import OurSuperExec
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "Popen", started.append)
+    OurSuperExec.Popen(["flower-superexec", "--insecure", "--parent-pid", "7"])
+    assert started == [[sys.executable, "-m", "clients.superexec", "--insecure", "--parent-pid", "7"]]
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ def page(study: Study) -> Path:
     parts = ["<h1>Reconstruction</h1>", html_table(HEAD, map(_cells, done), style="numbers dense")]
     for unit in done:
         pictures = load_file(str(unit.pictures))
-        parts.append(figure(f"{unit.name}: first images", partial(_grid, pictures)))
+        parts.append(figure(f"{unit.name}: first images", partial(grid, pictures)))
     path = study.folder / "report.html"
     path.write_text(document("Reconstruction", parts))
     return path
@@ -146,7 +146,7 @@ def _cells(unit: Unit) -> list[str]:
     return cells + ([f"{labels['found']:.2f}", f"{labels['uniform']:.2f}"] if labels else ["–", "–"])
 
 
-def _grid(pictures: dict[str, Tensor]) -> Figure:
+def grid(pictures: dict[str, Tensor]) -> Figure:
     """A line of images for the originals, the attack and each baseline."""
     names = [name for name in ("original", FOUND, *BASELINES) if name in pictures]
     count, _, size, _ = pictures["original"].shape
