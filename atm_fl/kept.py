@@ -54,7 +54,9 @@ class Kept:
 
     def save_base(self, base: Tensor, digest: str, rounds_done: int = 0) -> None:
         """Keep a base model, float32 [n], instead of the one before."""
-        _save(self.folder / "base.safetensors", {"vector": base}, {"digest": digest, "rounds": str(rounds_done)})
+        about = {"digest": digest, "rounds": str(rounds_done)}
+        # The server has it too, and a client that has none asks for it.
+        _save(self.folder / "base.safetensors", {"vector": base}, about, flush=False)
 
     def drop_base(self) -> None:
         """Delete the base model: a finished run needs it no more, and one that is resumed sends it again."""
@@ -103,8 +105,8 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return "-".join(vectors.digest(tensor) for _, tensor in sorted(tensors.items()))
 
 
-def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    with atomic_write(path) as part:
+def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, str], flush: bool = True) -> None:
+    with atomic_write(path, flush) as part:
         save_vectors(part, tensors, about)
 
 

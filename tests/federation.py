@@ -124,21 +124,19 @@ class Federation:
         found = []
         for process in self.below(name):
             with suppress(psutil.Error):
-                if any(f"flwr-{kind}" in word for word in process.cmdline()):
+                if any(f"flwr-{kind}" in word for word in (process.name(), *process.cmdline())):
                     found.append(process)
         return found
 
     def tuning(self, name: str, round_number: int) -> psutil.Process:
-        """Wait until a party's ClientApp is at work in a round: it has its message, and PyTorch in its memory."""
+        """Wait until a party's ClientApp is at work in a round."""
         found: list[psutil.Process] = []
 
         def at_work() -> bool:
             said = self.said(name).partition(f"ROUND {round_number}]")[2]
             if "Received successfully" in said:
                 found[:] = sorted(self.apps(name, "clientapp"), key=psutil.Process.create_time)[-1:]
-            with suppress(psutil.NoSuchProcess):
-                return bool(found) and found[0].memory_info().rss > 4e8
-            return False
+            return bool(found)
 
         wait(at_work, f"{name} in round {round_number}")
         return found[0]
