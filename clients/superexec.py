@@ -10,6 +10,7 @@ there: that comes with the app that a message names.
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import time
 from contextlib import suppress
@@ -120,7 +121,7 @@ def work(specs: Connection) -> None:
         ctypes.CDLL(None).prctl(15, b"flwr-clientapp")  # PR_SET_NAME: what ps, top and pkill know it by
     run_clientapp.flwr_exit = leave
     watched = False
-    with suppress(EOFError):
+    with suppress(EOFError, BrokenPipeError):  # nobody is there any more
         while True:
             spec: ExecutionSpec = specs.recv()
             if spec.parent_pid is not None and not watched:
@@ -129,6 +130,7 @@ def work(specs: Connection) -> None:
             if not answer(spec):
                 return
             specs.send(None)
+            gc.collect()  # Flower's messages are reference cycles, with vectors in them
 
 
 def answer(spec: ExecutionSpec) -> bool:

@@ -1,4 +1,4 @@
-"""What test_deploy.py has run in a forked process, which must find nothing of atm_fl there."""
+"""What test_deploy.py has run in the processes of clients/superexec.py; nothing of atm_fl is imported for it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from clients import superexec
 
-def tell(spec: Any) -> None:
-    """Write what the process began with to the file that the spec's token names."""
-    begun = set(sys.modules)
-    from clients.superexec import PRELOADED
 
+def work(specs: Any) -> None:
+    """`superexec.work` with a ClientApp that writes down where it runs; in a file called error, it is one."""
+    superexec.answer = tell  # type: ignore[assignment]
+    superexec.work(specs)
+
+
+def tell(spec: Any) -> bool:
+    """Write what this process is to the file that the spec's token names."""
+    file = Path(spec.token)
     found = {
-        "missing": [name for name in PRELOADED if name not in begun],
-        "ours": [name for name in begun if name.split(".")[0] == "atm_fl"],
+        "missing": [name for name in superexec.PRELOADED if name not in sys.modules],
+        "ours": [name for name in sys.modules if name.split(".")[0] == "atm_fl"],
         "threads": len(os.listdir("/proc/self/task")),
-        "parent": os.getppid(),
+        "process": os.getpid(),
+        "name": Path("/proc/self/comm").read_text().strip(),
     }
-    Path(spec.token).write_text(json.dumps(found))
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(found))
+    part.rename(file)
+    return file.name != "error"

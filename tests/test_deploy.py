@@ -15,6 +15,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -523,31 +524,92 @@ def test_a_process_has_longer_to_start_and_then_is_watched_as_before(monkeypatch
     assert usual[0] < START / 5
 
 
-def test_client_apps_begin_with_their_imports_and_nothing_of_ours(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def superexec(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """A function that launches a message of an app, answered by tests/forked.py, whose token is a file to write."""
     from flwr.supercore.constant import TaskType
-    from flwr.supercore.superexec.executor import ExecutionSpec, subprocess_executor
+    from flwr.supercore.superexec.executor import ExecutionSpec
 
     from clients import superexec
 
-    monkeypatch.setattr(superexec, "client_app", forked.tell)
-    executor, started = superexec.ForkingExecutor(), []
-    monkeypatch.setattr(subprocess_executor.subprocess, "Popen", started.append)
+    monkeypatch.setattr(superexec, "work", forked.work)
+    executor = superexec.WarmExecutor()
 
-    def spec(kind: TaskType, token: str) -> ExecutionSpec:
-        return ExecutionSpec(kind, "127.0.0.1:1", token, True, None, False, os.getpid(), False, 1)
+    def launch(told: Path, app: str = "app", kind: TaskType = TaskType.CLIENT_APP) -> dict[str, Any]:
+        executor.launch(ExecutionSpec(kind, "127.0.0.1:1", str(told), True, None, False, None, False, 1, app))
+        deadline = time.monotonic() + 60
+        while kind == TaskType.CLIENT_APP and not told.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        while time.monotonic() < deadline and any(worker.since is None for worker in executor.workers):
+            time.sleep(0.05)
+            executor.reconcile()
+        return json.loads(told.read_text()) if told.exists() else {}
 
-    for name in ("one", "two"):
-        executor.launch(spec(TaskType.CLIENT_APP, str(tmp_path / name)))
-    executor.launch(spec(TaskType.SERVER_APP, "token"))
-    assert started[0][0] == "flwr-serverapp"  # as Flower starts it
+    launch.executor = executor  # type: ignore[attr-defined]
+    yield launch
+    executor.close()
     for process in multiprocessing.active_children():
-        process.join(60)
-    found = [json.loads((tmp_path / name).read_text()) for name in ("one", "two")]
-    for one in found:
-        assert (one["missing"], one["ours"], one["threads"]) == ([], [], 1)
-    assert found[0]["parent"] == found[1]["parent"] != os.getpid()  # they were forked from one that has the imports
+        process.join(30)
+        assert not process.is_alive()
+
+
+def test_a_client_apps_process_begins_with_its_imports_and_nothing_of_ours(superexec: Any, tmp_path: Path) -> None:
+    found = superexec(tmp_path / "one")
+    assert (found["missing"], found["ours"], found["threads"]) == ([], [], 1)
+    assert found["name"] == "flwr-clientapp"
+
+
+def test_one_process_answers_the_messages_of_an_app(superexec: Any, tmp_path: Path) -> None:
+    first = superexec(tmp_path / "one")
+    process, second = superexec.executor.workers[0].process, superexec(tmp_path / "two")
+    assert first["process"] == second["process"] != os.getpid()
+    other = superexec(tmp_path / "three", "another app")
+    assert other["process"] != first["process"]
+    process.join(30)
+    assert not process.is_alive()
+    failed = superexec(tmp_path / "error", "another app")
+    assert failed["process"] == other["process"]
+    assert superexec(tmp_path / "four", "another app")["process"] != failed["process"]  # an error ended it
+
+
+def test_a_killed_process_is_replaced_and_an_idle_one_ends(
+    superexec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = superexec(tmp_path / "one")
+    os.kill(first["process"], 9)
+    superexec.executor.workers[0].process.join(30)
+    second = superexec(tmp_path / "two")
+    assert second["process"] != first["process"]
+    monkeypatch.setattr("clients.superexec.IDLE", 0.0)
+    time.sleep(0.1)
+    superexec.executor.reconcile()
+    assert superexec.executor.workers == []
+
+
+def test_other_programs_are_started_as_flower_does(
+    superexec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.superexec.executor import subprocess_executor
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(subprocess_executor.subprocess, "Popen", lambda command, **_: started.append(command))
+    superexec(tmp_path / "token", kind=TaskType.SERVER_APP)
+    assert started[0][0] == "flwr-serverapp"
+
+
+def test_the_end_of_a_run_runs_its_exit_handlers_and_not_the_processs_end() -> None:
+    from flwr.supercore.exit.exit_handler import add_exit_handler
+
+    from clients.superexec import Left, leave
+
+    called = []
+    add_exit_handler(lambda: called.append(1))
+    for code in (0, 600):
+        with pytest.raises(Left) as left:
+            leave(code, event_type=None)
+        assert left.value.args == (code,)
+    assert called == [1]
 
 
 def test_a_supernode_starts_our_superexec(monkeypatch: pytest.MonkeyPatch) -> None:
