@@ -150,7 +150,7 @@ class Leak:
         """The noise multiplier by which the run kept its target ε for the attacked task; None before it has run."""
         if not self.run.parse().dp_epsilon:
             return 0.0
-        task = Settings.parse({"tasks": self.values["tasks"]}).task_names[0]
+        task = Settings.parse({"tasks": self.values["tasks"]}).party_names[0]
         return next((line["noise"] for line in _tuning(self.run) if line["task"] == task), None)
 
     def _part(self, *own: str) -> tuple[Values, Settings]:
