@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from test_membership import noise  # noqa: F401 (a fixture)
+from typer.testing import CliRunner
 
+from atm_fl import cli
 from atm_fl.errors import SettingError
 from atm_fl.experiments import privacy, read_study
 from atm_fl.privacy.accounting import Spent, epsilon
@@ -79,7 +81,10 @@ def test_a_study_measures_every_row_and_resumes(file: Path) -> None:
     assert found["frozen"].poisoned[1]["attack"] == "sign-flip"
     assert found["private"].poisoned is None
 
-    table, page = privacy.table(study), privacy.page(study)
+    told = CliRunner().invoke(cli.app, ["study", "privacy", str(file), "--report"])
+    assert told.exit_code == 0, told.output
+    table, page = privacy.table(study), study.runs.reports / "report.html"
+    assert table in told.output
     assert table.count("\n") == 1 + 4
     assert "| private | 2 |" in table
     text = page.read_text()
