@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from logging import INFO, WARNING
 
@@ -14,7 +15,7 @@ from atm_fl.errors import RunError
 from atm_fl.report import write_report
 from atm_fl.runs import Run, told_if_full
 from atm_fl.settings import Settings
-from server.grid import StreamingGrid
+from server.grid import LOST, StreamingGrid, await_return
 from server.strategy import Atm
 
 app = ServerApp()
@@ -58,10 +59,9 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
                 f"{len(nodes)} of {len(wanted)} parties came online within node-timeout={settings.node_timeout:g} s"
             )
         time.sleep(0.2)
-    call = [Message(RecordDict({"info": ConfigRecord()}), node, "query") for node in nodes]
     holders: dict[str, list[int]] = {task: [] for task in settings.held_tasks}
     failures = []
-    for reply in grid.send_and_receive(call, timeout=settings.round_timeout):
+    for reply in _answers(grid, settings, nodes):
         node = reply.metadata.src_node_id
         if reply.has_error():
             failures.append(reply.error.reason)
@@ -84,3 +84,23 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
             raise RunError(told)
         log(WARNING, "%s", told)
     return {node: client for client, node in found.items()}
+
+
+def _answers(grid: Grid, settings: Settings, nodes: list[int]) -> Iterator[Message]:
+    """The nodes' answers to the roll call; one that was lost is asked again, once, when its node is back."""
+    until = time.monotonic() + settings.round_timeout
+    lost: dict[int, Message] = {}
+    for reply in _called(grid, nodes, settings.round_timeout):
+        if reply.has_error() and reply.error.code in LOST:
+            log(WARNING, "roll call: node %s was lost: %s", reply.metadata.src_node_id, reply.error.reason)
+            lost[reply.metadata.src_node_id] = reply
+        else:
+            yield reply
+    back = await_return(grid, set(lost), min(until, time.monotonic() + settings.node_timeout)) if lost else set()
+    yield from (lost[node] for node in lost.keys() - back)
+    yield from _called(grid, sorted(back), max(0.0, until - time.monotonic()))
+
+
+def _called(grid: Grid, nodes: Iterable[int], timeout: float) -> Iterable[Message]:
+    call = [Message(RecordDict({"info": ConfigRecord()}), node, "query") for node in nodes]
+    return grid.send_and_receive(call, timeout=timeout) if call else ()

@@ -14,6 +14,14 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+LOST = (
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.CLIENT_APP_CRASHED,
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+)
+"""What the SuperLink reports of a party whose answer was lost, as opposed to one that answered with an error. The last
+two: a message or a reply that is there in part, since the network was cut on its way."""
 LONGEST_POLL = 1.0
 ROLL = 5.0
 """Seconds between two looks at which SuperNodes have started anew."""
@@ -91,6 +99,13 @@ class StreamingGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return self.grid.pull_messages(message_ids)
+
+
+def await_return(grid: Grid, nodes: set[int], until: float) -> set[int]:
+    """Wait until all of `nodes` are online, but not past `until` on the monotonic clock; those that are."""
+    while nodes - (online := set(grid.get_node_ids())) and time.monotonic() < until:
+        time.sleep(min(1.0, max(0.0, until - time.monotonic())))
+    return nodes & online
 
 
 def _restarted(node: int) -> Message:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from logging import INFO, WARNING
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -17,12 +16,11 @@ from atm_fl.errors import RunError
 from atm_fl.loop import Round
 from atm_fl.party import Update, evaluated_splits
 from atm_fl.runs import Run
+from server.grid import LOST, await_return
 from server.secure import SecureExchange
 
 WHOLE = codecs.Fp32()
 """The codec of a whole base."""
-LOST = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED)
-"""What the SuperLink reports of a party that did not answer, as opposed to one that answered with an error."""
 
 
 class Atm(Strategy):
@@ -190,12 +188,11 @@ class Atm(Strategy):
         if not lost:
             return []
         until = min(self._deadline, time.monotonic() + self.run.settings.node_timeout)
-        while lost - (online := set(self._sent[0].get_node_ids())) and time.monotonic() < until:
-            time.sleep(min(1.0, max(0.0, until - time.monotonic())))
+        online = await_return(self._sent[0], lost, until)
         self._gone |= lost - online
-        for node in lost & online:
+        for node in online:
             log(INFO, "%s is asked again", self.nodes[node])
-        return sorted(lost & online)
+        return sorted(online)
 
     def _bytes_down(self, task: str) -> int:
         """Bytes that were sent to a task's client in this round."""

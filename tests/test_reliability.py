@@ -30,9 +30,8 @@ from atm_fl.runs import Run, read_metrics
 from atm_fl.settings import Settings
 from clients.app import app as client_app
 from server.app import serve
-from server.grid import InProcessGrid
+from server.grid import LOST, InProcessGrid
 from server.simulation import plain
-from server.strategy import LOST
 
 
 @pytest.fixture
@@ -194,13 +193,14 @@ def test_a_client_that_is_ten_times_slower_is_waited_for(federation: Federation,
 
 
 def flaky(code: int, task: str, times: int, number: int = 2) -> ClientApp:
-    """The real ClientApp, but of a task's first answers in round `number` so many are errors of this code."""
+    """The real ClientApp, but of a task's first answers in round `number` (0: at the roll call) so many are errors of
+    this code."""
     left = [times]
 
     class Flaky(ClientApp):
         def __call__(self, message: Message, context: Context) -> Message:
             held = Settings.parse(context.run_config).party_names[int(context.node_config["partition-id"])]
-            if (held, message.metadata.group_id) == (task, str(number)) and left[0]:
+            if (held, message.metadata.group_id or "0") == (task, str(number)) and left[0]:
                 left[0] -= 1
                 return Message(Error(code, "the power went"), reply_to=message)
             return client_app(message, context)
@@ -219,6 +219,13 @@ def test_a_client_that_was_lost_is_asked_once_more_within_the_round(
     assert not any(line["failures"] for line in lines(run.directory, "merge"))
     [again] = [line for line in lines(run.directory, "tuning") if (line["task"], line["round"]) == ("red", 2)]
     assert again["bytes_down"] > 4 * run.layout.size  # the first message's bytes, and the whole base
+
+
+def test_a_node_that_is_lost_at_the_roll_call_is_asked_once_more(config: dict[str, Any]) -> None:
+    run = in_process(Settings.parse(config), flaky(LOST[-1], "red", 1, 0))
+    assert same(final(run.directory), final(undisturbed(config)))
+    with pytest.raises(RunError, match="roll call: no party holds red; the power went"):
+        in_process(Settings.parse({**config, "run-dir": config["run-dir"] + "-2"}), flaky(LOST[-1], "red", 2, 0))
 
 
 def test_a_client_that_is_lost_twice_fails_by_policy(config: dict[str, Any]) -> None:
@@ -262,7 +269,8 @@ def test_a_node_that_stays_away_is_waited_for_once(config: dict[str, Any], monke
     config |= {"rounds": 4, "on-failure": "skip", "min-successful": 2, "node-timeout": 30.0}
     slept: list[float] = []
     clock = SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append)
-    monkeypatch.setattr("server.strategy.time", clock)
+    for module in ("strategy", "grid"):
+        monkeypatch.setattr(f"server.{module}.time", clock)
     settings = Settings.parse(config)
     run = serve(Offline(settings.as_config(), {2: 2}), settings)
     assert [line["tasks"] for line in lines(run.directory, "merge")] == [
