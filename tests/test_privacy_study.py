@@ -94,6 +94,12 @@ def test_a_study_measures_every_row_and_resumes(file: Path) -> None:
     run(study)
     assert {path: path.stat().st_mtime_ns for path in study.runs.folder.rglob("*.json")} == times
 
+    file.write_text(file.read_text().replace("members = 60", "members = 50"))
+    other = read_study(file, privacy)
+    assert all(line.members is None for line in privacy.lines(other))  # not those of sixty
+    with pytest.raises(SettingError, match="holds what was measured with other values"):
+        run(other)
+
 
 def test_epsilon_and_the_attacked_noise_are_the_runs(file: Path) -> None:
     """ε of the table is what the accountant says of the noise that the attack was measured with."""

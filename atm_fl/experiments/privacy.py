@@ -108,26 +108,36 @@ class Leak:
         if self.attack == "reconstruction":
             Scenario.parse(self._scenario(0.0))
         elif self.attack == "membership":
-            self._part("task", "members", "models")
+            if missing := {"task", "members", "models"} - set(self._part("task", "members", "models")[0]):
+                raise SettingError(f"{', '.join(sorted(missing))} must be said")
         else:
             poisoning.check(self._part("attack", "attackers")[1], self.values["attack"], self._attackers)
 
     def measure(self) -> None:
-        """Run it, or what is left of it."""
+        """Run it, or what is left of it. SettingError if the folder holds what was measured with other values."""
         if self.attack == "reconstruction":
             reconstruction.run_unit(self.pictured())
-        elif self.attack == "membership":
+            return
+        if self._about.exists() and not self._same():
+            raise SettingError(f"{self.folder} holds what was measured with other values; delete it")
+        with atomic_write(self._about) as part:
+            part.write_text(json.dumps(self._decides(), indent=1))
+        if self.attack == "membership":
             own, settings = self._part("task", "members", "models")
-            found = membership.study(settings, own["task"], self.folder, own["members"], own["models"], lambda _: None)
+            found = membership.study(settings, own["task"], self.folder, own["members"], own["models"], _quiet)
             membership.write(found, self.folder)
         else:
             own, settings = self._part("attack", "attackers")
-            poisoning.studies(settings, ["none", own["attack"]], [self._merge(settings)], self._attackers, self.folder)
+            poisoning.studies(
+                settings, ["none", own["attack"]], [self._merge(settings)], self._attackers, self.folder, _quiet
+            )
 
     def result(self) -> Any:
-        """What was measured, None if it was not yet: as the attack's own module returns it."""
+        """What was measured, None if it was not yet or with other values: as the attack's own module returns it."""
         if self.attack == "reconstruction":
             return self.pictured().result() if self._noise() is not None else None
+        if not self._same():
+            return None
         if self.attack == "membership":
             path = self.folder / "result.json"
             return json.loads(path.read_text())["rows"] if path.exists() else None
@@ -154,10 +164,22 @@ class Leak:
         return next((line["noise"] for line in _tuning(self.run) if line["task"] == task), None)
 
     def _part(self, *own: str) -> tuple[Values, Settings]:
-        """The attack's own values, and the settings of the run that it attacks. KeyError if one is missing."""
+        """Those of the attack's own values that are there, and the settings of the run that it attacks."""
         settings = self.run.parse().as_config() | {"test-every": 0}
         settings |= {key: value for key, value in self.values.items() if key not in own}
-        return {key: self.values[key] for key in own}, Settings.parse(settings)
+        return {key: self.values[key] for key in own if key in self.values}, Settings.parse(settings)
+
+    @property
+    def _about(self) -> Path:
+        """What decides the attack's results, of those that find no place for it themselves."""
+        return self.folder / "values.json"
+
+    def _decides(self) -> Values:
+        own, settings = self._part("task", "members", "models", "attack", "attackers")
+        return {"attack": own, "rounds": settings.rounds, "settings": settings.decisive()}
+
+    def _same(self) -> bool:
+        return self._about.exists() and json.loads(self._about.read_text()) == self._decides()
 
     @property
     def _attackers(self) -> list[str]:
@@ -169,6 +191,10 @@ class Leak:
 
     def __str__(self) -> str:
         return f"{self.row.name}, {self.attack}"
+
+
+def _quiet(line: str) -> None:
+    """What attacks have to say is said by the study."""
 
 
 def phases(study: Study) -> Iterator[list[contest.Unit] | list[Leak]]:
