@@ -47,21 +47,40 @@ class Codec(ABC):
         check_finite(vector)
         return self._encode(vector, layout, seed)
 
-    def decode(self, arrays: Arrays, layout: Layout) -> Tensor:
-        """The vector float32 [n] that `arrays` stand for; it may share their memory.
+    def decode(self, arrays: Arrays, layout: Layout, room: Tensor | None = None) -> Tensor:
+        """The vector float32 [n] that `arrays` stand for; it may share their memory, or be in `room`, float32 [n].
 
         ValueError, saying what is wrong, for arrays that `encode` does not make of such a vector, or a value that is
         not finite.
         """
-        vector = self._decode(arrays, layout)
-        check_finite(vector)
-        return vector
+        vector = room
+        for part, piece in self._checked(arrays, layout):
+            if len(piece) == layout.size:
+                return piece
+            if vector is None:  # not sooner: arrays that are refused cost nothing
+                vector = empty(layout.size, piece)
+            vector[part] = piece
+        return torch.empty(0) if vector is None else vector
+
+    def add(self, arrays: Arrays, layout: Layout, base: Tensor) -> None:
+        """base ← base + the vector that `arrays` stand for, float32 [n]. ValueError as `decode`; `base` is lost then.
+
+        The vector itself is nowhere: a ViT-B/16's is 345 MB, and fresh memory costs more than the sum.
+        """
+        for part, piece in self._checked(arrays, layout):
+            base[part].add_(piece)
+
+    def _checked(self, arrays: Arrays, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
+        for part, piece in self._pieces(arrays, layout):
+            check_finite(piece)
+            yield part, piece
 
     @abstractmethod
     def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays: ...
 
     @abstractmethod
-    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor: ...
+    def _pieces(self, arrays: Arrays, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
+        """The vector in pieces, float32, each with its place. The next may be in the same memory."""
 
     def _take(self, arrays: Arrays, **expected: tuple[type, int]) -> Iterator[Tensor]:
         """The arrays as tensors, in the order of `expected`: name → (dtype, elements). ValueError if one is another."""
@@ -142,9 +161,9 @@ class Fp32(Codec):
     def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
         return {"values": vector.numpy()}
 
-    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor:
+    def _pieces(self, arrays: Arrays, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
         (values,) = self._take(arrays, values=(np.float32, layout.size))
-        return values
+        yield slice(None), values
 
 
 @codec("fp16")
@@ -161,9 +180,10 @@ class Fp16(Codec):
     def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
         return half(vector, exponent(vector, self.TOP))
 
-    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor:
+    def _pieces(self, arrays: Arrays, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
         values, lift = self._take(arrays, values=(np.float16, layout.size), exponent=(np.int16, 1))
-        return lowered(values, lift)
+        for part in parts(layout.size):
+            yield part, lowered(values[part], lift)
 
 
 @codec("bf16")
@@ -178,9 +198,10 @@ class Bf16(Codec):
             values[part] = vector[part].clamp(-most, most)
         return {"values": values.view(torch.int16).numpy()}
 
-    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor:
+    def _pieces(self, arrays: Arrays, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
         (values,) = self._take(arrays, values=(np.int16, layout.size))
-        return values.view(torch.bfloat16).float()
+        for part in parts(layout.size):
+            yield part, values[part].view(torch.bfloat16).float()
 
 
 def exponent(vector: Tensor, top: int) -> int:
@@ -222,56 +243,72 @@ class Integers(Codec):
     levels: ClassVar[int] = 127
     """The largest whole number."""
     stochastic: ClassVar[bool] = True
+    per_byte: ClassVar[int] = 1
+    """Elements in a byte."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.block <= BLOCK or self.block % 2:
             raise ValueError(f"the block after the colon must be an even number from 2 to {BLOCK}")
 
-    def _blocks(self, size: int) -> int:
-        return -(-size // self.block)
-
-    def _strides(self, size: int) -> Iterator[tuple[slice, slice]]:
-        """(elements, blocks) of the pieces that are worked on at once."""
-        width = BLOCK // self.block
-        for first in range(0, self._blocks(size), width):
-            last = min(first + width, self._blocks(size))
-            yield slice(first * self.block, min(last * self.block, size)), slice(first, last)
-
-    def _rows(self, piece: Tensor) -> Tensor:
-        """Blocks as rows, the last filled up with zeros."""
-        return functional.pad(piece, (0, -len(piece) % self.block)).view(-1, self.block)
-
-    def _quantized(self, vector: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """The whole numbers, int8 [n], and the largest magnitudes, float32 [blocks]."""
-        size = len(vector)
-        numbers, largest = torch.empty(size, dtype=torch.int8), torch.empty(self._blocks(size))
+    def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
+        packed = torch.empty(-(-len(vector) // self.per_byte), dtype=torch.uint8)
+        largest = torch.empty(-(-len(vector) // self.block))
         random = np.random.Generator(np.random.SFC64(seed))
-        for elements, blocks in self._strides(size):
-            rows = self._rows(vector[elements])
-            torch.amax(rows.abs(), 1, out=largest[blocks])
-            # Divided by the magnitude and not by the step, which of a subnormal magnitude would be zero.
-            scaled = (rows / torch.where(largest[blocks] > 0, largest[blocks], 1).unsqueeze(1)).mul_(self.levels)
-            if self.stochastic:
-                scaled.add_(torch.from_numpy(random.random(scaled.shape, np.float32))).floor_()
-            else:
-                scaled.round_()
-            numbers[elements] = scaled.clamp_(-self.levels, self.levels).view(-1)[: elements.stop - elements.start]
-        return numbers, largest
+        for elements, blocks, those in self._strides(len(vector)):
+            numbers = self._whole(filled(vector[elements], self.block).view(-1, self.block), largest[blocks], random)
+            packed[those] = self._pack(filled(numbers.view(-1), self.per_byte))[: those.stop - those.start]
+        return {"values": squeezed(packed), "largest": largest.numpy()}
 
-    def _unsqueezed(self, arrays: Arrays, size: int, count: int) -> tuple[Tensor, Tensor]:
-        """`count` bytes out of "values", and "largest" of `size` elements. ValueError if they are something else."""
-        values = arrays.get("values", np.empty(0, np.uint8))
-        numbers, largest = self._take(arrays, values=(np.uint8, values.size), largest=(np.float32, self._blocks(size)))
-        return unsqueezed(numbers, count), largest
+    def _pieces(self, arrays: Arrays, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
+        size, values = layout.size, arrays.get("values", np.empty(0, np.uint8))
+        expected = {"values": (np.uint8, values.size), "largest": (np.float32, -(-size // self.block))}
+        frame, largest = self._take(arrays, **expected)
+        packed = unsqueezed(frame, -(-size // self.per_byte))
+        room = torch.empty(min(size, self._stride))
+        for elements, blocks, those in self._strides(size):
+            count = elements.stop - elements.start
+            scaled = torch.div(self._unpack(packed[those])[:count], self.levels, out=room[:count])
+            whole = count // self.block * self.block
+            scaled[:whole].view(-1, self.block).mul_(largest[blocks][: count // self.block].unsqueeze(1))
+            scaled[whole:].mul_(largest[blocks][-1])
+            yield elements, scaled
 
-    def _restored(self, numbers: Tensor, largest: Tensor) -> Tensor:
-        vector = empty(len(numbers), largest)
-        for elements, blocks in self._strides(len(numbers)):
-            scaled = torch.div(numbers[elements], self.levels, out=vector[elements])
-            whole = len(scaled) // self.block
-            scaled[: whole * self.block].view(-1, self.block).mul_(largest[blocks][:whole].unsqueeze(1))
-            scaled[whole * self.block :].mul_(largest[blocks][-1])
-        return vector
+    @property
+    def _stride(self) -> int:
+        """Elements that are worked on at once: whole blocks and whole bytes."""
+        return max(1, BLOCK // self.block // self.per_byte) * self.per_byte * self.block
+
+    def _strides(self, size: int) -> Iterator[tuple[slice, slice, slice]]:
+        """(elements, blocks, bytes) that are worked on at once."""
+        for first in range(0, size, self._stride):
+            last = min(first + self._stride, size)
+            blocks, those = (slice(first // n, -(-last // n)) for n in (self.block, self.per_byte))
+            yield slice(first, last), blocks, those
+
+    def _whole(self, rows: Tensor, largest: Tensor, random: np.random.Generator) -> Tensor:
+        """The whole numbers, int8, of blocks in rows, whose largest magnitudes are written to `largest`."""
+        torch.amax(rows.abs(), 1, out=largest)
+        # Divided by the magnitude and not by the step, which of a subnormal magnitude would be zero.
+        scaled = (rows / torch.where(largest > 0, largest, 1).unsqueeze(1)).mul_(self.levels)
+        if self.stochastic:
+            scaled.add_(torch.from_numpy(random.random(scaled.shape, np.float32))).floor_()
+        else:
+            scaled.round_()
+        return scaled.clamp_(-self.levels, self.levels).to(torch.int8)
+
+    def _pack(self, numbers: Tensor) -> Tensor:
+        """Whole numbers, int8, as bytes; so many that they fill them."""
+        return numbers.view(torch.uint8)
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        """The whole numbers, int8, in bytes. ValueError if a byte is none of `_pack`."""
+        return packed.view(torch.int8)
+
+
+def filled(piece: Tensor, multiple: int) -> Tensor:
+    """A piece, and zeros to the next multiple of elements; itself if there are none."""
+    lacking = -len(piece) % multiple
+    return functional.pad(piece, (0, lacking)) if lacking else piece
 
 
 def squeezed(numbers: Tensor) -> np.ndarray:
@@ -299,14 +336,6 @@ def unsqueezed(frame: Tensor, count: int) -> Tensor:
 class Int8(Integers):
     """One byte an element, squeezed, and 4 bytes a block."""
 
-    def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
-        numbers, largest = self._quantized(vector, seed)
-        return {"values": squeezed(numbers), "largest": largest.numpy()}
-
-    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor:
-        numbers, largest = self._unsqueezed(arrays, layout.size, layout.size)
-        return self._restored(numbers.view(torch.int8), largest)
-
 
 @codec("int4")
 @dataclass(frozen=True)
@@ -315,20 +344,15 @@ class Int4(Integers):
 
     block: int = 64
     levels: ClassVar[int] = 7
+    per_byte: ClassVar[int] = 2
 
-    def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
-        numbers, largest = self._quantized(vector, seed)
-        pairs = functional.pad(numbers.add_(8).view(torch.uint8), (0, len(numbers) % 2), value=8).view(-1, 2)
-        return {
-            "values": squeezed(pairs[:, 1].bitwise_left_shift(4).bitwise_or_(pairs[:, 0])),
-            "largest": largest.numpy(),
-        }
+    def _pack(self, numbers: Tensor) -> Tensor:
+        low, high = numbers.add(8).view(torch.uint8).view(-1, 2).unbind(1)
+        return high.bitwise_left_shift(4).bitwise_or_(low)
 
-    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor:
-        size = layout.size
-        pairs, largest = self._unsqueezed(arrays, size, (size + 1) // 2)
-        halves = torch.stack([pairs.bitwise_and(15), pairs.bitwise_right_shift(4)], 1).view(-1)[:size]
-        return self._restored(halves.view(torch.int8).sub_(8), largest)
+    def _unpack(self, packed: Tensor) -> Tensor:
+        halves = torch.stack([packed.bitwise_and(15), packed.bitwise_right_shift(4)], 1).view(-1)
+        return halves.view(torch.int8).sub_(8)
 
 
 @codec("int8-nearest")
@@ -359,32 +383,26 @@ class Ternary(Integers):
 
     levels: ClassVar[int] = 1
     feedback: ClassVar[bool] = True
+    per_byte: ClassVar[int] = 5
     PLACES: ClassVar[Tensor] = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)
     """What each of a byte's five elements, plus 1, counts."""
+    BYTES: ClassVar[Tensor] = (torch.arange(3**5)[:, None] // PLACES % 3 - 1).to(torch.int8)
+    """The five elements of each byte."""
 
-    def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
-        size = len(vector)
-        digits, magnitudes = torch.ones(-(-size // 5) * 5, dtype=torch.uint8), torch.empty(self._blocks(size))
-        for elements, blocks in self._strides(size):
-            rows = self._rows(vector[elements])
-            sizes = rows.abs()
-            kept = sizes > 0.7 * sizes.mean(1, dtype=torch.float64).unsqueeze(1)
-            sizes.mul_(kept)
-            magnitudes[blocks] = sizes.sum(1, dtype=torch.float64) / kept.sum(1).clamp_min(1)
-            signs = rows.sign().mul_(kept).add_(1).view(-1)
-            digits[elements] = signs[: elements.stop - elements.start].to(torch.uint8)
-        packed = digits.view(-1, 5).mul_(self.PLACES).sum(1, dtype=torch.uint8)
-        return {"values": squeezed(packed), "largest": magnitudes.numpy()}
+    def _whole(self, rows: Tensor, largest: Tensor, random: np.random.Generator) -> Tensor:
+        sizes = rows.abs()
+        kept = sizes > 0.7 * sizes.mean(1, dtype=torch.float64).unsqueeze(1)
+        sizes.mul_(kept)
+        largest.copy_(sizes.sum(1, dtype=torch.float64) / kept.sum(1).clamp_min(1))
+        return rows.sign().mul_(kept).to(torch.int8)
 
-    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor:
-        size = layout.size
-        packed, magnitudes = self._unsqueezed(arrays, size, -(-size // 5))
-        if len(packed) and int(packed.max()) >= 3**5:
+    def _pack(self, numbers: Tensor) -> Tensor:
+        return numbers.add(1).view(torch.uint8).view(-1, 5).mul_(self.PLACES).sum(1, dtype=torch.uint8)
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        if int(packed.max()) >= len(self.BYTES):
             raise ValueError(f"a byte of {int(packed.max())}, which is no five elements of -1, 0 or 1")
-        numbers = torch.empty(len(packed), 5, dtype=torch.int8)
-        for place, count in enumerate(self.PLACES.tolist()):
-            numbers[:, place] = packed.div(count, rounding_mode="floor").remainder_(3).view(torch.int8).sub_(1)
-        return self._restored(numbers.view(-1)[:size], magnitudes)
+        return self.BYTES.index_select(0, packed.int()).view(-1)
 
 
 # ------------------------------------------------------------------------------------------------- what matters most
@@ -414,13 +432,13 @@ class TopK(Codec):
         chosen = vector[torch.from_numpy(positions)]
         return half(chosen, exponent(chosen, Fp16.TOP)) | pack_positions(positions, len(vector))
 
-    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor:
+    def _pieces(self, arrays: Arrays, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
         size, count = layout.size, self.count(layout.size)
         packed = {name: array for name, array in arrays.items() if name in ("gaps", "bitmap")}
         rest = {name: array for name, array in arrays.items() if name not in packed}
         values, lift = self._take(rest, values=(np.float16, count), exponent=(np.int16, 1))
         positions = torch.from_numpy(unpack_positions(packed, size, count))
-        return torch.zeros(size).index_copy_(0, positions, lowered(values, lift))
+        yield slice(None), torch.zeros(size).index_copy_(0, positions, lowered(values, lift))
 
 
 def largest_elements(vector: Tensor, count: int) -> np.ndarray:
@@ -517,19 +535,16 @@ class LowRank(Codec):
             pieces.append(lifted.half())
         return {"values": torch.cat(pieces).numpy(), "exponent": np.array([lift], np.int16)}
 
-    def _decode(self, arrays: Arrays, layout: Layout) -> Tensor:
-        lengths = self._lengths(layout)
+    def _pieces(self, arrays: Arrays, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
+        lengths, start = self._lengths(layout), 0
         values, lift = self._take(arrays, values=(np.float16, sum(lengths)), exponent=(np.int16, 1))
-        vector = torch.zeros(layout.size)
-        for shape, entry, sent in zip(
-            layout.shapes, vector.split(layout.sizes), values.float().split(lengths), strict=True
-        ):
-            matrix = self._matrix(shape)
-            if not matrix:
-                entry.copy_(sent)
-                continue
-            # One direction after another and no matrix product, whose sums are in another order on another machine.
-            for factors in sent.view(self.rank, -1):
-                left, right = factors.split(matrix)
-                entry.view(matrix).add_(torch.outer(left, right))
-        return lowered(vector, lift)
+        for shape, size, sent in zip(layout.shapes, layout.sizes, values.split(lengths), strict=True):
+            matrix, entry = self._matrix(shape), sent.float()
+            if matrix:
+                # One direction after another and no matrix product, whose sums are in another order elsewhere.
+                factors = entry.view(self.rank, -1)
+                entry = torch.zeros(matrix)
+                for left, right in (both.split(matrix) for both in factors):
+                    entry.add_(torch.outer(left, right))
+            yield slice(start, start + size), lowered(entry.view(-1), lift)
+            start += size

@@ -26,6 +26,8 @@ from atm_fl.tensor_files import save_vectors
 
 KEPT_ROUNDS = 3
 """A run may be resumed from either of its last two checkpoints, and the client may be a round ahead of them."""
+_recent: dict[str, Tensor] = {}
+"""The base that this process saved last, by its digest: it need not be read when it is asked for next."""
 
 
 class Kept:
@@ -42,9 +44,13 @@ class Kept:
         shutil.rmtree(Kept(run, "").folder, ignore_errors=True)
 
     def base(self, digest: str) -> Tensor | None:
-        """The base model, float32 [n], if it was saved under `digest`; whether it still is that one is not checked."""
-        found = _load(self.folder / "base.safetensors")
-        return found[1].get("vector") if found and found[0]["digest"] == digest else None
+        """The base model, float32 [n], if it was saved under `digest`; whether it still is that one is not checked.
+
+        It is the caller's, who may change it.
+        """
+        recent = _recent.pop(digest, None)
+        found = _load(self.folder / "base.safetensors", whole=recent is None)
+        return found[1].get("vector", recent) if found and found[0]["digest"] == digest else None
 
     def held(self) -> tuple[int, Tensor] | None:
         """(rounds done, base model) as it was saved last; None if there is none or it is damaged."""
@@ -53,13 +59,16 @@ class Kept:
         return (int(found[0].get("rounds", 0)), found[1]["vector"]) if found and whole else None
 
     def save_base(self, base: Tensor, digest: str, rounds_done: int = 0) -> None:
-        """Keep a base model, float32 [n], instead of the one before."""
+        """Keep a base model, float32 [n], instead of the one before. Nobody may change it any more."""
         about = {"digest": digest, "rounds": str(rounds_done)}
         # The server has it too, and a client that has none asks for it.
         _save(self.folder / "base.safetensors", {"vector": base}, about, flush=False)
+        forget_recent()
+        _recent[digest] = base
 
     def drop_base(self) -> None:
         """Delete the base model: a finished run needs it no more, and one that is resumed sends it again."""
+        forget_recent()
         (self.folder / "base.safetensors").unlink(missing_ok=True)
 
     def last(self, kind: str, round_number: int) -> dict[str, Tensor] | None:
@@ -97,6 +106,11 @@ class Kept:
         return sorted(self.folder.glob(f"{kind}-*.safetensors"))
 
 
+def forget_recent() -> None:
+    """Free the base in memory; it is in its file."""
+    _recent.clear()
+
+
 def _round(path: Path) -> int:
     return int(path.stem.rsplit("-", 1)[1])
 
@@ -110,11 +124,11 @@ def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, str], flush: 
         save_vectors(part, tensors, about)
 
 
-def _load(path: Path) -> tuple[dict[str, str], dict[str, Tensor]] | None:
-    """(what is said about them, tensors) of a file; None if it is missing or damaged."""
+def _load(path: Path, whole: bool = True) -> tuple[dict[str, str], dict[str, Tensor]] | None:
+    """(what is said about them, tensors) of a file; None if it is missing or damaged. No tensors unless `whole`."""
     try:
         with safe_open(str(path), "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+            tensors = {name: file.get_tensor(name) for name in file.keys() if whole}  # noqa: SIM118 (no dictionary)
             about = {"digest": "", **(file.metadata() or {})}
     except (SafetensorError, OSError):
         return None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import gram, parts
+from atm_fl.blocks import empty, gram, parts
 from atm_fl.codecs import Arrays, size_of
 from atm_fl.party import Party, Update
 from atm_fl.privacy import client_level
@@ -37,10 +37,11 @@ class Apart:
         self._scalings = run.settings.task_scalings
         self._spill = Spill(run.directory)
         self._images: dict[str, float] = {}
+        self._room: Tensor | None = empty(run.layout.size, run.base)  # costs nothing before it is written to
 
     def decode(self, arrays: Arrays) -> Tensor:
-        """The vector that arrived. ValueError if it is none."""
-        return self._settings.uplink.decode(arrays, self._layout)
+        """The vector that arrived, until the next is decoded. ValueError if it is none."""
+        return self._settings.uplink.decode(arrays, self._layout, self._room)
 
     def add(self, client: str, vector: Tensor, images: float) -> None:
         """Keep a decoded vector, which may be changed."""
@@ -52,6 +53,7 @@ class Apart:
 
     def merge(self, round_number: int) -> tuple[Tensor, dict[str, Any]]:
         """The merged vector, and what is recorded beside it. Once."""
+        self._room = None
         settings, spilled = self._settings, self._spill.vectors()
         begin = time.perf_counter()
         # Replies come in any order, and the order of a sum decides its last bits.

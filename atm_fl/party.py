@@ -6,6 +6,7 @@ import inspect
 import time
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -118,10 +119,12 @@ class Party:
 
     Loads the task's data and makes (or finds on this machine's disk) its head; what is wrong with them is raised here,
     before any round. `name` is the task's name in the run where it is not the data's own, `client` that under which
-    this party keeps files, where several of one task share a machine.
+    this party keeps files, where several of one task share a machine. ledgers: see Budget.
     """
 
-    def __init__(self, settings: Settings, task: str, name: str = "", client: str = "") -> None:
+    def __init__(
+        self, settings: Settings, task: str, name: str = "", client: str = "", ledgers: Path | None = None
+    ) -> None:
         torch.set_num_threads(settings.threads)
         self.settings = settings
         self.model = shared_model(settings.of_model())
@@ -134,7 +137,7 @@ class Party:
         if settings.split == "validation" and settings.holdout:
             held, rest = self._parted(self.tuned_on, settings.holdout, "holdout")
             self.splits["validation"], self.tuned_on = held, rest
-        self.budget = Budget(settings, self.task, self.tuned_on) if settings.private else None
+        self.budget = Budget(settings, self.task, self.tuned_on, ledgers) if settings.private else None
         if settings.turns > len(self.tuned_on):
             raise SettingError(
                 f"local-epochs={settings.local_epochs:g}: {self.task} has only {len(self.tuned_on)} images"

@@ -73,6 +73,8 @@ class Run:
             self.optimizer.state = state
         elif settings.start != "pretrained":
             _, self.base, _ = load_checkpoint(Path(settings.start), self.layout, warnings.append)
+        self.digest = vectors.digest(self.base)
+        """Of the base."""
         self.id = self._known_id() or secrets.token_hex(8)
         """Of this run and no other, kept when it is resumed: clients keep files under it."""
         self._write_config()
@@ -111,25 +113,26 @@ class Run:
                 f"round {self.rounds_done + 1}: the step is not finite; try a lower learning-rate or scaling"
             )
         if self.settings.downlink:
-            step = self._encode(step, self.settings.downlink)
-        self.base = self.base + step
+            self._send(step, self.settings.downlink)
+        else:
+            self.base.add_(step)
+        self.digest = vectors.digest(self.base)
         self.rounds_done += 1
         state = self.optimizer.state | ({} if self.residual is None else {"residual": self.residual})
         kept = self.settings.keep_checkpoints
-        save_checkpoint(self.directory, self.rounds_done, self.base, self.layout, state, kept)
+        save_checkpoint(self.directory, self.rounds_done, self.base, self.layout, state, kept, self.digest)
 
-    def _encode(self, step: Tensor, codec: Codec) -> Tensor:
-        """Make `step`, which may be changed, the `delta`; returns what it decodes to."""
+    def _send(self, step: Tensor, codec: Codec) -> None:
+        """Make `step`, which may be changed, the `delta`, and move the base by what that decodes to."""
         if self.residual is not None:
             step.add_(self.residual)
         threads = torch.get_num_threads()
         torch.set_num_threads(self.settings.threads)  # sums in another order give other bits
         self.delta = codec.encode(step, self.layout, derive_seed(self.settings.seed, "codec", self.rounds_done + 1))
         torch.set_num_threads(threads)
-        decoded = codec.decode(self.delta, self.layout)
+        codec.add(self.delta, self.layout, self.base)
         if codec.feedback:
-            self.residual = step.sub_(decoded)
-        return decoded
+            self.residual = step.sub_(codec.decode(self.delta, self.layout))
 
     @property
     def bytes_down(self) -> int:
@@ -233,15 +236,17 @@ def save_checkpoint(
     layout: vectors.Layout,
     state: dict[str, Tensor] | None = None,
     kept: int = 2,
+    digest: str = "",
 ) -> Path:
     """Write the base after `rounds_done` rounds, atomically, as named tensors; all but the last `kept` go (0: none).
 
-    state: the server optimizer's moments and the residual of `codec-down`, flat tensors [n].
+    state: the server optimizer's moments and the residual of `codec-down`, flat tensors [n]. digest: the base's, if it
+    is known.
     """
     folder = directory / "checkpoint"
     path = folder / f"round-{rounds_done:05d}.safetensors"
     moments = {STATE + name: moment for name, moment in (state or {}).items()}
-    about = {"rounds": rounds_done, "layout": layout.digest, "base": vectors.digest(base)}
+    about = {"rounds": rounds_done, "layout": layout.digest, "base": digest or vectors.digest(base)}
     about |= {name: vectors.digest(moment) for name, moment in sorted(moments.items())}
     with atomic_write(path) as part:
         save_vectors(part, layout.views(base.cpu()) | moments, {"atm-fl": json.dumps(about)})

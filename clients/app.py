@@ -76,14 +76,15 @@ def received_base(message: Message, party: Party, limit: float = 0.0) -> Tensor 
         raise ValueError(f"the server's base came by codec {info['codec']!s}, not {expected}")
     arrays = {name: array.numpy() for name, array in message.content.array_records["arrays"].items()}
     kept = Kept(str(info["run"]), party.client)
-    base = kept.base(before) if before else None
-    if before and base is None:
-        base = model.pretrained.clone() if arrays else model.pretrained
-    if arrays or base is None:
-        sent = make_codec(expected).decode(arrays, model.layout)
-        if base is not None and len(base) != len(sent):
+    if not before:
+        base = make_codec(expected).decode(arrays, model.layout)
+    else:
+        held = kept.base(before)
+        base = model.pretrained.clone() if held is None else held
+        if len(base) != model.layout.size:
             return None
-        base = sent if base is None else base.add_(sent)
+        if arrays:
+            make_codec(expected).add(arrays, model.layout, base)
     if vectors.digest(base) != digest:
         if before:
             return None
@@ -91,9 +92,9 @@ def received_base(message: Message, party: Party, limit: float = 0.0) -> Tensor 
     last = message.metadata.message_type == "evaluate"
     done = int(info["round"]) - (not last)  # type: ignore[arg-type]
     if limit:
-        known, held = {"pretrained base": (0, party.model.pretrained)}, kept.held()
+        known, last_one = {"pretrained base": (0, party.model.pretrained)}, kept.held()
         try:
-            check_base(party.task, base, done, limit, known | ({"base held": held} if held else {}))
+            check_base(party.task, base, done, limit, known | ({"base held": last_one} if last_one else {}))
         except RunError as error:
             log(WARNING, "%s", error)
             raise

@@ -11,7 +11,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from atm_fl import codecs, vectors
+from atm_fl import codecs
 from atm_fl.errors import RunError
 from atm_fl.loop import Round
 from atm_fl.party import Update, evaluated_splits
@@ -43,7 +43,7 @@ class Atm(Strategy):
     def __init__(self, run: Run, nodes: dict[int, str]) -> None:
         self.run = run
         self.nodes = nodes
-        self._digest = "" if run.delta is None else vectors.digest(run.base)
+        self._digest = "" if run.delta is None else run.digest
         """Of the base that was sent last."""
         self._sent: tuple[Grid, str, int]
         """Where, as which kind of message and in which round."""
@@ -119,7 +119,7 @@ class Atm(Strategy):
 
     def _broadcast(self, grid: Grid, arrays: ArrayRecord, kind: str, round_number: int) -> list[Message]:
         before = "" if self.run.delta is None else self._digest
-        self._digest, self._sent, self._asked = vectors.digest(self.run.base), (grid, kind, round_number), set()
+        self._digest, self._sent, self._asked = self.run.digest, (grid, kind, round_number), set()
         self._deadline = time.monotonic() + self.run.settings.round_timeout
         due, self._exchange = self._due(), None
         if kind == "train" and self.run.settings.secure_aggregation:

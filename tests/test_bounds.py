@@ -30,8 +30,8 @@ def trapped(monkeypatch: pytest.MonkeyPatch) -> None:
     def advance(run: Run, merged: torch.Tensor) -> None:
         honest(run, merged)
         if run.rounds_done == 1:
-            run.base = run.base.clone()
             run.layout.views(run.base)["vit.patch_embed.proj.weight"].mul_(1000)
+            run.digest = vectors.digest(run.base)
 
     monkeypatch.setattr(Run, "advance", advance)
 

@@ -394,12 +394,31 @@ def test_a_client_keeps_one_base_by_its_digest() -> None:
     found = kept.base("a")
     assert found is not None
     assert torch.equal(found, base)
+    found = kept.base("a")  # out of the file this time
+    assert found is not None
+    assert torch.equal(found, base)
     assert kept.base("b") is None
     kept.save_base(base, "b")
     assert kept.base("a") is None
     kept.drop_base()
     kept.drop_base()
     assert kept.base("b") is None
+
+
+def test_the_base_in_memory_is_given_away_once_and_counts_only_with_its_file() -> None:
+    """A client adds the next step to it in place, and another process may have gone on with the file."""
+    mine, other = Kept(RUN, "mine"), Kept(RUN, "other")
+    mine.save_base(torch.ones(300), "a")
+    first, second = mine.base("a"), mine.base("a")
+    assert first is not None
+    assert second is not None
+    first.zero_()
+    assert torch.equal(second, torch.ones(300))
+    mine.save_base(first, "b")
+    assert other.base("b") is None
+    mine.save_base(first, "b")
+    (mine.folder / "base.safetensors").unlink()
+    assert mine.base("b") is None
 
 
 def test_a_client_keeps_the_residuals_of_three_rounds_and_forgets_an_abandoned_future() -> None:

@@ -16,6 +16,7 @@ from atm_fl import tasks
 from atm_fl.attacks import membership
 from atm_fl.attacks.membership import Curve, Leak, confidences, lira, measure, rmia
 from atm_fl.errors import SettingError
+from atm_fl.loop import run_loop
 from atm_fl.settings import Settings
 from atm_fl.tasks import Source, Split
 
@@ -153,6 +154,20 @@ def test_what_was_learnt_by_heart_is_found_and_the_study_resumes(run: dict[str, 
     assert again["rows"] == result["rows"]
     with pytest.raises(SettingError, match="holds a study of other settings"):
         membership.study(Settings.parse({**run, "local-epochs": 1}), "noise", folder, members=80, count=4)
+
+
+def test_a_private_run_is_attacked_though_its_budget_is_spent(
+    run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other parties' vectors in the attack are of other bases than the run's; their ledgers are not touched."""
+    monkeypatch.setenv("ATM_FL_CACHE", str(tmp_path / "cache"))
+    settings = Settings.parse({**run, "privacy": "dp-sgd", "dp-epsilon": 3.0, "local-epochs": 2, "learning-rate": 0.1})
+    run_loop(settings)
+    ledgers = {path: path.read_text() for path in (tasks.cache_dir() / "privacy").glob("*.json")}
+    assert len(ledgers) == 2
+    result = membership.study(settings, "noise", tmp_path / "study", members=80, count=4)
+    assert found(result, 2, "local", "RMIA").auc_interval[0] < 0.5
+    assert {path: path.read_text() for path in (tasks.cache_dir() / "privacy").glob("*.json")} == ledgers
 
 
 def test_a_base_that_was_not_tuned_tells_nothing(run: dict[str, Any]) -> None:

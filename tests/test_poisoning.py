@@ -11,6 +11,7 @@ from conftest import make_folder
 from scipy.stats import norm
 from test_runs import final, same
 
+from atm_fl import tasks
 from atm_fl.attacks import poisoning
 from atm_fl.attacks.poisoning import alie_factor, forge, kept_shares, poisoned, stamp
 from atm_fl.errors import SettingError
@@ -120,6 +121,19 @@ def test_a_robust_merge_holds_where_the_mean_falls(five: dict[str, Any], tmp_pat
     again = poisoning.studies(*arguments, say=said.append)
     assert again == results
     assert poisoning.table(results).count("\n") == 5
+
+
+def test_a_private_run_is_attacked_though_its_budget_is_spent(
+    five: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forged vectors lead to other bases than the run's, which a budget would have to pay for."""
+    monkeypatch.setenv("ATM_FL_CACHE", str(tmp_path / "cache"))
+    private = Settings.parse({**five, "privacy": "dp-sgd", "dp-epsilon": 3.0})
+    run_loop(private)
+    ledgers = {path: path.read_text() for path in (tasks.cache_dir() / "privacy").glob("*.json")}
+    (row,) = poisoning.studies(private, ["sign-flip"], ["mean"], ["b"], tmp_path / "poison", say=str)
+    assert set(row["tasks"]) == set("acde")
+    assert {path: path.read_text() for path in (tasks.cache_dir() / "privacy").glob("*.json")} == ledgers
 
 
 def test_what_cannot_be_run_is_said(five: dict[str, Any]) -> None:

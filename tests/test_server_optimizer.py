@@ -84,7 +84,7 @@ def test_momentum_goes_on_with_the_steps_of_earlier_rounds(config: dict[str, Any
     config |= {"server-optimizer": "momentum", "rounds": 1}
     run = run_loop(Settings.parse(config))
     first = run.base - Run(Settings.parse(config | {"run-dir": str(tmp_path / "other")})).base
-    before = run.base
+    before = run.base.clone()
     run.advance(torch.zeros_like(before))
     torch.testing.assert_close(run.base - before, 0.9 * first, rtol=1e-3, atol=1e-7)
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_runs import final, in_process, replace_info, same, tampered
 
-from atm_fl import tasks, vectors
+from atm_fl import kept, tasks, vectors
 from atm_fl.codecs import CODECS, make_codec, size_of
 from atm_fl.errors import RunError, SettingError
 from atm_fl.kept import Kept
@@ -173,7 +173,7 @@ def test_error_feedback_sends_in_the_end_what_was_left_out(config: dict[str, Any
 
 
 def before_message(spoil: Callable[[Path], object], task: str, kind: str, round_number: int) -> ClientApp:
-    """The real ClientApp; before one message, `spoil` is done to the folder of one task's client."""
+    """The real ClientApp; before one message, `spoil` is done to one client's folder, and its process is new."""
 
     class Spoilt(ClientApp):
         def __call__(self, message: Message, context: Context) -> Message:
@@ -182,6 +182,7 @@ def before_message(spoil: Callable[[Path], object], task: str, kind: str, round_
             if (held, metadata.message_type, metadata.group_id) == (task, kind, str(round_number)):
                 info = message.content.config_records["info"]
                 if info["from"]:  # not when the whole base comes
+                    kept.forget_recent()
                     spoil(Kept(str(info["run"]), task).folder)
             return client_app(message, context)
 

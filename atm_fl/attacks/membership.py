@@ -208,17 +208,18 @@ def trajectory(
     number: int,
     others: Callable[[int, Tensor], dict[str, Tensor]],
     run: str,
+    ledgers: Path,
 ) -> Tensor:
     """Follow a run in which the task tunes on the half `number`: φ, float32 [rounds, 2, n + population].
 
     Of each round's local model, and of its merged one. others: (round, base) → the other parties' vectors by task.
-    run: under which the party keeps residuals.
+    run: under which the party keeps residuals; ledgers: where it notes what DP-SGD spends.
     """
     chosen = replace(settings, seed=derive_seed(settings.seed, "reference", number) if number else settings.seed)
     party = Party(chosen, asked.task)
     party.tuned_on = asked.images.take(asked.half(settings, number).nonzero()[:, 0]).to(party.model.device)
     party.head = asked.head.to(party.model.device)
-    party.budget = Budget(chosen, asked.task, party.tuned_on) if settings.private else None
+    party.budget = Budget(chosen, asked.task, party.tuned_on, ledgers) if settings.private else None
     layout, optimizer, scalings = party.model.layout, settings.make_server_optimizer(), settings.task_scalings
     base, found = party.model.pretrained.clone(), []
     for round_number in range(1, settings.rounds + 1):
@@ -270,13 +271,13 @@ def study(
     with atomic_write(config) as part:
         part.write_text(json.dumps(about, indent=2) + "\n")
     parties = [name for name in settings.task_names if name != task]
-    run = f"{derive_seed(str(folder.resolve()), about):016x}"
+    run, ledgers = f"{derive_seed(str(folder.resolve()), about):016x}", folder / "privacy"
 
     def others(round_number: int, base: Tensor) -> dict[str, Tensor]:
         path = folder / f"others-{round_number:05d}.safetensors"
         if not path.exists():
             sent = {}
-            for party in (Party(settings, name) for name in parties):
+            for party in (Party(settings, name, ledgers=ledgers) for name in parties):
                 update = party.train(base, round_number, run)
                 if update.arrays is not None:
                     sent[party.task] = settings.uplink.decode(update.arrays, party.model.layout)
@@ -288,7 +289,7 @@ def study(
     for number in range(count):
         path = folder / f"run-{number:03d}.safetensors"
         if not path.exists():
-            followed = trajectory(settings, asked, number, others, f"{derive_seed(run, number):016x}")
+            followed = trajectory(settings, asked, number, others, f"{derive_seed(run, number):016x}", ledgers)
             with atomic_write(path) as part:
                 save_file({"confidences": followed}, str(part))
             say(f"run {number + 1} of {count}")

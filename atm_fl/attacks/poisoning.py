@@ -135,7 +135,7 @@ class Player(Party):
     """A party of a scene: honest, or with `attacks` an attacker."""
 
     def __init__(self, settings: Settings, task: str, scene: Scene, attacks: bool) -> None:
-        super().__init__(settings, task)
+        super().__init__(settings, task, ledgers=Path(settings.run_dir) / "privacy")
         self.scene, self.attacks = scene, attacks
         if attacks and scene.attack == "backdoor":
             self.tuned_on = poisoned(self.tuned_on)

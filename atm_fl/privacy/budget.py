@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 from torch import Tensor
 
@@ -20,9 +21,12 @@ class Budget:
     """The noise multiplier σ of `noise`, and the ledger of the data's records.
 
     With a target `dp-epsilon` σ is such that all rounds of the run, of the task's participation, cost no more.
+
+    ledgers: the folder of the ledger, by default this machine's. An attack that rehearses runs has its own: nobody is
+    sent what comes of them, so that they cost the records nothing, and the run itself may have spent its ε.
     """
 
-    def __init__(self, settings: Settings, task: str, data: Split) -> None:
+    def __init__(self, settings: Settings, task: str, data: Split, ledgers: Path | None = None) -> None:
         self.settings, self.task = settings, task
         rounds = sum(settings.part_taken(task, number) > 0 for number in range(1, settings.rounds + 1))
         self._rate, self._steps = sampling_rate(len(data), settings), steps_per_round(len(data), settings)
@@ -30,7 +34,7 @@ class Budget:
         if settings.dp_epsilon:
             self.noise = calibrate(settings.dp_epsilon, settings.dp_delta, self._rate, self._steps * rounds)
         self._run = _digest(task, settings.decisive())
-        self.ledger = Ledger(tasks.cache_dir() / "privacy" / f"{_digest(*data.digests)}.json")
+        self.ledger = Ledger((ledgers or tasks.cache_dir() / "privacy") / f"{_digest(*data.digests)}.json")
 
     def spend(self, round_number: int, base: Tensor) -> tuple[int, dict[str, float]]:
         """Enter a round on `base`: (the secret seed of its random numbers, what was spent).
