@@ -21,7 +21,7 @@ from atm_fl.server_optimizer import ServerOptimizer
 from atm_fl.trainable import check_trainable
 from atm_fl.vectors import Layout
 
-OF_DEPLOYMENT = {"codec-up": "int8", "codec-down": "int8"}
+OF_DEPLOYMENT = {"codec-up": "int4", "codec-down": "int4"}
 """What runs of the runtime `deployment`, whose bottleneck is the wire, take if neither file nor `-c` says otherwise."""
 
 

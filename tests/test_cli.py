@@ -101,7 +101,7 @@ def test_a_failed_run_has_a_status(
     assert "/no/such/folder does not exist" in capsys.readouterr().err.replace("\n", "")
 
 
-def test_a_deployment_sends_int8_unless_it_is_told_otherwise(
+def test_a_deployment_sends_int4_unless_it_is_told_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     from server import deployment
@@ -118,7 +118,7 @@ def test_a_deployment_sends_int8_unless_it_is_told_otherwise(
     for file, more in (("plain", []), ("says", []), ("says", ["-c", "codec-up=fp32"])):
         where = [str(tmp_path / f"{file}.toml"), "-c", f"run-dir={tmp_path / 'run'}"]
         assert call(monkeypatch, "run", *where, "--runtime", "deployment", *more) == 1
-    assert taken == [("int8", "int8"), ("int8", "fp16"), ("fp32", "fp16")]
+    assert taken == [("int4", "int4"), ("int4", "fp16"), ("fp32", "fp16")]
     assert cli.read_config(tmp_path / "plain.toml", []).codec_up == "fp32"
 
 

@@ -52,6 +52,8 @@ TARGET = 0
 """The class of its own task that an attacker's trigger stands for."""
 SAMPLE = 100_000
 """Elements on which the shares of an elementwise merge are counted."""
+RESULT = "poisoning.json"
+"""The file in a run directory."""
 
 
 def stamp(images: Tensor) -> Tensor:
@@ -192,7 +194,7 @@ def check(settings: Settings, attack: str, attackers: Sequence[str]) -> None:
 
 
 def study(settings: Settings, attack: str, attackers: Sequence[str]) -> dict[str, Any]:
-    """Run `settings` with `attackers` among the parties, and measure the final model; kept in run-dir/poisoning.json.
+    """Run `settings` with `attackers` among the parties, and measure the final model; kept in the run directory.
 
     Result: test accuracy of every honest `tasks`, their `mean`, the `worst` of them; which share of each vector the
     merge `kept`, mean over the rounds; `trigger`: how often it makes the attackers' own task say the target class, of
@@ -200,9 +202,9 @@ def study(settings: Settings, attack: str, attackers: Sequence[str]) -> dict[str
     named for "none" too: they are honest then, but the same tasks are counted.
     """
     check(settings, attack, attackers)
-    path = Path(settings.run_dir) / "poisoning.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    path = Path(settings.run_dir)
+    if (known := result_in(path)) is not None:
+        return known
     scene = Scene(settings, attack, STRENGTHS[attack], attackers)
     players = [
         Player(settings, name, scene, attacks and attack != "none")
@@ -225,9 +227,20 @@ def study(settings: Settings, attack: str, attackers: Sequence[str]) -> dict[str
         "trigger": sum(triggered[task][0] for task in attackers) / len(attackers),
         "trigger_elsewhere": sum(honest[task] - triggered[task][1] for task in honest) / len(honest),
     }
-    with atomic_write(path) as part:
+    with atomic_write(path / RESULT) as part:
         part.write_text(json.dumps(result, indent=1))
     return result
+
+
+def result_in(place: Path) -> dict[str, Any] | None:
+    """What `study` found in a run directory; None if it is not finished."""
+    path = place / RESULT
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def place_of(folder: Path, attack: str, merge: str) -> Path:
+    """The run directory of one of `studies`. merge: the name alone."""
+    return folder / f"{attack}-{merge}"
 
 
 @torch.inference_mode()
@@ -259,13 +272,13 @@ def studies(
     for merge in merges:
         name, _, options = merge.partition(":")
         for attack in attacks:
-            place = str((folder / f"{attack}-{name}").resolve())
+            place = str(place_of(folder, attack, name).resolve())
             config = {**settings.as_config(), "merge": name, "merge-options": options, "run-dir": place}
             runs.append((attack, Settings.parse(config)))
             check(runs[-1][1], attack, attackers)
     results = []
     for attack, chosen in runs:
-        if not (Path(chosen.run_dir) / "poisoning.json").exists():
+        if result_in(Path(chosen.run_dir)) is None:
             # what an unfinished run left behind is run again: a scene does not resume
             for file in Path(chosen.run_dir).glob("checkpoint/*"):
                 file.unlink()

@@ -141,9 +141,9 @@ class Leak:
         if self.attack == "membership":
             path = self.folder / "result.json"
             return json.loads(path.read_text())["rows"] if path.exists() else None
-        merge = self.run.parse().merge
-        paths = [self.folder / f"{attack}-{merge}" / "poisoning.json" for attack in ("none", self.values["attack"])]
-        return [json.loads(path.read_text()) for path in paths] if all(path.exists() for path in paths) else None
+        merge, attacks = self.run.parse().merge, ("none", self.values["attack"])
+        found = [poisoning.result_in(poisoning.place_of(self.folder, attack, merge)) for attack in attacks]
+        return found if None not in found else None
 
     def pictured(self) -> reconstruction.Unit:
         """Of reconstruction: the row of that study, with its pictures."""
@@ -232,9 +232,14 @@ class Line:
     poisoned: list[dict[str, Any]] | None
 
     @property
+    def found(self) -> dict[str, float] | None:
+        """How near the images are that were found; None also if there were none."""
+        return self.images[FOUND] if self.images else None
+
+    @property
     def psnr(self) -> float | None:
         """Of the images that were found, dB."""
-        return self.images[FOUND]["psnr"] if self.images and self.images[FOUND] else None
+        return self.found["psnr"] if self.found else None
 
     @property
     def members_found(self) -> float | None:
@@ -260,7 +265,7 @@ class Line:
         mean = "–" if not self.means else f"{fmean(self.means):.1f}"
         if len(self.means) > 1:
             mean += f" ± {stdev(self.means):.1f}"
-        found, images = (self.images or {}).get(FOUND), self.images
+        found, images = self.found, self.images
         cells = [self.name, str(len(self.means)), mean, _told(self.worst, ".1f"), _told(self.epsilon, ".2f")]
         cells.append(f"{found['psnr']:.1f} ± {found['psnr_error']:.1f}" if found else "none" if images else "–")
         cells += [f"{images['mean image']['psnr']:.1f}" if images else "–", _told(found and found["ssim"], ".2f")]
