@@ -46,6 +46,11 @@ th, td { padding: .15rem .7rem; border-bottom: 1px solid #8884; text-align: left
 """
 
 
+def told(value: float | None, form: str = ".2f") -> str:
+    """A number as a table has it: a dash where it was not measured."""
+    return "–" if value is None else format(value, form)
+
+
 def document(title: str, parts: Iterable[str]) -> str:
     """The whole page around `parts`, which are HTML already; nothing that it names is ever loaded from outside."""
     return (

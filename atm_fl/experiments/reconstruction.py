@@ -22,13 +22,13 @@ from atm_fl.attacks.measurement import BASELINES, FOUND, attacked, summary
 from atm_fl.attacks.scenario import Scenario
 from atm_fl.errors import SettingError
 from atm_fl.files import atomic_write
-from atm_fl.pages import document, figure
+from atm_fl.pages import document, figure, told
 from atm_fl.pages import table as html_table
 
 SHOWN = 10
 """Images of a row that the page shows."""
-HEAD = ["setting", "attack", "images", "steps", "ε", "PSNR", "best", "SSIM"]
-HEAD += [*BASELINES, "SSIM of the mean image", "labels wrong", "uniform"]
+HEAD = ["setting", "attack", "images", "steps", "ε", "PSNR", "best", "SSIM", "LPIPS"]
+HEAD += [*BASELINES, "SSIM of the mean image", "LPIPS of it", "labels wrong", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,12 @@ def _cells(unit: Unit) -> list[str]:
             f"{found['psnr']:.1f} ± {found['psnr_error']:.1f}",
             f"{found['psnr_best']:.1f}",
             f"{found['ssim']:.2f}",
+            told(found.get("lpips")),
         ]
     else:
-        cells += ["no equation", "–", "–"]
+        cells += ["no equation", "–", "–", "–"]
     cells += [f"{result[name]['psnr']:.1f}" if result[name] else "–" for name in BASELINES]
-    cells.append(f"{result['mean image']['ssim']:.2f}")
+    cells += [f"{result['mean image']['ssim']:.2f}", told(result["mean image"].get("lpips"))]
     return cells + ([f"{labels['found']:.2f}", f"{labels['uniform']:.2f}"] if labels else ["–", "–"])
 
 
