@@ -65,7 +65,7 @@ def run(study: privacy.Study) -> list[str]:
 def test_a_study_measures_every_row_and_resumes(file: Path) -> None:
     study = read_study(file, privacy)
     before = {line.name: line.cells() for line in privacy.lines(study)}
-    assert before["private"][1:] == ["0", *["–"] * 12]
+    assert before["private"][1:] == ["0", *["–"] * 13]
     run(study)
     found = {line.name: line for line in privacy.lines(study)}
     for line in found.values():
