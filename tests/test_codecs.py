@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as numpy_arrays
 from torch import Tensor
 
-from atm_fl import codecs
+from atm_fl import blocks, codecs
 from atm_fl.codecs import CODECS, Arrays, Codec, make_codec, size_of
 from atm_fl.errors import SettingError
 from atm_fl.kept import Kept
@@ -377,6 +377,22 @@ def test_a_vector_that_is_not_finite_is_not_sent(text: str, value: float) -> Non
 def test_codecs_that_cannot_be_are_named(text: str, words: str) -> None:
     with pytest.raises(SettingError, match=words):
         make_codec(text, "codec-up")
+
+
+@pytest.mark.parametrize("text", ALL)
+def test_a_vector_in_pieces_is_the_whole_one_and_can_be_added(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, vector, base = make_codec(text), task_vector(MATRICES), torch.randn(MATRICES.size)
+    whole = codec.encode(vector, MATRICES, 3)
+    expected = codec.decode(whole, MATRICES)
+    monkeypatch.setattr(codecs, "BLOCK", 512)
+    monkeypatch.setattr(blocks, "BLOCK", 512)
+    pieces = codec.encode(vector, MATRICES, 3)
+    assert all(np.array_equal(pieces[name], array) for name, array in whole.items())
+    room = torch.full((MATRICES.size,), math.nan)
+    assert digest(codec.decode(pieces, MATRICES)) == digest(codec.decode(pieces, MATRICES, room)) == digest(expected)
+    moved = base.clone()
+    codec.add(pieces, MATRICES, moved)
+    assert torch.equal(moved, base + expected)
 
 
 def test_numbers_and_defaults() -> None:
