@@ -5,8 +5,8 @@
 The vector has the layout of open_clip's ViT-B-16 image tower; with fewer --elements, of as many of its first entries as
 fit, and one matrix for the rest. Its elements are drawn from a normal distribution with a scale of its own for every
 entry: there are no few large elements or singular values that topk and low-rank could keep, as real vectors may have.
-Times are medians; the error is the norm of what was lost over the norm of the vector, in one trip and without error
-feedback.
+Times are medians: decode makes a vector in fresh memory, add adds it to one that is there. The error is the norm of
+what was lost over the norm of the vector, in one trip and without error feedback.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from atm_fl.codecs import make_codec, size_of
 from atm_fl.runs import processor
 from atm_fl.vectors import Layout
 
-CODECS = "fp32,fp16,bf16,int8,int8-nearest,int4,int4-nearest,topk:0.1,topk:0.01,low-rank:32,low-rank:8"
+CODECS = "fp32,fp16,bf16,int8,int8-nearest,int4,int4-nearest,ternary,topk:0.1,topk:0.01,low-rank:32,low-rank:8"
 Result = TypeVar("Result")
 
 
@@ -69,15 +69,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     layout = tower_of(args.elements)
-    vector = made_up(layout)
+    vector, base = made_up(layout), torch.zeros(layout.size)
     print(f"{processor()}, {args.threads} threads, {layout.size:,} elements, medians of {args.repeats}")
-    print("| codec | encode s | decode s | bytes | of fp32 | error |\n|---|---|---|---|---|---|")
+    print("| codec | encode s | decode s | add s | bytes | of fp32 | error |\n|---|---|---|---|---|---|---|")
     for text in args.codecs.split(","):
         codec = make_codec(text, "--codecs")
         encode, arrays = timed(args.repeats, lambda codec=codec: codec.encode(vector, layout))  # type: ignore[misc]
         decode, arrived = timed(args.repeats, lambda codec=codec, sent=arrays: codec.decode(sent, layout))  # type: ignore[misc]
         size, error = size_of(arrays), float((arrived - vector).norm() / vector.norm())
-        print(f"| {text} | {encode:.3f} | {decode:.3f} | {size:,} | {size / vector.nbytes:.2%} | {error:.2%} |")
+        add, _ = timed(args.repeats, lambda codec=codec, sent=arrays: codec.add(sent, layout, base))  # type: ignore[misc]
+        times = " | ".join(f"{seconds:.3f}" for seconds in (encode, decode, add))
+        print(f"| {text} | {times} | {size:,} | {size / vector.nbytes:.2%} | {error:.2%} |")
 
 
 if __name__ == "__main__":
