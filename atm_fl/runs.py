@@ -130,9 +130,12 @@ class Run:
         torch.set_num_threads(self.settings.threads)  # sums in another order give other bits
         self.delta = codec.encode(step, self.layout, derive_seed(self.settings.seed, "codec", self.rounds_done + 1))
         torch.set_num_threads(threads)
-        codec.add(self.delta, self.layout, self.base)
         if codec.feedback:
-            self.residual = step.sub_(codec.decode(self.delta, self.layout))
+            decoded = codec.decode(self.delta, self.layout)
+            self.base.add_(decoded)
+            self.residual = step.sub_(decoded)
+        else:
+            codec.add(self.delta, self.layout, self.base)
 
     @property
     def bytes_down(self) -> int:

@@ -79,8 +79,8 @@ def received_base(message: Message, party: Party, limit: float = 0.0) -> Tensor 
     if not before:
         base = make_codec(expected).decode(arrays, model.layout)
     else:
-        held = kept.base(before)
-        base = model.pretrained.clone() if held is None else held
+        found = kept.base(before)
+        base = model.pretrained.clone() if found is None else found
         if len(base) != model.layout.size:
             return None
         if arrays:
@@ -92,9 +92,9 @@ def received_base(message: Message, party: Party, limit: float = 0.0) -> Tensor 
     last = message.metadata.message_type == "evaluate"
     done = int(info["round"]) - (not last)  # type: ignore[arg-type]
     if limit:
-        known, last_one = {"pretrained base": (0, party.model.pretrained)}, kept.held()
+        known, held = {"pretrained base": (0, party.model.pretrained)}, kept.held()
         try:
-            check_base(party.task, base, done, limit, known | ({"base held": last_one} if last_one else {}))
+            check_base(party.task, base, done, limit, known | ({"base held": held} if held else {}))
         except RunError as error:
             log(WARNING, "%s", error)
             raise

@@ -121,7 +121,7 @@ def _fetched_ahead(replies: Iterator[Message], unwanted: Event) -> Iterator[Mess
             coming = pool.submit(fetch)
             while found := coming.result():
                 coming = pool.submit(fetch)
-                yield found.pop()
+                yield found.pop()  # and keep it no longer than its taker does
         finally:
             unwanted.set()
 
