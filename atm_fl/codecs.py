@@ -530,9 +530,10 @@ class LowRank(Codec):
         for shape, entry in zip(layout.shapes, vector.split(layout.sizes), strict=True):
             matrix, lifted = self._matrix(shape), entry * 2.0**lift
             if matrix:
-                left, values, right = svd(lifted.view(matrix), self.rank)
-                lifted = (torch.cat([left, right]) * values.sqrt()).T.reshape(-1)
-            pieces.append(lifted.half())
+                left, values, right = svd(lifted.view(matrix), self.rank, vector.dtype)
+                lifted = torch.zeros(self.rank, sum(matrix))
+                lifted[: len(values)] = (torch.cat([left, right]) * values.sqrt()).T
+            pieces.append(lifted.reshape(-1).half())
         return {"values": torch.cat(pieces).numpy(), "exponent": np.array([lift], np.int16)}
 
     def _pieces(self, arrays: Arrays, layout: Layout) -> Iterator[tuple[slice, Tensor]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from atm_fl import blocks, merging
 from atm_fl.blocks import gram, ranked_magnitudes, sort_rows
 from atm_fl.errors import SettingError
-from atm_fl.merging import Merge, find_merge, make_merge, merges, options
+from atm_fl.merging import Merge, find_merge, make_merge, merges, options, spectral
 from atm_fl.merging.kinds import Joint, Streaming
 from atm_fl.merging.sparse import Mask
 from atm_fl.vectors import Layout
@@ -161,13 +161,17 @@ ITERATIVE = {"geometric-median": 2e-3, "cagrad": 1e-4}
 
 
 def expected(
-    merge: Merge, name: str, vectors: dict[str, Tensor], weights: dict[str, float] | None = None
+    merge: Merge,
+    name: str,
+    vectors: dict[str, Tensor],
+    weights: dict[str, float] | None = None,
+    dtype: type[np.floating] = np.float64,
 ) -> np.ndarray:
-    """What the transcription of a merge makes of the vectors."""
+    """What the transcription of a merge makes of the vectors, in float64 or another dtype."""
     chosen = {item.name: getattr(merge, item.name) for item in options(type(merge))}
     if name in STREAMING:
         chosen["weights"] = weights or dict.fromkeys(vectors, 1.0)
-    exact = {task: vector.numpy().astype(np.float64) for task, vector in vectors.items()}
+    exact = {task: vector.numpy().astype(dtype) for task, vector in vectors.items()}
     return ORACLES[name](exact, merge.layout, merge.seed, **chosen)
 
 
@@ -330,6 +334,88 @@ def test_matrices_of_low_rank(name: str, shape: tuple[int, int]) -> None:
         ]
         vectors = {str(i): torch.from_numpy(a @ b).reshape(-1).float() for i, (a, b) in enumerate(factors)}
         agree(make_merge(name, layout), name, vectors)
+
+
+@pytest.mark.parametrize("angle", [1e-5, 1e-6])
+def test_directions_of_tasks_that_nearly_coincide_are_still_two(angle: float) -> None:
+    # Of 64 axes of each task one is the other task's, but for an angle that float32 holds: the lesser value of the
+    # pair is angle / 2 of the greatest, above what is noise of the greatest and below what is noise of all of them.
+    matrices, axes = np.zeros((2, 256, 128)), np.arange(128)
+    matrices[axes // 64, axes, axes] = 1
+    matrices[1, [0, 64], 64] = np.cos(angle), np.sin(angle)
+    vectors = {str(task): torch.from_numpy(matrix.ravel()).float() for task, matrix in enumerate(matrices)}
+    agree(make_merge("tsv-m", Layout(("weight",), ((256, 128),))), "tsv-m", vectors)
+
+
+def spectrum(shape: tuple[int, int], values: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A matrix with these singular values and random singular vectors."""
+    (u, _), (v, _) = (np.linalg.qr(random.normal(size=(side, len(values)))) for side in shape)
+    return (u * values) @ v.T
+
+
+SPECTRA = {
+    "noise": np.linspace(1, 0.2, 400),
+    "noise and steps": np.r_[np.geomspace(30, 2, 60), np.linspace(1, 0.5, 340)],
+    "steep": np.arange(1, 401.0) ** -2,
+    "steps of equal values": np.repeat([4.0, 3, 2, 1], [45, 25, 130, 200]),
+    "all equal": np.ones(400),
+    "low rank": np.linspace(2, 1, 8),
+    "nothing": np.zeros(1),
+}
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize("scale", [1.0, 1e12, 1e-12])
+def test_leading_eigenvectors_are_as_exact_as_is_said(kind: str, scale: float) -> None:
+    columns = torch.from_numpy(scale * spectrum((600, 400), SPECTRA[kind], np.random.default_rng(0)))
+    matrix = spectral.gram(columns)
+    np.testing.assert_allclose(matrix.numpy(), columns.T @ columns, atol=1e-14 * float(matrix.trace()))
+    for rank in (0, 1, 50, 100, 300):
+        values, vectors = spectral.leading(matrix, rank, refined=True)
+        assert vectors.shape == (400, rank)
+        assert_near(vectors.T @ vectors, np.eye(rank), 1, 1e-12)
+        exact = np.linalg.eigvalsh(matrix.numpy())[400 - rank :]
+        rounding = 1e-13 * float(matrix.trace())
+        np.testing.assert_allclose(values.numpy(), exact, rtol=spectral.RESIDUAL, atol=rounding)
+        left = (matrix @ vectors - vectors * values).norm(dim=0)
+        assert (left <= spectral.RESIDUAL * values[:1].abs() + rounding).all()
+
+
+@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts"])
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_large_matrices_are_merged_more_exactly_than_by_float32(name: str, kind: str) -> None:
+    random = np.random.default_rng(0)
+    layout = Layout(("weight",), ((400, 430),))
+    common = spectrum(layout.shapes[0], SPECTRA[kind], random)
+    vectors = {
+        str(task): torch.from_numpy((spectrum(layout.shapes[0], SPECTRA[kind], random) + common).ravel()).float()
+        for task in range(5)
+    }
+    merge = make_merge(name, layout)
+    wanted = expected(merge, name, vectors)
+    single = expected(merge, name, vectors, dtype=np.float32)
+    error, limit = (float(np.linalg.norm(found - wanted)) for found in (merge.combine(vectors).numpy(), single))
+    assert error <= max(limit, 2e-6 * np.linalg.norm(wanted))
+
+
+@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts"])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_many_tasks_of_low_rank_in_large_matrices(name: str, rank: int) -> None:
+    layout = Layout(("weight",), ((300, 256),))
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        products = (random.normal(size=(300, rank)) @ random.normal(size=(rank, 256)) for _ in range(8))
+        vectors = {str(task): torch.from_numpy(product.ravel()).float() for task, product in enumerate(products)}
+        agree(make_merge(name, layout), name, vectors)
+
+
+@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts"])
+def test_where_lapack_finds_no_eigenvectors_an_svd_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(matrix: Tensor) -> None:
+        raise torch.linalg.LinAlgError("The algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    agree(make_merge(name, MIXED), name, make(normal, 3, MIXED.size, torch.float32))
 
 
 @pytest.mark.parametrize("name", ["iso-c", "tsv-m"])
