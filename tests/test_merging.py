@@ -411,7 +411,7 @@ def test_many_tasks_of_low_rank_in_large_matrices(name: str, rank: int) -> None:
 
 @pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts"])
 def test_where_lapack_finds_no_eigenvectors_an_svd_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(matrix: Tensor) -> None:
+    def fails(matrix: Tensor, UPLO: str) -> None:
         raise torch.linalg.LinAlgError("The algorithm failed to converge")
 
     monkeypatch.setattr(torch.linalg, "eigh", fails)

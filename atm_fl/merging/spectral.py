@@ -104,7 +104,7 @@ def leading(matrix: Tensor, rank: int, refined: bool) -> tuple[Tensor, Tensor]:
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The eigenvalues [k], ascending, and eigenvectors [k, k] of a positive matrix [k, k], in its dtype."""
     try:
-        return torch.linalg.eigh(matrix)
+        return torch.linalg.eigh(matrix, UPLO="U")  # up to a tenth faster than "L"
     except torch.linalg.LinAlgError:  # as MKL's of some matrices with many zero rows; an SVD takes five times as long
         _, values, rows = torch.linalg.svd(matrix)
         return values.flip(0), rows.flip(0).T
