@@ -77,7 +77,7 @@ def leading(matrix: Tensor, rank: int, refined: bool) -> tuple[Tensor, Tensor]:
 
     `refined`: a few of a large one are found in float32, to which first-order perturbation theory adds what they lack
     of the others, and Rayleigh and Ritz turn them in their span in float64, until ‖Mv − λv‖ ≤ `RESIDUAL` · λᵣ for each.
-    As a rule one such step is enough. Where three are not (eigenvalues that span many powers of ten) all is float64.
+    As a rule one such step is enough. Where three are not (eigenvalues that span powers of ten) all is float64.
     """
     kept, scale = rank + SPARE, matrix.trace()
     if refined and len(matrix) >= max(LARGE, 4 * rank) and rank and scale > 0:
@@ -87,7 +87,8 @@ def leading(matrix: Tensor, rank: int, refined: bool) -> tuple[Tensor, Tensor]:
         basis = vectors[:, -kept:].double()
         image = scaled @ basis
         residual = image - basis @ (basis.T @ image)
-        for _ in range(3):
+        # Where the smallest is below a thousand float32 roundings of the largest, such steps gain little.
+        for _ in range(3 if squares[-rank] > 1000 * NOISE * squares[-1] else 0):
             lacking = others.T @ residual.float() / (high - low).clamp_min(NOISE)
             basis, _ = torch.linalg.qr(basis + others @ lacking)
             image = scaled @ basis
