@@ -1,8 +1,9 @@
 """Merges of weight matrices by their singular values. Entries that are no matrices are averaged.
 
 Singular vectors come from the eigenvectors of the Gram matrix of the shorter side. That is several times faster than an
-SVD in float32, and all up to the last product is float64 or as exact, so that what squaring the condition number costs
-is less than what an SVD in float32 loses. What is below `NOISE` is taken as zero, where an SVD invents directions.
+SVD in float32, and all up to the last product is float64, or float32 refined to `RESIDUAL`, so that what squaring the
+condition number costs is less than what an SVD in float32 loses. What is below `NOISE` is taken as zero, where an SVD
+invents directions.
 """
 
 from __future__ import annotations
@@ -33,24 +34,24 @@ SPARE = 32
 """Eigenvectors that are refined beside those that are wanted, so that these are far from all that are not refined."""
 
 RESIDUAL = 1e-8
-"""Most that refined eigenvectors leave, of the smallest wanted eigenvalue; an SVD in float32 leaves ten times that."""
+"""Most that refined eigenvectors leave, of the smallest wanted eigenvalue; a float32 SVD leaves thirty times that."""
 
 FUSED = ("in_proj_weight", "qkv.weight")
 """Ends of the names of matrices that hold an attention's query, key and value one above the other."""
 
 
-def svd(matrix: Tensor, rank: int, dtype: torch.dtype, largest: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def svd(matrix: Tensor, rank: int, dtype: torch.dtype, norm: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular values [r] of a matrix [m, n], their left [m, r] and right vectors [n, r]; float64.
 
-    They are as exact as float64 is if `dtype`, the task vectors', is float64, and no less than float32 is otherwise.
-    r is `rank` or less: values below `NOISE` · largest (the matrix's own, unless it is what is left of a larger one)
-    are left out.
+    All is float64 if `dtype`, the task vectors', is; a value σ then errs by about 1e-16 (σ₁ / σ)² of itself. Otherwise
+    it may be `refined`. r is `rank` or less: values below `NOISE` · σ₁ are left out, or below `NOISE` · norm if the
+    matrix is what is left of one of this norm.
     """
     tall = matrix.shape[0] >= matrix.shape[1]
     columns = matrix if tall else matrix.T
     squares, vectors = leading(gram(columns), rank, refined=dtype != torch.float64)
     values = squares.clamp_min(0).sqrt()
-    real = values > NOISE * (values[-1:] if largest is None else largest)
+    real = ~(values <= NOISE * (values[-1:] if norm is None else norm))  # NaN stays
     values, vectors = values[real], vectors[:, real]
     scaled = vectors / values
     others = torch.cat([rows.double() @ scaled for rows in columns.split(ROWS)])
@@ -106,7 +107,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The eigenvalues [k], ascending, and eigenvectors [k, k] of a positive matrix [k, k], in its dtype."""
     try:
         return torch.linalg.eigh(matrix, UPLO="U")  # up to a tenth faster than "L"
-    except torch.linalg.LinAlgError:  # as MKL's of some matrices with many zero rows; an SVD takes five times as long
+    except torch.linalg.LinAlgError:  # MKL's fails on some matrices with many zero rows; the slower SVD does not
         _, values, rows = torch.linalg.svd(matrix)
         return values.flip(0), rows.flip(0).T
 
