@@ -44,8 +44,8 @@ def svd(matrix: Tensor, rank: int, dtype: torch.dtype, norm: Tensor | None = Non
     """The largest singular values [r] of a matrix [m, n], their left [m, r] and right vectors [n, r]; float64.
 
     All is float64 if `dtype`, the task vectors', is; a value σ then errs by about 1e-16 (σ₁ / σ)² of itself. Otherwise
-    it may be `refined`. r is `rank` or less: values below `NOISE` · σ₁ are left out, or below `NOISE` · norm if the
-    matrix is what is left of one of this norm.
+    it may be refined float32. r is `rank` or less: values below `NOISE` · σ₁ are left out, or below `NOISE` · norm if
+    the matrix is what is left of one of this norm.
     """
     tall = matrix.shape[0] >= matrix.shape[1]
     columns = matrix if tall else matrix.T
@@ -76,31 +76,42 @@ def gram(columns: Tensor) -> Tensor:
 def leading(matrix: Tensor, rank: int, refined: bool) -> tuple[Tensor, Tensor]:
     """The largest `rank` eigenvalues [r], ascending, and eigenvectors [k, r] of a positive matrix [k, k]; float64.
 
-    `refined`: a few of a large one are found in float32, to which first-order perturbation theory adds what they lack
-    of the others, and Rayleigh and Ritz turn them in their span in float64, until ‖Mv − λv‖ ≤ `RESIDUAL` · λᵣ for each.
-    As a rule one such step is enough. Where three are not (eigenvalues that span powers of ten) all is float64.
+    `refined`: a few of a large one are found in float32 and refined, where that succeeds.
     """
-    kept, scale = rank + SPARE, matrix.trace()
-    if refined and len(matrix) >= max(LARGE, 4 * rank) and rank and scale > 0:
-        scaled = matrix / scale
-        squares, vectors = eigh(scaled.float())
-        others, low, high = vectors[:, :-kept], squares[:-kept, None], squares[-kept:]
-        basis = vectors[:, -kept:].double()
-        image = scaled @ basis
-        residual = image - basis @ (basis.T @ image)
-        # Where the smallest is below a thousand float32 roundings of the largest, such steps gain little.
-        for _ in range(3 if squares[-rank] > 1000 * NOISE * squares[-1] else 0):
-            lacking = others.T @ residual.float() / (high - low).clamp_min(NOISE)
-            basis, _ = torch.linalg.qr(basis + others @ lacking)
-            image = scaled @ basis
-            exact, turn = eigh(basis.T @ image)
-            basis = basis @ turn
-            residual = image @ turn - basis * exact
-            if residual[:, -rank:].norm(dim=0).max() <= RESIDUAL * exact[-rank]:
-                return exact[-rank:] * scale, basis[:, -rank:]
-            high = exact.float()
+    if refined and rank and len(matrix) >= max(LARGE, 4 * rank) and (found := refine(matrix, rank)):
+        return found
     squares, vectors = eigh(matrix)
     return squares[len(squares) - rank :], vectors[:, len(squares) - rank :]
+
+
+def refine(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """What `leading` returns, from the eigenvectors in float32; None where eigenvalues span too many powers of ten.
+
+    First-order perturbation theory adds to the leading ones what they lack of the others, and Rayleigh and Ritz turn
+    them in their span in float64, until ‖Mv − λv‖ ≤ `RESIDUAL` · λᵣ for each. As a rule one such step is enough.
+    """
+    kept, scale = rank + SPARE, matrix.trace()
+    if not scale > 0:
+        return None
+    matrix = matrix / scale
+    squares, vectors = eigh(matrix.float())
+    if not squares[-rank] > 1000 * NOISE * squares[-1]:  # steps gain little so near to float32's rounding
+        return None
+    others, low, high = vectors[:, :-kept], squares[:-kept, None], squares[-kept:]
+    basis = vectors[:, -kept:].double()
+    image = matrix @ basis
+    residual = image - basis @ (basis.T @ image)
+    for _ in range(3):
+        lacking = others.T @ residual.float() / (high - low).clamp_min(NOISE)
+        basis, _ = torch.linalg.qr(basis + others @ lacking)
+        image = matrix @ basis
+        exact, turn = eigh(basis.T @ image)
+        basis = basis @ turn
+        residual = image @ turn - basis * exact
+        if residual[:, -rank:].norm(dim=0).max() <= RESIDUAL * exact[-rank]:
+            return exact[-rank:] * scale, basis[:, -rank:]
+        high = exact.float()
+    return None
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
