@@ -142,6 +142,21 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run's directory, fini
 
 
 @app.command()
+def ledger(delta: Annotated[float, typer.Option(help="the δ at which ε is told")] = 1e-5) -> None:
+    """What all runs on this machine have released of each source of records: ε, ∞ for runs without privacy."""
+    from atm_fl.privacy.accounting import epsilon
+    from atm_fl.privacy.ledger import Ledger, ledger_path
+
+    path = ledger_path()
+    table = Table("source", "runs", "releases", "last", "ε", box=SIMPLE)
+    for source, runs, releases, last, history in Ledger(path).sources() if path.exists() else ():
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(last))
+        table.add_row(escape(source), str(runs), str(releases), day, f"{epsilon(history, delta):.3f}")
+    console.print(table)
+    console.print(f"ε at δ = {delta:g}, of each source's latest records; {path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def tasks(
     build: Annotated[bool, typer.Option(help="count every split, building or reading what is on this machine")] = False,
     leaks: Annotated[str, typer.Option(help="a task: which of its validation and test images are in train?")] = "",
@@ -540,10 +555,19 @@ def audit(
     canaries: Annotated[int, typer.Option(help="images with a wrong label, each put in by a coin")] = 500,
     guesses: Annotated[int, typer.Option(help="coins that the auditor guesses")] = 100,
 ) -> None:
-    """Is the claimed ε of DP-SGD true? A lower bound by canaries, as it runs and with its noise secretly off."""
-    from atm_fl.attacks.audit import CONFIDENCE, audit
+    """Is the claimed ε of DP-SGD true? Whether noise is ever repeated, and a lower bound by canaries.
+
+    The bound is taken as it runs, and with the noise secretly off. Exits with 1 if releases share noise.
+    """
+    from atm_fl.attacks.audit import CONFIDENCE, SHARED, audit, shared_noise
 
     settings = read_config(config, override or [])
+    distances = shared_noise(settings, task)
+    told = ", ".join(f"{change} {distance:.3f}" for change, distance in distances.items())
+    _say(f"one round's two releases, in units of two independent noises, by what was done to one record: {told}")
+    repeated = distances.pop("repeated")
+    if repeated or min(distances.values()) < SHARED:
+        raise RunError("the noise of one release is in another: their difference tells of single records")
     for silent in (False, True):
         found = audit(settings, task, canaries, guesses, silent)
         _say(

@@ -22,7 +22,9 @@ from atm_fl.hub import zero_shot
 from atm_fl.kept import Kept
 from atm_fl.privacy import client_level
 from atm_fl.privacy.budget import Budget
+from atm_fl.privacy.disclosure import disclosed
 from atm_fl.privacy.dp_sgd import tune_privately
+from atm_fl.privacy.noise import Noise
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Dataset, Split
@@ -81,12 +83,12 @@ class SharedModel:
         settings: Settings,
         seed: int,
         turn: int = 0,
-        noise: float | None = None,
+        noise: Noise | None = None,
         state: State | None = None,
     ) -> tuple[Tensor, Tuned]:
         """Tune `base`, which is loaded, on `data`: (the task vector, float32 [n] on the CPU, what was done).
 
-        With `noise`, by DP-SGD of this noise multiplier. state: as `tuning.tune` takes and leaves it.
+        With `noise`, by DP-SGD that draws it. state: as `tuning.tune` takes and leaves it.
         """
         if self.lora:
             self.lora.reset(derive_seed(seed, "lora"))
@@ -94,7 +96,7 @@ class SharedModel:
         if noise is None:
             tuned = tune(self.module, head, flat, data, settings, seed, turn, state)
         else:
-            tuned = tune_privately(self.module, head, flat, data, settings, noise, seed, state)
+            tuned = tune_privately(self.module, head, flat, data, settings, noise, state)
         return (self.lora.vector() if self.lora else task_vector(flat, base.to(self.device))).cpu(), tuned
 
 
@@ -119,11 +121,17 @@ class Party:
 
     Loads the task's data and makes (or finds on this machine's disk) its head; what is wrong with them is raised here,
     before any round. `name` is the task's name in the run where it is not the data's own, `client` that under which
-    this party keeps files, where several of one task share a machine. ledgers: see Budget.
+    this party keeps files, where several of one task share a machine. ledgers, lifetime: see Budget.
     """
 
     def __init__(
-        self, settings: Settings, task: str, name: str = "", client: str = "", ledgers: Path | None = None
+        self,
+        settings: Settings,
+        task: str,
+        name: str = "",
+        client: str = "",
+        ledgers: Path | None = None,
+        lifetime: float = 0.0,
     ) -> None:
         torch.set_num_threads(settings.threads)
         self.settings = settings
@@ -137,7 +145,8 @@ class Party:
         if settings.split == "validation" and settings.holdout:
             held, rest = self._parted(self.tuned_on, settings.holdout, "holdout")
             self.splits["validation"], self.tuned_on = held, rest
-        self.budget = Budget(settings, self.task, self.tuned_on, ledgers) if settings.private else None
+        source = str(Path(task).resolve()) if "/" in task else task
+        self.budget = Budget(settings, self.task, self.tuned_on, ledgers, source, self.client, lifetime)
         if settings.turns > len(self.tuned_on):
             raise SettingError(
                 f"local-epochs={settings.local_epochs:g}: {self.task} has only {len(self.tuned_on)} images"
@@ -175,17 +184,19 @@ class Party:
         data = self.tuned_on if part == 1 else self._parted(self.tuned_on, part, "replay")[0]
         epoch, turn = divmod(round_number - 1, settings.turns)
         seed = derive_seed(settings.seed, "tune", self.task, epoch * settings.turns + 1)
-        spent: dict[str, float] = {}
-        if self.budget:
-            seed, spent = self.budget.spend(round_number, base)
         tuning: dict[str, float] = {}
         kept = Kept(run, self.client) if run and settings.keep_optimizer else None
         state = self._taken_up(kept, "optimizer", round_number, tuning) if kept else {}
-        vector, tuned = self.model.tune(base, self.head, data, settings, seed, turn, spent.get("noise"), state)
+        if settings.private:
+            vector, tuned = self._tune_privately(base, data, seed, round_number, run, state, tuning)
+        else:
+            if run:
+                self.budget.expose(run)
+            vector, tuned = self.model.tune(base, self.head, data, settings, seed, turn, state=state)
+            tuning["loss"] = tuned.loss
         if kept:
             kept.save("optimizer", state, round_number)
         tuning |= {
-            **({"loss": tuned.loss} if not self.budget else spent),
             "steps": tuned.steps,
             "images": tuned.images,
             **({} if settings.secure_aggregation else {"norm": float(vector.norm())}),
@@ -198,7 +209,36 @@ class Party:
             tuning["alignment"] = float(torch.nn.functional.cosine_similarity(vector, -gradient, dim=0))
         begin = time.perf_counter()
         arrays = self._encode(vector, round_number, run, tuning)
-        return Update(arrays, evaluation, tuning | {"seconds_encode": time.perf_counter() - begin})
+        tuning["seconds_encode"] = time.perf_counter() - begin
+        if settings.private:
+            evaluation, tuning = disclosed(evaluation), disclosed(tuning)
+        return Update(arrays, evaluation, tuning)
+
+    def _tune_privately(
+        self,
+        base: Tensor,
+        data: Split,
+        seed: int,
+        round_number: int,
+        run: str,
+        state: State,
+        tuning: dict[str, float],
+    ) -> tuple[Tensor, Tuned]:
+        """As `SharedModel.tune` by DP-SGD, with the release in the ledger; `tuning` is told what it cost.
+
+        A round that is repeated with the noise of before must come out as before, to the last bit; otherwise (other
+        files under the same names, another version of torch) noise is drawn, and paid for, anew.
+        """
+        for anew in (False, True):
+            release = self.budget.spend(run, round_number, base, anew)
+            left = {name: value.clone() for name, value in state.items()}
+            self.model.load(base)
+            vector, tuned = self.model.tune(base, self.head, data, self.settings, seed, 0, release.noise, left)
+            if self.budget.ledger.seal(release.entry, vector):
+                break
+        state.update(left)
+        tuning |= release.numbers
+        return vector, tuned
 
     def _encode(self, vector: Tensor, round_number: int, run: str, tuning: dict[str, float]) -> Arrays:
         """The task vector, which may be changed, as it travels. `tuning` is told of residuals that are gone."""

@@ -275,14 +275,14 @@ def _privacy(record: _Record) -> Iterable[str]:
     if not spent:
         return
     settings = record.config["settings"]
-    numbers = {name: record.by_task("tuning", name) for name in ("epsilon", "epsilon_rdp", "epsilon_data", "noise")}
+    numbers = {name: record.by_task("tuning", name) for name in ("epsilon", "epsilon_rdp", "noise")}
     last = [
         (task, *(f"{series[task].get(max(own), math.inf):.3f}" for series in numbers.values()))
         for task, own in spent.items()
     ]
     yield "<h2>Privacy</h2>"
     yield pages.table(
-        ("task", "ε", "ε by RDP", "ε of its data in all runs", "noise"),
+        ("task", "ε", "ε by RDP", "noise"),
         last,
         f"(ε, δ = {settings['dp-delta']:g}) of one training record after the last round, by privacy loss distributions",
         "numbers",

@@ -88,7 +88,7 @@ class Run:
         kind "evaluation" (task, validation, test; bytes_down if nothing else was asked of the client): accuracy of the
         base after `round_number` rounds; "tuning" (task, loss, steps, images, norm, alignment, seconds_…, bytes_up,
         bytes_down; residual_lost=1 or optimizer_lost=1 if a client began without what its last round had left; of
-        private runs epsilon, epsilon_rdp, epsilon_data, noise); "merge" (norm, tasks, cosines unless
+        private runs epsilon, epsilon_rdp, noise); "merge" (norm, tasks, cosines unless
         secure-aggregation, seconds_merge, seconds, failures; with secure-aggregation seconds_secure, with
         dp-client-noise epsilon); "warning" (text). Bytes are those of the arrays that travel, or in a plain loop would.
         """

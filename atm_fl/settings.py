@@ -106,10 +106,13 @@ class Settings:
     workers: int = setting(0, "processes that decode images that are not in memory", decides=False)
     proximal: float = setting(0.0, "FedProx's μ: adds μ/2 ‖θ − base‖² to the clients' loss")
     privacy: str = setting(
-        "none", "dp-sgd: bound what a task vector tells of any one training record", choices=("none", "dp-sgd")
+        "none",
+        "dp-sgd: bound what a task vector tells of any one training record; clip-only: the same without noise, which "
+        "bounds nothing",
+        choices=("none", "dp-sgd", "clip-only"),
     )
     dp_epsilon: float = setting(0.0, "of dp-sgd: the ε that the whole run may cost a party's records; 0: dp-noise says")
-    dp_noise: float = setting(0.0, "of dp-sgd: the noise multiplier σ, instead of dp-epsilon; 0: no noise, no privacy")
+    dp_noise: float = setting(0.0, "of dp-sgd: the noise multiplier σ, instead of dp-epsilon; 0: dp-epsilon says")
     dp_delta: float = setting(1e-5, "of dp-sgd: δ")
     dp_clip: float = setting(1.0, "of dp-sgd: the norm C to which a record's gradient is clipped; inf: never")
     dp_policy: str = setting("stop", "when a run's ε would pass dp-epsilon", decides=False, choices=("stop", "warn"))
@@ -215,8 +218,8 @@ class Settings:
 
     @property
     def private(self) -> bool:
-        """Whether clients tune with DP-SGD."""
-        return self.privacy == "dp-sgd"
+        """Whether clients tune with DP-SGD, be it without its noise (clip-only)."""
+        return self.privacy != "none"
 
     @property
     def threshold(self) -> int:
@@ -399,15 +402,25 @@ class Settings:
         if not self.dp_clip > 0:
             raise SettingError(f"dp-clip={self.dp_clip:g}: it must be a positive number, or inf")
         given = {kebab(name): getattr(self, name) for name in ("dp_epsilon", "dp_noise") if getattr(self, name)}
-        if given and not self.private:
+        if given and self.privacy != "dp-sgd":
             raise SettingError(f"{next(iter(given))}={next(iter(given.values())):g}: it needs privacy='dp-sgd'")
         if len(given) == 2:
             raise SettingError(f"dp-epsilon={self.dp_epsilon:g} and dp-noise={self.dp_noise:g}: give one of them")
         if given and self.dp_clip == math.inf:
             raise SettingError("dp-clip=inf: noise in proportion to it is infinite; choose a finite dp-clip")
+        if self.privacy == "dp-sgd" and not given:
+            raise SettingError(
+                "privacy='dp-sgd' without noise protects nothing: give dp-epsilon or dp-noise; to clip records' "
+                "gradients alone, privacy='clip-only'"
+            )
+        if self.private and self.split == "validation" and not self.holdout:
+            raise SettingError(
+                f"holdout=0: with privacy={self.privacy!r} and split='validation' accuracies would be told of the very "
+                "records that are tuned on; choose a holdout above 0"
+            )
         for name, wrong in (("replay", 0.0), ("alignment", False), ("precision", "fp32")):
             if self.private and getattr(self, name) != wrong:
-                raise SettingError(f"{name}={getattr(self, name)!r}: not with privacy='dp-sgd'")
+                raise SettingError(f"{name}={getattr(self, name)!r}: not with privacy={self.privacy!r}")
 
     def _check_sums(self) -> None:
         """What goes with a bound on whole parties: a plain sum of all of them in every round."""

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from atm_fl.attacks.audit import audit, inclusion, lower_bound, p_value
 from atm_fl.cli import app
 from atm_fl.errors import SettingError
+from atm_fl.privacy.noise import Noise
 from atm_fl.settings import Settings
 
 
@@ -64,11 +65,14 @@ def test_inclusions_are_read_off_a_vector_without_noise() -> None:
 
 @pytest.fixture
 def private(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """One full-batch step on 120 records; the noise is the same in every run of the tests."""
-    cache = tmp_path / "cache"
-    monkeypatch.setenv("ATM_FL_CACHE", str(cache))
-    cache.mkdir()
-    (cache / "secret").write_text("0" * 64)
+    """One full-batch step on 120 records; each key of noise is its number, so that all runs of the tests are equal."""
+    monkeypatch.setenv("ATM_FL_CACHE", str(tmp_path / "cache"))
+    keys: dict[bytes, bytes] = {}
+
+    def numbered(multiplier: float, key: bytes) -> Noise:
+        return Noise(multiplier, keys.setdefault(key, len(keys).to_bytes(32, "big")))
+
+    monkeypatch.setattr("atm_fl.privacy.budget.Noise", numbered)
     data = make_folder(tmp_path / "data" / "many", 3, images=40)
     chosen = {"tasks": str(data), "rounds": 1, "optimizer": "sgd", "learning-rate": 0.01, "weight-decay": 0.0}
     return {**config, **chosen, "privacy": "dp-sgd", "dp-epsilon": 1.0, "dp-clip": 0.5, "batch-size": 120}
@@ -104,7 +108,7 @@ def test_the_command_tells_both_audits(private: dict[str, Any], tmp_path: Path) 
 
 def test_what_cannot_be_audited_is_said(private: dict[str, Any]) -> None:
     for changed, arguments, told in (
-        ({"dp-epsilon": 0.0}, (50, 20), "the audit needs a claim"),
+        ({"privacy": "clip-only", "dp-epsilon": 0.0}, (50, 20), "the audit needs a claim"),
         ({}, (500, 20), "--canaries 500: many has only 120 records"),
         ({}, (50, 60), "--guesses 60: it must be at least 2 and at most --canaries 50"),
     ):

@@ -15,9 +15,10 @@ from atm_fl import party as party_module
 from atm_fl.errors import RunError, SettingError
 from atm_fl.loop import run_loop
 from atm_fl.party import Party, Update
-from atm_fl.privacy.accounting import Ledger, Spent, calibrate, epsilon
-from atm_fl.privacy.dp_sgd import party_secret, record_gradients
-from atm_fl.runs import read_metrics
+from atm_fl.privacy.accounting import Spent, calibrate, epsilon
+from atm_fl.privacy.dp_sgd import record_gradients
+from atm_fl.privacy.noise import party_secret
+from atm_fl.runs import checkpoints, read_metrics
 from atm_fl.settings import Settings
 from atm_fl.vectors import Layout
 from clients.app import app as client_app
@@ -70,7 +71,7 @@ def test_without_noise_and_clip_it_is_gradient_descent(config: dict[str, Any]) -
     plain = {"batch-size": 36, "optimizer": "sgd", "learning-rate": 0.05, "weight-decay": 0.0, "clip-norm": 0.0}
     plain |= {"local-epochs": 4, "head": "prototypes", "shots": 1}
     settings = Settings.parse({**config, **plain})
-    private = Settings.parse({**config, **plain, "privacy": "dp-sgd", "dp-clip": math.inf, "accumulate": 3})
+    private = Settings.parse({**config, **plain, "privacy": "clip-only", "dp-clip": math.inf, "accumulate": 3})
     one, other = (Party(found, settings.task_names[0]) for found in (settings, private))
     other.head = one.head
     base = one.model.pretrained
@@ -83,9 +84,9 @@ def test_without_noise_and_clip_it_is_gradient_descent(config: dict[str, Any]) -
 
 def test_a_step_is_the_clipped_sum_and_noise_of_the_right_size(config: dict[str, Any]) -> None:
     """One full-batch SGD step with rate 1: without noise the closed form, with noise a deviation of σ C / batch."""
-    common = {"batch-size": 36, "optimizer": "sgd", "learning-rate": 1.0, "weight-decay": 0.0, "privacy": "dp-sgd"}
+    common = {"batch-size": 36, "optimizer": "sgd", "learning-rate": 1.0, "weight-decay": 0.0}
     clip, noise = 0.3, 2.0
-    quiet = Settings.parse({**config, **common, "dp-clip": clip})
+    quiet = Settings.parse({**config, **common, "privacy": "clip-only", "dp-clip": clip})
     party = Party(quiet, quiet.task_names[0])
     base = party.model.pretrained
     party.model.load(base)
@@ -95,7 +96,7 @@ def test_a_step_is_the_clipped_sum_and_noise_of_the_right_size(config: dict[str,
     expected = -(gradients * (clip / norms).clamp_max(1.0)[:, None]).sum(0) / 36
     vector = vector_of(party.train(base, 1))
     torch.testing.assert_close(vector, expected, rtol=1e-4, atol=1e-7)
-    noisy = Settings.parse({**config, **common, "dp-clip": clip, "dp-noise": noise})
+    noisy = Settings.parse({**config, **common, "privacy": "dp-sgd", "dp-clip": clip, "dp-noise": noise})
     drawn = vector_of(Party(noisy, noisy.task_names[0]).train(base, 1))
     assert float((drawn - expected).std()) == pytest.approx(noise * clip / 36, rel=0.05)
 
@@ -128,17 +129,6 @@ def test_parts_of_a_history_add_up_in_any_order() -> None:
     assert epsilon([*parts, Spent(0.1, 0.0, 1)], 1e-5) == math.inf
 
 
-def test_a_ledger_counts_a_round_once_and_all_runs_together(tmp_path: Path) -> None:
-    spent, ledger = Spent(0.1, 1.0, 10), Ledger(tmp_path / "records.json")
-    assert ledger.history() == []
-    ledger.add("a", "round 1", spent)
-    ledger.add("a", "round 1", spent)
-    Ledger(tmp_path / "records.json").add("b", "round 1", spent)
-    assert ledger.history() == [spent, spent]
-    assert ledger.preview("a", "round 1", spent) == [spent]
-    assert ledger.preview("a", "round 2", spent) == [spent, spent]
-
-
 def spent_by_round(run_dir: str | Path, task: str = "red") -> list[float]:
     return [
         line["epsilon"] for line in read_metrics(Path(run_dir)) if line["kind"] == "tuning" and line["task"] == task
@@ -153,32 +143,23 @@ def test_epsilon_grows_over_rounds_and_a_restart_and_runtimes_agree(config: dict
     expected = [epsilon([Spent(12 / 36, 1.0, 3 * number)], 1e-5) for number in range(1, 5)]
     assert found == pytest.approx(expected)
 
-    # the same rounds on the same bases draw the same noise: another runtime ends with the same bits and pays nothing
+    # rounds that are done again in another process, after a restart and in another runtime go on and cost once
     again = Settings.parse({**config, **DP, "rounds": 2, "run-dir": config["run-dir"] + "-again"})
     serve(InProcessGrid(client_app, 3, again.as_config()), again)
     resumed = Settings.parse({**again.as_config(), "rounds": 4, "resume": True})
     run = serve(InProcessGrid(client_app, 3, resumed.as_config()), resumed)
-    assert torch.equal(run.base, whole.base)
-    lines = [line for line in read_metrics(run.directory) if line["kind"] == "tuning" and line["task"] == "red"]
-    assert lines[-1]["epsilon"] == lines[-1]["epsilon_data"] == found[-1]
-
-    # another run on the same records adds to what they have paid
-    other = run_loop(Settings.parse({**config, **DP, "rounds": 1, "seed": 1, "run-dir": config["run-dir"] + "-other"}))
-    (last,) = [line for line in read_metrics(other.directory) if line["kind"] == "tuning" and line["task"] == "red"]
-    assert last["epsilon"] == found[0]
-    assert last["epsilon_data"] == pytest.approx(epsilon([Spent(12 / 36, 1.0, 15)], 1e-5))
+    assert spent_by_round(run.directory) == pytest.approx(expected)
 
 
-def test_the_noise_depends_on_a_secret_of_the_party(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings.parse({**config, **DP})
-    party = Party(settings, settings.task_names[0])
-    base = party.model.pretrained
-    one = vector_of(party.train(base, 1))
-    assert torch.equal(one, vector_of(party.train(base, 1)))
-    other = vector_of(party.train(base + 1e-3, 1))  # another base, another noise: it cannot be subtracted
-    assert float(torch.nn.functional.cosine_similarity(one, other, dim=0)) < 0.9
-    monkeypatch.setattr("atm_fl.privacy.budget.party_secret", lambda _: "another")
-    assert not torch.equal(one, vector_of(party.train(base, 1)))
+def test_a_round_that_is_lost_is_repeated_to_the_bit_and_costs_once(config: dict[str, Any]) -> None:
+    settings = Settings.parse({**config, **DP, "keep-checkpoints": 0})
+    run = run_loop(settings)
+    bases = {path.name: path.read_bytes() for path in checkpoints(run.directory)}
+    for path in checkpoints(run.directory)[-2:]:
+        path.unlink()
+    again = run_loop(Settings.parse({**config, **DP, "keep-checkpoints": 0, "resume": True}))
+    assert {path.name: path.read_bytes() for path in checkpoints(run.directory)} == bases
+    assert spent_by_round(again.directory)[-1] == epsilon([Spent(12 / 36, 1.0, 9)], 1e-5)
 
 
 def test_the_secret_is_the_owners_alone(tmp_path: Path) -> None:
@@ -224,11 +205,15 @@ def test_heads_of_a_private_run_are_made_from_images_that_are_not_tuned_on(
         ({"dp-noise": 1.0}, "dp-noise=1: it needs privacy='dp-sgd'"),
         ({"privacy": "dp-sgd", "dp-noise": 1.0, "dp-epsilon": 3.0}, "give one of them"),
         ({"privacy": "dp-sgd", "dp-noise": 1.0, "dp-clip": math.inf}, "choose a finite dp-clip"),
+        ({"privacy": "dp-sgd"}, "privacy='dp-sgd' without noise protects nothing: give dp-epsilon or dp-noise"),
+        ({"privacy": "clip-only", "dp-noise": 1.0}, "dp-noise=1: it needs privacy='dp-sgd'"),
+        ({"privacy": "dp-sgd", "dp-noise": 1.0, "split": "validation", "holdout": 0.0}, "holdout=0: with privacy"),
+        ({"privacy": "clip-only", "split": "validation", "holdout": 0.0}, "holdout=0: with privacy"),
         ({"privacy": "dp-sgd", "dp-clip": 0.0}, "dp-clip=0: it must be a positive number"),
         ({"privacy": "dp-sgd", "dp-delta": 1.0}, "dp-delta=1: it must be between 0 and 1"),
         ({"privacy": "dp-sgd", "dp-epsilon": -1.0}, "dp-epsilon=-1.0: it must be 0 or more"),
-        ({"privacy": "dp-sgd", "alignment": True}, "alignment=True: not with privacy"),
-        ({"privacy": "dp-sgd", "replay": 0.1}, "replay=0.1: not with privacy"),
+        ({"privacy": "dp-sgd", "dp-noise": 1.0, "alignment": True}, "alignment=True: not with privacy"),
+        ({"privacy": "dp-sgd", "dp-noise": 1.0, "replay": 0.1}, "replay=0.1: not with privacy"),
     ],
 )
 def test_private_settings_that_cannot_work_are_said(config: dict[str, Any], wrong: dict[str, Any], words: str) -> None:

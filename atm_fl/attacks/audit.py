@@ -6,12 +6,17 @@ records or not by a fair coin; the party tunes; the auditor sees the task vector
 small ε out. With all of them right the bound, at 95 %, is still at most 1.05 (r = 10), 3.49 (100) or 5.81 (1000).
 
 The auditor knows all but the coins: the base, the settings, the canaries, the other records and the head.
+
+Before it, the noise itself is audited: two releases of one round, of data that differ in one record, must differ by two
+independent noises. If they share noise their difference is the record, whatever ε is claimed.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +26,7 @@ from atm_fl.errors import SettingError
 from atm_fl.party import Party
 from atm_fl.privacy.budget import Budget
 from atm_fl.privacy.dp_sgd import clip_factors, record_gradients, sampling_rate
+from atm_fl.privacy.noise import Noise
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
@@ -28,6 +34,10 @@ from atm_fl.tasks import Split
 CONFIDENCE = 0.95
 PART = 32
 """Records whose gradients are made at a time."""
+RUN = "0" * 16
+"""The id of the one run that is audited."""
+SHARED = 0.5
+"""Distance in units of two independent noises below which releases share noise."""
 
 
 def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
@@ -68,7 +78,7 @@ class Audit:
 
 
 def audit(settings: Settings, task: str, canaries: int, guesses: int, silent: bool = False) -> Audit:
-    """Audit one round of a party's DP-SGD, through the path that every run takes.
+    """Audit one round of a party's DP-SGD, through the path that every run takes, with a ledger of its own.
 
     silent: switch the noise off behind the accountant's back, which the audit must find out. SettingError for settings
     without a finite ε, or more canaries than the task has records.
@@ -90,19 +100,59 @@ def audit(settings: Settings, task: str, canaries: int, guesses: int, silent: bo
     tossed = chosen.take(coins.nonzero()[:, 0].to(chosen.labels.device))
     data = _joined(others, tossed)
 
-    budget, base = Budget(settings, party.task, data), party.model.pretrained
+    base = party.model.pretrained
     party.model.load(base)
     known, canary = _sum(party, others), _gradients(party, chosen)
-    seed, spent = budget.spend(1, base)
-    noise = 0.0 if silent else spent["noise"]
-    vector, tuned = party.model.tune(base, party.head, data, settings, seed, noise=noise)
+    with tempfile.TemporaryDirectory() as folder:
+        release = Budget(settings, party.task, data, Path(folder)).spend(RUN, 1, base)
+    multiplier = 0.0 if silent else release.noise.multiplier
+    noise = Noise(multiplier, release.noise.key)
+    vector, tuned = party.model.tune(base, party.head, data, settings, settings.seed, noise=noise)
     rate = sampling_rate(len(data), settings)
-    scores = inclusion(vector, known, canary, noise * settings.dp_clip / (rate * math.sqrt(tuned.steps)))
+    scores = inclusion(vector, known, canary, multiplier * settings.dp_clip / (rate * math.sqrt(tuned.steps)))
     ranked = scores.argsort(descending=True)
     ins, outs = ranked[: guesses // 2], ranked[len(ranked) - (guesses - guesses // 2) :]
     correct = int(coins[ins].sum()) + int((~coins[outs]).sum())
     bound = lower_bound(canaries, guesses, correct, settings.dp_delta)
-    return Audit(spent["epsilon"], bound, correct, guesses)
+    return Audit(release.numbers["epsilon"], bound, correct, guesses)
+
+
+def shared_noise(settings: Settings, task: str) -> dict[str, float]:
+    """How far apart a round's two releases are if one record is replaced, added or removed, or none at all.
+
+    In units of what two independent noises make of the same data: 1 where noise is independent; 0 for "repeated", the
+    same records again, whose release must be the one of before. Everything else is equal: the run, the client, the
+    round, the base, the settings, the ledger. SettingError for settings without noise.
+    """
+    if not settings.private or not (settings.dp_noise or settings.dp_epsilon):
+        raise SettingError("the audit needs a claim: set privacy='dp-sgd' and dp-epsilon or dp-noise")
+    settings = replace(settings, dp_policy="warn")  # of a target ε each release takes the whole
+    party = Party(settings, task)
+    records, base = party.tuned_on, party.model.pretrained
+    if not isinstance(records.images, Tensor):
+        raise SettingError("the audit needs a task whose images are in memory: an embedded one or a folder")
+    other = Split(255 - records.images[:1], records.labels[:1])
+    rest = records.take(slice(1, None))
+    neighbours = {
+        "replaced": _joined(other, rest),
+        "added": _joined(records, other),
+        "removed": rest,
+        "repeated": records,
+    }
+
+    def tuned(data: Split, noise: Noise) -> Tensor:
+        party.model.load(base)
+        return party.model.tune(base, party.head, data, settings, settings.seed, noise=noise)[0]
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def release(data: Split) -> Tensor:
+            return tuned(data, Budget(settings, party.task, data, Path(folder)).spend(RUN, 1, base).noise)
+
+        first = release(records)
+        multiplier = Budget(settings, party.task, records, Path(folder)).noise
+        apart = tuned(records, Noise.fresh(multiplier)) - tuned(records, Noise.fresh(multiplier))
+        return {change: float((release(data) - first).norm() / apart.norm()) for change, data in neighbours.items()}
 
 
 def inclusion(vector: Tensor, known: Tensor, canary: Tensor, deviation: float) -> Tensor:

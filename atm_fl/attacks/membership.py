@@ -219,7 +219,7 @@ def trajectory(
     party = Party(chosen, asked.task)
     party.tuned_on = asked.images.take(asked.half(settings, number).nonzero()[:, 0]).to(party.model.device)
     party.head = asked.head.to(party.model.device)
-    party.budget = Budget(chosen, asked.task, party.tuned_on, ledgers) if settings.private else None
+    party.budget = Budget(chosen, asked.task, party.tuned_on, ledgers)
     layout, optimizer, scalings = party.model.layout, settings.make_server_optimizer(), settings.task_scalings
     base, found = party.model.pretrained.clone(), []
     for round_number in range(1, settings.rounds + 1):

@@ -21,6 +21,7 @@ from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.party import Party
 from atm_fl.privacy.accounting import Spent, epsilon
 from atm_fl.privacy.dp_sgd import sampling_rate, steps_per_round
+from atm_fl.privacy.noise import Noise, derive_key
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings, kebab
 from atm_fl.trainable import set_trainable
@@ -172,10 +173,11 @@ def victims(scenario: Scenario, base: Tensor | None = None) -> Iterator[Victim]:
     for number, chosen in enumerate(order[:needed].split(scenario.images)):
         data = party.tuned_on.take(chosen)
         seed = derive_seed(settings.seed, "tune", party.task, 1)  # as Party.train in round 1; the server can derive it
-        secret = derive_seed("not the attacker's", settings.seed, number)
-        noise = settings.dp_noise if settings.private else None
+        # Of this measurement alone, so that it can be repeated: a real party's key is nobody's to derive.
+        key = derive_key("not the attacker's", settings.seed, number)
+        noise = Noise(settings.dp_noise, key) if settings.private else None
         shared.load(base)
-        vector, _ = shared.tune(base, party.head, data, settings, seed if noise is None else secret, noise=noise)
+        vector, _ = shared.tune(base, party.head, data, settings, seed, noise=noise)
         codec = settings.uplink
         sent = codec.encode(vector, shared.layout, derive_seed(settings.seed, "codec", party.task, 1))
         received = codec.decode(sent, shared.layout)

@@ -390,7 +390,7 @@ def _curve(folder: Path, elements: int = 0) -> dict[int, dict[str, Any]]:
         elif line["kind"] == "tuning":
             own["steps"] += line["steps"]
             own["images"] += line["images"]
-            own["seconds"] += line["seconds_tune"] + line.get("seconds_evaluate", 0.0)
+            own["seconds"] += line.get("seconds_tune", 0.0) + line.get("seconds_evaluate", 0.0)
             if line["task"] != "joint":
                 own["down"] = line.get("bytes_down", 4 * elements)
                 own["bytes"] += line.get("bytes_up", 4 * elements) + own["down"]

@@ -153,7 +153,7 @@ class Leak:
         """The scenario's values: the row's settings, but for what a vector alone does not have, and the attack's."""
         settings = {**self.study.runs.settings, **self.row.settings}
         if settings.get("dp-epsilon"):
-            settings |= {"dp-epsilon": 0.0, "dp-noise": noise}
+            settings |= {"dp-epsilon": 0.0, "dp-noise": noise or 1.0}  # 1 is checked as well as what the run will say
         return settings | self.values | {"seed": self.study.runs.seeds[0]}
 
     def _noise(self) -> float | None:

@@ -6,16 +6,12 @@ Poisson-sampled Gaussian mechanisms under adding or removing one record.
 
 from __future__ import annotations
 
-import fcntl
-import json
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from atm_fl.errors import SettingError
-from atm_fl.files import atomic_write
 
 RDP_ORDERS = [*range(2, 65), 80, 96, 128, 192, 256, 512]
 
@@ -76,36 +72,3 @@ def calibrate(target: float, delta: float, rate: float, steps: int) -> float:
         else:
             high = middle
     return high
-
-
-class Ledger:
-    """The history of one data set's records on its party's disk; it outlives rounds, restarts and runs.
-
-    An entry is what one round of one run did. The same round on the same base with the same settings draws the same
-    noise and says the same again: it costs once.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def add(self, run: str, occasion: str, spent: Spent) -> None:
-        """Enter a round. run: the run's settings, digested; occasion: which round, on which base."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            entries = self._read()
-            entries.setdefault(run, {})[occasion] = list(astuple(spent))
-            with atomic_write(self.path) as part:
-                part.write_text(json.dumps(entries, indent=1))
-
-    def history(self) -> list[Spent]:
-        """What was spent by all runs."""
-        return [Spent(*values) for own in self._read().values() for values in own.values()]
-
-    def preview(self, run: str, occasion: str, spent: Spent) -> list[Spent]:
-        """What one run will have spent when a round is entered."""
-        own = self._read().get(run, {}) | {occasion: list(astuple(spent))}
-        return [Spent(*values) for values in own.values()]
-
-    def _read(self) -> dict[str, dict[str, list[Any]]]:
-        return json.loads(self.path.read_text()) if self.path.exists() else {}

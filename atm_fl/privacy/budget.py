@@ -4,62 +4,110 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from atm_fl import tasks, vectors
+from atm_fl import vectors
 from atm_fl.errors import RunError
-from atm_fl.privacy.accounting import Ledger, Spent, calibrate, epsilon
-from atm_fl.privacy.dp_sgd import party_secret, sampling_rate, steps_per_round
-from atm_fl.seeds import derive_seed
+from atm_fl.privacy import ledger
+from atm_fl.privacy.accounting import Spent, calibrate, epsilon
+from atm_fl.privacy.dp_sgd import sampling_rate, steps_per_round
+from atm_fl.privacy.ledger import Entry, Holding, Ledger, ledger_path
+from atm_fl.privacy.noise import Noise
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
 
+OPEN = Spent(1.0, 0.0, 1)
+"""What a release without noise costs: ε = ∞."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """A round's place in the ledger: the noise to draw, and the numbers that may be told of it."""
+
+    entry: Entry
+    noise: Noise
+    numbers: dict[str, float]
+
 
 class Budget:
-    """The noise multiplier σ of `noise`, and the ledger of the data's records.
+    """What a party may release of its records: their ledger, this run's noise multiplier, and both limits on ε.
 
     With a target `dp-epsilon` σ is such that all rounds of the run, of the task's participation, cost no more.
 
-    ledgers: the folder of the ledger, by default this machine's. An attack that rehearses runs has its own: nobody is
-    sent what comes of them, so that they cost the records nothing, and the run itself may have spent its ε.
+    source: where the data are from (see Holding), by default the task; client: the party's name in the run. lifetime:
+    the party's own limit on ε over all runs, 0 for none. ledgers: the folder of the ledger, by default this machine's.
+    An attack that rehearses runs has its own: nobody is sent what comes of them, so that they cost the records nothing.
     """
 
-    def __init__(self, settings: Settings, task: str, data: Split, ledgers: Path | None = None) -> None:
-        self.settings, self.task = settings, task
+    def __init__(
+        self,
+        settings: Settings,
+        task: str,
+        data: Split,
+        ledgers: Path | None = None,
+        source: str = "",
+        client: str = "",
+        lifetime: float = 0.0,
+    ) -> None:
+        self.settings, self.task, self.client, self.lifetime = settings, task, client or task, lifetime
         rounds = sum(settings.part_taken(task, number) > 0 for number in range(1, settings.rounds + 1))
         self._rate, self._steps = sampling_rate(len(data), settings), steps_per_round(len(data), settings)
         self.noise = settings.dp_noise
         if settings.dp_epsilon:
             self.noise = calibrate(settings.dp_epsilon, settings.dp_delta, self._rate, self._steps * rounds)
-        self._run = _digest(task, settings.decisive())
-        self.ledger = Ledger((ledgers or tasks.cache_dir() / "privacy") / f"{_digest(*data.digests)}.json")
+        self.holding = Holding.of(source or task, data)
+        self._data = data.digests
+        path = ledgers / "ledger.sqlite" if ledgers else ledger_path()
+        self.ledger = Ledger(path)
+        older = path.parent / f"{_digest(*self._data)}.json"
+        if older.exists():
+            with self.ledger.transaction() as file:
+                ledger.take_over(file, older, self.holding)
 
-    def spend(self, round_number: int, base: Tensor) -> tuple[int, dict[str, float]]:
-        """Enter a round on `base`: (the secret seed of its random numbers, what was spent).
+    def spend(self, run: str, round_number: int, base: Tensor, anew: bool = False) -> Release:
+        """Enter a round of DP-SGD on `base`, before anything is tuned.
 
-        RunError, with `dp-policy` "stop" and nothing entered, if the run's ε would pass `dp-epsilon`. The seed depends
-        on the base, so that noise drawn twice for one round on other bases cannot be subtracted.
+        The very same round of the same run, client, records and settings on the same base gets the same noise and
+        costs once, unless it is to be drawn `anew`; so does nothing else, and nothing outside a run (run ""). RunError,
+        with nothing entered, if ε would pass `dp-epsilon` (with `dp-policy` "stop") or the party's lifetime.
         """
         settings, delta = self.settings, self.settings.dp_delta
-        occasion = _digest(round_number, vectors.digest(base), self.noise)
+        occasion = _digest(
+            run, self.client, round_number, vectors.digest(base), self._data, settings.decisive(), self.noise
+        )
         spent = Spent(self._rate, self.noise, self._steps)
-        after = self.ledger.preview(self._run, occasion, spent)
-        total = epsilon(after, delta)
-        if settings.dp_epsilon and total > settings.dp_epsilon and settings.dp_policy == "stop":
+        with self.ledger.transaction() as file:
+            entry = None if anew or not run else ledger.find(file, occasion)
+            after = ledger.read_run(file, run, self.client) + ([] if entry else [spent])
+            total = epsilon(after, delta)
+            if settings.dp_epsilon and total > settings.dp_epsilon and settings.dp_policy == "stop":
+                raise RunError(
+                    f"{self.task}: round {round_number} would bring its ε to {total:.3f}, over dp-epsilon="
+                    f"{settings.dp_epsilon:g}; end here, or set dp-policy=warn to go on ({self.ledger.path})"
+                )
+            if entry is None:
+                self._check_lifetime([*ledger.read_history(file, self.holding), spent], f"round {round_number}")
+                entry = ledger.enter(file, self.holding, run, self.client, round_number, occasion, spent)
+        numbers = {"epsilon": total, "epsilon_rdp": epsilon(after, delta, "rdp"), "noise": self.noise}
+        assert entry.key is not None
+        return Release(entry, Noise(self.noise, entry.key), numbers)
+
+    def expose(self, run: str) -> None:
+        """Enter that this run takes vectors without noise from these records, once; RunError over the lifetime."""
+        with self.ledger.transaction() as file:
+            if OPEN not in ledger.read_run(file, run, self.client):
+                self._check_lifetime([*ledger.read_history(file, self.holding), OPEN], "a run without dp-sgd")
+                ledger.enter(file, self.holding, run, self.client, 0, _digest(run, self.client), OPEN)
+
+    def _check_lifetime(self, after: list[Spent], what: str) -> None:
+        if self.lifetime and (total := epsilon(after, self.settings.dp_delta)) > self.lifetime:
             raise RunError(
-                f"{self.task}: round {round_number} would bring its ε to {total:.3f}, over dp-epsilon="
-                f"{settings.dp_epsilon:g}; end here, or set dp-policy=warn to go on ({self.ledger.path})"
+                f"{self.task}: {what} would bring the ε of {self.holding.source} over all runs to {total:.3f}, over "
+                f"this party's lifetime-epsilon={self.lifetime:g} ({self.ledger.path})"
             )
-        self.ledger.add(self._run, occasion, spent)
-        numbers = {
-            "epsilon": total,
-            "epsilon_rdp": epsilon(after, delta, "rdp"),
-            "epsilon_data": epsilon(self.ledger.history(), delta),
-            "noise": self.noise,
-        }
-        return derive_seed(party_secret(tasks.cache_dir()), self._run, occasion), numbers
 
 
 def _digest(*parts: object) -> str:

@@ -8,16 +8,13 @@ models only: the server adds the noise, and knows the sum without it.
 
 from __future__ import annotations
 
-import json
-
-import torch
 from torch import Tensor
 
 from atm_fl import tasks, vectors
 from atm_fl.blocks import gram
+from atm_fl.privacy import noise
 from atm_fl.privacy.accounting import Spent, epsilon
-from atm_fl.privacy.dp_sgd import party_secret
-from atm_fl.seeds import derive_seed
+from atm_fl.privacy.noise import derive_key, keyed_generator, party_secret
 from atm_fl.settings import Settings
 
 
@@ -34,8 +31,8 @@ def add_noise(merged: Tensor, factor: float, settings: Settings, round_number: i
     It is drawn by a secret of the server, and from the merged vector itself: the same sum gets the same noise and says
     nothing new when a round is done again; another sum gets another noise, which cannot be subtracted.
     """
-    secret, decisive = party_secret(tasks.cache_dir()), json.dumps(settings.decisive(), sort_keys=True)
-    seed = derive_seed(secret, "client-level", decisive, round_number, vectors.digest(merged))
-    drawn = torch.randn(merged.shape, generator=torch.Generator().manual_seed(seed))
-    merged.add_(drawn, alpha=factor * settings.dp_client_noise * settings.dp_client_clip)
+    secret = party_secret(tasks.cache_dir())
+    key = derive_key(secret, "client-level", settings.decisive(), round_number, vectors.digest(merged))
+    deviation = abs(factor) * settings.dp_client_noise * settings.dp_client_clip
+    noise.add_noise(merged, deviation, keyed_generator(key))
     return epsilon([Spent(1.0, settings.dp_client_noise, round_number)], settings.dp_delta)

@@ -10,21 +10,20 @@ attention scrambles open_clip's).
 
 What is covered: the records of the split that is tuned on, under adding or removing one. What is not: validation and
 test images (accuracies on them are reported; heads made from images are made from the split that is not tuned on), the
-class names, n itself. Random numbers come from torch's generator, seeded with a secret of the party's own: a server
-that knows the run's seed cannot subtract the noise, but the generator is not a cryptographic one.
+class names, n itself. Batches and noise are drawn from a key that the operating system gives and the party keeps (see
+noise.py), so that no two releases share noise, whatever the settings, the server or the data have in common.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from atm_fl.privacy.noise import Noise, add_noise
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
 from atm_fl.tuning import State, Tuned, keep_state, make_optimizer
@@ -67,33 +66,31 @@ def tune_privately(
     flat: nn.Parameter,
     data: Split,
     settings: Settings,
-    noise: float,
-    seed: int,
+    noise: Noise,
     state: State | None = None,
 ) -> Tuned:
-    """Tune `model`, whose entries are bound to `flat`, in place with DP-SGD of noise multiplier `noise` (σ).
+    """Tune `model`, whose entries are bound to `flat`, in place with DP-SGD, whose random numbers are all `noise`'s.
 
     A batch goes through the model in parts of batch-size / accumulate records, whose gradients take that many vectors
     of memory. `images` of the result is the expected number, and its loss is NaN: the real ones would tell of records.
-    seed: a secret. state: as `tuning.tune` takes and leaves it; it is made of noised gradients, and costs no privacy.
+    state: as `tuning.tune` takes and leaves it; it is made of noised gradients, and costs no privacy.
     """
     optimizer, layout = make_optimizer(flat, settings, state), Layout.of(model)
-    random = torch.Generator().manual_seed(seed)
+    random = noise.generator()
     rate, steps = sampling_rate(len(data), settings), steps_per_round(len(data), settings)
     start = flat.detach().clone() if settings.proximal else None
     assert flat.grad is not None
     model.train()
     for _ in range(steps):
-        chosen = (torch.rand(len(data), generator=random, dtype=torch.float64) < rate).nonzero().flatten()
+        chosen = torch.from_numpy(random.random(len(data)) < rate).nonzero().flatten()
         flat.grad.zero_()
         size = settings.batch_size // settings.accumulate
         parts = data.batches(chosen.to(data.labels.device), size, settings.workers)
         for images, labels in parts if len(chosen) else ():
             gradients = record_gradients(model, head, layout, flat, images, labels)
             flat.grad.add_(clip_factors(gradients, settings.dp_clip) @ gradients)
-        if noise:
-            drawn = torch.randn(flat.shape, generator=random)
-            flat.grad.add_(drawn.to(flat.device), alpha=noise * settings.dp_clip)
+        if noise.multiplier:
+            add_noise(flat.grad, noise.multiplier * settings.dp_clip, random)
         flat.grad.div_(min(settings.batch_size, len(data)))
         if start is not None:
             flat.grad.add_(flat.detach() - start, alpha=settings.proximal)
@@ -101,15 +98,3 @@ def tune_privately(
     model.eval()
     keep_state(optimizer, state)
     return Tuned(steps, round(steps * rate * len(data)), float("nan"))
-
-
-def party_secret(folder: Path) -> str:
-    """32 random bytes of this machine, hexadecimal, made once and kept in `folder` for its owner's eyes only."""
-    path = folder / "secret"
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(os.urandom(32).hex())
-    except FileExistsError:
-        pass
-    return path.read_text()
