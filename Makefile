@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: install demo test check
+.PHONY: install demo test check docs
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
@@ -26,3 +26,11 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation as a site in site/, strictly; needs no network once installed.
+docs: $(VENV)/docs
+	$(BIN)/mkdocs build --quiet --strict
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@

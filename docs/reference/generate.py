@@ -1,0 +1,132 @@
+"""Pages that are made from the declarations when the site is built: settings, merges, codecs, tasks, the API."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+
+import mkdocs_gen_files
+from mkdocs_gen_files import Nav
+
+from atm_fl import codecs, merging, tasks
+from atm_fl.attacks import poisoning
+from atm_fl.settings import Settings, kebab
+
+PACKAGES = ("atm_fl", "server", "clients")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
+
+
+def first_line(thing: object) -> str:
+    """The first paragraph of a docstring, as one line."""
+    return " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
+
+
+def write(path: str, title: str, *parts: str) -> None:
+    """A page of the site."""
+    with mkdocs_gen_files.open(f"reference/{path}", "w") as page:
+        page.write("\n\n".join([f"# {title}", *parts]) + "\n")
+
+
+def settings() -> None:
+    """All settings of a run."""
+    rows = [
+        (
+            f"`{kebab(item.name)}`",
+            f"`{item.default}`" if item.default != "" else "",
+            ", ".join(item.metadata["choices"]),
+            item.metadata["meaning"],
+        )
+        for item in fields(Settings)
+    ]
+    write(
+        "settings.md",
+        "Settings",
+        "Keys of a run's TOML, of `-c key=value`, and of Flower's run config. `atm-fl settings` prints them.",
+        table(("setting", "default", "takes", "meaning"), rows),
+    )
+
+
+def merges() -> None:
+    """All merges with their options."""
+    rows = []
+    for name, made in merging.merges().items():
+        options = ", ".join(f"`{kebab(item.name)}={item.default}`" for item in merging.options(made))
+        papers = ", ".join(
+            f"[{key}](https://arxiv.org/abs/{key})" for key in re.findall(r"arXiv:([\d.]+\d)", made.__doc__ or "")
+        )
+        rows.append((f"`{name}`", options, first_line(made), papers))
+    write(
+        "merges.md",
+        "Merges",
+        "[Merging](../merging.md) says how they are used.",
+        table(("merge", "options", "definition", "paper"), rows),
+    )
+
+
+def codec_page() -> None:
+    """All codecs."""
+    rows = [(f"`{name}`", first_line(made)) for name, made in sorted(codecs.CODECS.items())]
+    write(
+        "codecs.md",
+        "Codecs",
+        "Of `codec-up` and `codec-down`: [the wire](../wire.md).",
+        table(("codec", "what travels"), rows),
+    )
+
+
+def task_page() -> None:
+    """All registered tasks."""
+    rows = [(f"`{name}`", task.source, task.licence) for name, task in tasks.tasks().items()]
+    write("tasks.md", "Tasks", table(("task", "source", "licence"), rows))
+
+
+def attacks() -> None:
+    """What a malicious party can do in `atm-fl attack poison`."""
+    text = inspect.getdoc(poisoning) or ""
+    write(
+        "attacks.md",
+        "Attacks",
+        "From `atm_fl/attacks/poisoning.py`; the others are in [the guide](../privacy.md).",
+        text,
+    )
+
+
+def api(nav: Nav) -> None:
+    """A page for each module of the packages, from its docstrings."""
+    for package in PACKAGES:
+        top = import_module(package)
+        names = [package, *(module.name for module in pkgutil.walk_packages(top.__path__, f"{package}."))]
+        for name in names:
+            path = f"api/{name}.md"
+            with mkdocs_gen_files.open(f"reference/{path}", "w") as page:
+                page.write(f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n")
+            nav["API", name] = path
+
+
+nav = Nav()
+for title, path, make in (
+    ("Settings", "settings.md", settings),
+    ("Merges", "merges.md", merges),
+    ("Codecs", "codecs.md", codec_page),
+    ("Tasks", "tasks.md", task_page),
+    ("Attacks", "attacks.md", attacks),
+):
+    make()
+    nav[title] = path
+api(nav)
+with mkdocs_gen_files.open("reference/SUMMARY.md", "w") as summary:
+    summary.writelines(nav.build_literate_nav())
+with mkdocs_gen_files.open("changelog.md", "w") as page:
+    page.write(Path("CHANGELOG.md").read_text())
