@@ -121,7 +121,7 @@ class Party:
 
     Loads the task's data and makes (or finds on this machine's disk) its head; what is wrong with them is raised here,
     before any round. `name` is the task's name in the run where it is not the data's own, `client` that under which
-    this party keeps files, where several of one task share a machine. ledgers, lifetime: see Budget.
+    this party keeps files, where several of one task share a machine. ledgers, lifetime, lifetime_delta: see Budget.
     """
 
     def __init__(
@@ -132,6 +132,7 @@ class Party:
         client: str = "",
         ledgers: Path | None = None,
         lifetime: float = 0.0,
+        lifetime_delta: float = 1e-5,
     ) -> None:
         torch.set_num_threads(settings.threads)
         self.settings = settings
@@ -146,7 +147,7 @@ class Party:
             held, rest = self._parted(self.tuned_on, settings.holdout, "holdout")
             self.splits["validation"], self.tuned_on = held, rest
         source = str(Path(task).resolve()) if "/" in task else task
-        self.budget = Budget(settings, self.task, self.tuned_on, ledgers, source, self.client, lifetime)
+        self.budget = Budget(settings, self.task, self.tuned_on, ledgers, source, self.client, lifetime, lifetime_delta)
         if settings.turns > len(self.tuned_on):
             raise SettingError(
                 f"local-epochs={settings.local_epochs:g}: {self.task} has only {len(self.tuned_on)} images"

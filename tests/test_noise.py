@@ -226,7 +226,10 @@ def test_runs_without_privacy_are_in_the_ledger(config: dict[str, Any]) -> None:
     assert len(history) == 1
 
 
-@pytest.mark.parametrize("changed", [{}, {"seed": 1}, {"dp-noise": 0.0, "dp-epsilon": 0.5}, {"tasks": "moved"}])
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"seed": 1}, {"dp-noise": 0.0, "dp-epsilon": 0.5}, {"dp-delta": 0.99}, {"dp-noise": 1e-9}, {"tasks": "moved"}],
+)
 def test_a_lifetime_stops_any_run_whatever_its_seed_or_configuration(
     config: dict[str, Any], tmp_path: Path, changed: dict[str, Any]
 ) -> None:

@@ -28,8 +28,6 @@ from atm_fl.trainable import set_trainable
 from atm_fl.vectors import Layout
 
 ATTACKS = ("closed-form", "dlg", "inverting", "simulation")
-LEAST_NOISE = 0.05
-"""Noise multiplier below which ε, above a thousand, is called infinite: accounting would take all memory."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,6 @@ class Scenario:
         """ε of the one vector for each of its images at `dp-delta`; None without DP-SGD, infinite without its noise."""
         if not self.settings.private:
             return None
-        if self.settings.dp_noise < LEAST_NOISE:
-            return math.inf
         spent = Spent(sampling_rate(self.images, self.settings), self.settings.dp_noise, self.steps)
         return epsilon([spent], self.settings.dp_delta)
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from atm_fl.errors import SettingError
 
+LEAST_NOISE = 0.05
+"""Noise multiplier below which ε, above a thousand, is called infinite: accounting would take all memory."""
 RDP_ORDERS = [*range(2, 65), 80, 96, 128, 192, 256, 512]
 
 
@@ -26,7 +28,10 @@ class Spent:
 
 
 def epsilon(history: Iterable[Spent], delta: float, accountant: str = "pld") -> float:
-    """ε at `delta` of all of `history` together; infinite if a part of it had no noise. accountant: "pld" or "rdp"."""
+    """ε at `delta` of all of `history` together; infinite if a part of it had next to no noise.
+
+    accountant: "pld" or "rdp".
+    """
     steps: dict[tuple[float, float], int] = {}
     for spent in history:
         steps[spent.rate, spent.noise] = steps.get((spent.rate, spent.noise), 0) + spent.steps
@@ -37,7 +42,7 @@ def epsilon(history: Iterable[Spent], delta: float, accountant: str = "pld") -> 
 def _epsilon(steps: tuple[tuple[tuple[float, float], int], ...], delta: float, accountant: str) -> float:
     if not steps:
         return 0.0
-    if any(noise == 0 for (_, noise), _ in steps):
+    if any(noise < LEAST_NOISE for (_, noise), _ in steps):
         return float("inf")
     from dp_accounting import pld, rdp
 
@@ -67,7 +72,7 @@ def calibrate(target: float, delta: float, rate: float, steps: int) -> float:
             raise SettingError(f"dp-epsilon={target:g}: no noise reaches it in {steps} steps at dp-delta={delta:g}")
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
-        if middle < 0.05 or epsilon([Spent(rate, middle, steps)], delta) > target:
+        if middle < LEAST_NOISE or epsilon([Spent(rate, middle, steps)], delta) > target:
             low = middle
         else:
             high = middle

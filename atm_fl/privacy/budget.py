@@ -38,8 +38,9 @@ class Budget:
     With a target `dp-epsilon` σ is such that all rounds of the run, of the task's participation, cost no more.
 
     source: where the data are from (see Holding), by default the task; client: the party's name in the run. lifetime:
-    the party's own limit on ε over all runs, 0 for none. ledgers: the folder of the ledger, by default this machine's.
-    An attack that rehearses runs has its own: nobody is sent what comes of them, so that they cost the records nothing.
+    the party's own limit on ε over all runs, at its own δ (`lifetime_delta`), 0 for none. ledgers: the folder of the
+    ledger, by default this machine's. An attack that rehearses runs has its own: nobody is sent what comes of them, so
+    that they cost the records nothing.
     """
 
     def __init__(
@@ -51,15 +52,17 @@ class Budget:
         source: str = "",
         client: str = "",
         lifetime: float = 0.0,
+        lifetime_delta: float = 1e-5,
     ) -> None:
-        self.settings, self.task, self.client, self.lifetime = settings, task, client or task, lifetime
+        self.settings, self.task, self.client = settings, task, client or task
+        self.lifetime, self.lifetime_delta = lifetime, lifetime_delta
         rounds = sum(settings.part_taken(task, number) > 0 for number in range(1, settings.rounds + 1))
         self._rate, self._steps = sampling_rate(len(data), settings), steps_per_round(len(data), settings)
         self.noise = settings.dp_noise
         if settings.dp_epsilon:
             self.noise = calibrate(settings.dp_epsilon, settings.dp_delta, self._rate, self._steps * rounds)
-        self.holding = Holding.of(source or task, data)
         self._data = data.digests
+        self.holding = Holding.of(source or task, data)
         path = ledgers / "ledger.sqlite" if ledgers else ledger_path()
         self.ledger = Ledger(path)
         older = path.parent / f"{_digest(*self._data)}.json"
@@ -103,10 +106,10 @@ class Budget:
                 ledger.enter(file, self.holding, run, self.client, 0, _digest(run, self.client), OPEN)
 
     def _check_lifetime(self, after: list[Spent], what: str) -> None:
-        if self.lifetime and (total := epsilon(after, self.settings.dp_delta)) > self.lifetime:
+        if self.lifetime and (total := epsilon(after, self.lifetime_delta)) > self.lifetime:
             raise RunError(
                 f"{self.task}: {what} would bring the ε of {self.holding.source} over all runs to {total:.3f}, over "
-                f"this party's lifetime-epsilon={self.lifetime:g} ({self.ledger.path})"
+                f"this party's lifetime-epsilon={self.lifetime:g} at δ = {self.lifetime_delta:g} ({self.ledger.path})"
             )
 
 
