@@ -295,6 +295,7 @@ def secrets_left(config: dict[str, Any]) -> list[Path]:
         {},
         {"merge": "task-arithmetic", "task-scaling": "red=0.5", "layer-scaling": "*mlp*=1.5"},
         {"codec-down": "int8", "server-optimizer": "momentum"},
+        {"merge": "iso-c", "scaling": 2.0, "server-optimizer": "nesterov"},
         {"trainable": "lora"},
         {"dp-client-clip": 0.05},
     ],
@@ -324,6 +325,17 @@ def test_one_round_differs_from_a_plain_one_by_less_than_the_steps(four: dict[st
     rounding = plain.base.double().abs() * 2**-23 + 1e-9  # of the float32 sums and bases themselves
     assert bool((apart <= factor * ring.step / 2 + rounding).all())
     assert not torch.equal(secure.base, plain.base)
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_secure_iso_c_is_plain_iso_c_up_to_the_rings_rounding(four: dict[str, Any], trainable: str) -> None:
+    """LoRA's sum has fewer directions than its matrices; the rounding must not be made as strong as what is there."""
+    config = four | {"rounds": 1, "merge": "iso-c", "trainable": trainable, "lora-rank": 2}
+    secure = in_process(Settings.parse(config))
+    plain = in_process(Settings.parse({**config, "secure-aggregation": False, "run-dir": four["run-dir"] + "-plain"}))
+    apart, moved = float((secure.base.double() - plain.base.double()).norm()), merged(plain)[0]["norm"]
+    assert 0 < apart < 1e-5 * moved
+    assert merged(secure)[0]["norm"] == pytest.approx(moved, rel=1e-5)
 
 
 def test_it_is_the_same_whatever_the_masks(four: dict[str, Any]) -> None:
@@ -492,7 +504,7 @@ def test_a_vector_beyond_the_range_is_said_by_name(four: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"merge": "ties"}, "merge='ties': not with secure-aggregation=true.*choose mean or task-arithmetic"),
+        ({"merge": "ties"}, "merge='ties': not with secure-aggregation=true.*alone: iso-c, mean, task-arithmetic"),
         ({"merge": "median"}, "merge='median': not with secure-aggregation=true"),
         ({"merge": "clipped-mean"}, "merge='clipped-mean': not with secure-aggregation=true"),
         ({"codec-up": "int8"}, "codec-up='int8': not with secure-aggregation=true"),
