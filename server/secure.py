@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from atm_fl.errors import RunError
 from atm_fl.privacy.secure_aggregation import SEALED_BYTES, check_keys, duplicates, session_of, settle, unmask
 from atm_fl.runs import Run
 
@@ -63,8 +64,10 @@ class SecureExchange:
 
     def confirm(self) -> None:
         """Pass the sealed shares on, and hear whose open."""
-        here = self._sealed.keys() - self.failures.keys()
-        sent = {task: {"sealed": {other: self._sealed[other][task] for other in here - {task}}} for task in here}
+        here = [task for task in self._sealed if task not in self.failures]
+        sent = {
+            task: {"sealed": {other: self._sealed[other][task] for other in here if other != task}} for task in here
+        }
         opened: dict[str, list[str]] = {}
         for task, record in self._ask("confirm", sent):
             try:
@@ -88,10 +91,15 @@ class SecureExchange:
             if set(record) == set(self.clients) and all(isinstance(share, bytes) for share in record.values()):
                 revealed[task] = record
             else:
-                self._drop(task, f"shares of {', '.join(record)}")
+                self._drop(task, "not the shares that it was asked for")
         silent, self.failures = self.failures, failures
         begin, keys = time.perf_counter(), {task: self._keys[task] for task in self.clients}
-        wrong = unmask(words, self._session, settings.party_names, settings.threshold, keys, summed, revealed)  # type: ignore[arg-type]
+        try:
+            wrong = unmask(words, self._session, settings.party_names, settings.threshold, keys, summed, revealed)  # type: ignore[arg-type]
+        except RunError as error:
+            raise RunError(
+                "; ".join([str(error), *(f"{task}: {reason}" for task, reason in silent.items())])
+            ) from error
         silent |= dict.fromkeys(sorted(wrong), "refused: it revealed wrong shares")
         self.seconds += time.perf_counter() - begin
         return "; ".join(f"{task}: {reason}" for task, reason in silent.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import make_folder
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import Context, Error, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from scipy.stats import chisquare
 from test_runs import final, in_process, same, tampered
 
+from atm_fl import cli, codecs
 from atm_fl import party as party_module
 from atm_fl.errors import RunError, SettingError
 from atm_fl.kept import Kept
@@ -32,6 +34,8 @@ from atm_fl.privacy.secure_aggregation import Member, add_mask, check_keys, sett
 from atm_fl.runs import Run, read_metrics
 from atm_fl.settings import Settings
 from clients.app import app as client_app
+from server.app import serve
+from server.grid import InProcessGrid
 
 PARTIES = ("a", "b", "c", "d", "e")
 SESSION = "round 1 of run x"
@@ -441,6 +445,14 @@ def test_a_party_reveals_nothing_before_the_threshold_signed_the_same_set() -> N
     assert copied(members["a"]).reveal(with_c, signed | {"c": members["c"].agree(with_c)})
 
 
+def test_nobodys_signature_counts_twice() -> None:
+    member = masked_members(pinned())["a"]
+    twice = ["a", "a", "b", "c"]
+    signed = {"a": member.agree(twice)}
+    with pytest.raises(RunError, match="signatures of 1 parties on the same vectors"):
+        member.reveal(twice, signed)
+
+
 def test_signatures_of_a_round_that_is_done_again_are_worth_nothing() -> None:
     members = pinned()
     once = masked_members({name: copied(member) for name, member in members.items()})
@@ -479,6 +491,14 @@ def test_a_partys_long_term_key_is_its_own_and_stays(tmp_path: Path, monkeypatch
     path.write_text("no key")
     with pytest.raises(SettingError, match="red is no OpenSSH private key"):
         party_key("red")
+
+
+def test_a_party_is_told_its_public_key(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.identity("red")
+    assert capsys.readouterr().out == public_line("red") + "\n"
+    for name in ("", "..", "../red"):
+        with pytest.raises(SettingError, match="is no party's name"):
+            party_key(name)
 
 
 @pytest.mark.parametrize(
@@ -677,7 +697,8 @@ def test_too_few_to_unmask_fail_the_round_in_one_line(four: dict[str, Any]) -> N
             silent = context.node_config["partition-id"] < 2 and message.metadata.message_type == "query.unmask"
             return Message(Error(2, "dead"), reply_to=message) if silent else client_app(message, context)
 
-    with pytest.raises(RunError, match="secure aggregation of round 1 of run .*: 2 of 4 parties helped .*, 3 needed"):
+    words = "secure aggregation of round 1 of run .*: 2 of 4 parties helped .*, 3 needed; red: dead; green: dead"
+    with pytest.raises(RunError, match=words):
         in_process(Settings.parse(four), Dead())
 
 
@@ -771,6 +792,220 @@ def test_a_client_sends_no_vector_unmasked(four: dict[str, Any]) -> None:
 
     with pytest.raises(RunError, match="round 1: 0 of 4 clients succeeded, 4 needed. red: .*parties"):
         in_process(Settings.parse(four), Bare())
+
+
+class Broken(ClientApp):
+    """The ClientApp, of which one client's record of one phase is changed on its way to the server."""
+
+    def __init__(self, kind: str, task: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        super().__init__()
+        self.kind, self.task, self.change = kind, task, change
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        if message.metadata.message_type != f"query.{self.kind}" or reply.has_error():
+            return reply
+        if str(reply.content.config_records["info"]["task"]) == self.task:
+            reply.content[self.kind] = ConfigRecord(self.change(dict(reply.content.config_records[self.kind])))
+        return reply
+
+
+def others(change: Callable[[bytes], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda record: {name: change(value) for name, value in record.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("keys", lambda record: {"keys": record["keys"][:63]}, "refused: keys of 63 bytes, not 160"),
+        ("keys", lambda record: {"keys": bytes(160)}, "refused: keys that no secret can be agreed on with"),
+        ("keys", lambda record: {"keys": "a string"}, "refused: keys of str, not bytes"),
+        ("keys", lambda record: {}, "refused: keys of NoneType, not bytes"),
+        ("shares", others(lambda share: share[:-1]), "refused: 3 of its shares are none"),
+        ("shares", others(lambda share: "a string"), "refused: 3 of its shares are none"),
+        ("shares", lambda record: record | {"nobody": bytes(160)}, "refused: 1 of its shares are none"),
+        ("shares", lambda record: {}, "refused: it refuses red, green, blue: their keys"),
+        ("shares", others(lambda share: share[::-1]), "refused: shares refused by red, green, blue"),
+        ("confirm", lambda record: {"opened": ["grey"]}, "refused: it refuses red, green, blue: their shares"),
+        ("confirm", lambda record: {"opened": "red"}, "refused: opened of str, not list"),
+    ],
+)
+def test_a_client_with_bad_keys_or_shares_is_out_by_name_and_the_round_goes_on(
+    four: dict[str, Any], kind: str, change: Any, words: str
+) -> None:
+    run = in_process(Settings.parse(four | SKIP | {"rounds": 1}), Broken(kind, "grey", change))
+    (line,) = merged(run)
+    assert (line["tasks"], line["failures"]) == (["red", "green", "blue"], {"grey": words})
+    if kind == "keys":
+        return  # the others never heard of it
+    plain = {**four, **SKIP, "rounds": 1, "secure-aggregation": False, "run-dir": four["run-dir"] + "-plain"}
+    other = in_process(Settings.parse(plain), dropping("grey", "train"))
+    for name, expected in final(other.directory).items():
+        torch.testing.assert_close(final(run.directory)[name], expected, rtol=2**-22, atol=run.settings.ring.step)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("unmask", others(lambda share: share[::-1]), "grey: refused: it revealed wrong shares"),
+        ("unmask", others(lambda share: "a string"), "grey: refused: not the shares that it was asked for"),
+        ("unmask", lambda record: {}, "grey: refused: not the shares that it was asked for"),
+        ("sign", lambda record: {"signature": 5}, "grey: refused: signature of int, not bytes"),
+        ("sign", lambda record: {"signature": b"x"}, ""),  # for the parties to judge
+    ],
+)
+def test_a_client_that_helps_wrongly_to_unmask_is_named_and_its_vector_counts(
+    four: dict[str, Any], tmp_path: Path, kind: str, change: Any, words: str
+) -> None:
+    node = {"trusted-parties": str(trusting(tmp_path, "red", "green", "blue", "grey"))}
+    settings = Settings.parse(four | SKIP | {"rounds": 1})
+    run = served(settings, Broken(kind, "grey", change), node)
+    (line,) = merged(run)
+    assert (line["tasks"], line["failures"]) == (["red", "green", "blue", "grey"], {})
+    warned = [line["text"] for line in read_metrics(run.directory) if line["kind"] == "warning"]
+    assert warned == ([f"round 1: its sum was unmasked without {words}"] if words else [])
+    honest = in_process(Settings.parse({**settings.as_config(), "run-dir": four["run-dir"] + "-honest"}))
+    assert same(final(run.directory), final(honest.directory))
+
+
+def trusting(folder: Path, *clients: str) -> Path:
+    """A file of trusted-parties with the keys that these clients have on this machine."""
+    file = folder / "trusted-parties"
+    file.write_text("".join(f"{public_line(client)}\n" for client in clients))
+    return file
+
+
+def served(settings: Settings, app: ClientApp, node: dict[str, Any]) -> Run:
+    """A run of the server's own code in this process, every node of which has `node` in its node-config."""
+    grid = InProcessGrid(app, len(settings.task_names), settings.as_config())
+    for context in grid.contexts.values():
+        context.node_config = {**context.node_config, **node}
+    return serve(grid, settings)
+
+
+def test_a_run_among_parties_that_pin_each_other_has_the_bits_of_one_among_strangers(
+    four: dict[str, Any], tmp_path: Path
+) -> None:
+    node = {"trusted-parties": str(trusting(tmp_path, "red", "green", "blue", "grey"))}
+    run = served(Settings.parse(four), client_app, node)
+    other = in_process(Settings.parse({**four, "run-dir": four["run-dir"] + "-strangers"}))
+    assert same(final(run.directory), final(other.directory))
+
+
+def test_a_party_whose_key_is_not_the_one_that_the_others_trust_is_out_by_name(
+    four: dict[str, Any], tmp_path: Path
+) -> None:
+    """As one that lost its disk, or is someone else."""
+    node = {"trusted-parties": str(trusting(tmp_path, "red", "green", "blue", "grey"))}
+    (tmp_path / "cache" / "identity" / "grey").unlink()
+    run = served(Settings.parse(four | SKIP | {"rounds": 1}), client_app, node)
+    assert merged(run)[0]["tasks"] == ["red", "green", "blue"]
+    assert "trusted-parties has another key of grey than this party's own" in merged(run)[0]["failures"]["grey"]
+
+    class Forgetful(ClientApp):
+        """grey itself trusts anyone."""
+
+        def __call__(self, message: Message, context: Context) -> Message:
+            if context.node_config["partition-id"] == 3:
+                context.node_config = {"partition-id": 3, "num-partitions": 4}
+            return client_app(message, context)
+
+    again = served(Settings.parse({**four, **SKIP, "rounds": 1, "run-dir": four["run-dir"] + "2"}), Forgetful(), node)
+    assert merged(again)[0]["failures"] == {"grey": "refused: keys refused by red, green, blue"}
+
+
+class HostileServer:
+    """Speaks to one real ClientApp, and plays all the other parties of its run to it."""
+
+    def __init__(self, settings: Settings, victim: int, node: dict[str, Any]) -> None:
+        self.settings, self.run = settings, Run(settings)
+        grid = InProcessGrid(client_app, len(settings.task_names), settings.as_config())
+        self.context = grid.contexts[victim + 1]
+        self.context.node_config = {**self.context.node_config, **node}
+        self.victim = settings.party_names[victim]
+
+    def ask(
+        self, kind: str, records: dict[str, dict[str, Any]], arrays: dict[str, np.ndarray] | None = None
+    ) -> Message:
+        """The victim's reply. RunError if it is an error."""
+        info = {"run": self.run.id, "round": 1, "codec": "fp32", "layout": self.run.layout.digest, "from": ""}
+        content = RecordDict({"info": ConfigRecord(info | {"base": self.run.digest})})
+        for name, record in records.items():
+            content[name] = ConfigRecord(record)
+        if arrays is not None:
+            content["arrays"] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+        reply = client_app(Message(content, self.context.node_id, kind), self.context)
+        if reply.has_error():
+            raise RunError(reply.error.reason)
+        return reply
+
+    def steal(self) -> np.ndarray:
+        """The victim's vector, in words [n]."""
+        names, threshold = self.settings.party_names, self.settings.threshold
+        session = secure_aggregation.session_of(self.run.id, 1)
+        played = {name: Member(name, session, names, threshold) for name in names if name != self.victim}
+        keys = {name: member.advertise() for name, member in played.items()}
+        keys[self.victim] = self.ask("query.keys", {}).content["keys"]["keys"]
+        sealed = {name: member.share(keys) for name, member in played.items()}
+        sealed[self.victim] = dict(self.ask("query.shares", {"keys": keys}).content["shares"])
+        self.ask("query.confirm", {"sealed": passed_on(sealed, self.victim)})
+        base = codecs.Fp32().encode(self.run.base, self.run.layout)
+        reply = self.ask("train", {"parties": {"clients": list(names)}}, base)
+        total = reply.content.array_records["arrays"]["words"].numpy().copy()
+        for name, member in played.items():
+            member.open(passed_on(sealed, name))
+            member.mask(nothing := np.zeros_like(total), names)
+            total += nothing
+        summed = {"summed": {"clients": list(names)}}
+        signed = {name: member.agree(names) for name, member in played.items()}
+        signed[self.victim] = self.ask("query.sign", summed).content["sign"]["signature"]
+        revealed = {name: member.reveal(names, signed) for name, member in played.items()}
+        revealed[self.victim] = dict(self.ask("query.unmask", summed | {"signatures": signed}).content["unmask"])
+        unmask(total, session, names, threshold, keys, list(names), revealed)
+        return total
+
+
+def test_a_hostile_server_recovers_a_vector_bit_for_bit_and_from_a_party_with_pins_nothing(
+    four: dict[str, Any], tmp_path: Path
+) -> None:
+    """The man in the middle gives out keys of its own for the real parties; sybils are parties that it invented."""
+    man_in_the_middle = Settings.parse(four | {"rounds": 1})
+    red = man_in_the_middle.task_names[0]
+    sybils = Settings.parse(four | {"rounds": 1, "tasks": f"{red},./one,./two", "run-dir": four["run-dir"] + "-sybils"})
+    party = party_module.Party(man_in_the_middle, red)
+    vector = party.train(HostileServer(man_in_the_middle, 0, {}).run.base, 1).arrays
+    assert vector
+    attacks = [man_in_the_middle, sybils]
+    for number, settings in enumerate(attacks):  # without pins both work
+        settings = Settings.parse({**settings.as_config(), "run-dir": f"{four['run-dir']}-open-{number}"})
+        stolen = HostileServer(settings, 0, {}).steal()
+        values = [
+            found.ring.decode(words) for found, words in ((settings, stolen), (man_in_the_middle, vector["words"]))
+        ]
+        torch.testing.assert_close(values[0], values[1], rtol=0, atol=float(settings.ring.step))
+        if settings.ring == man_in_the_middle.ring:
+            assert np.array_equal(stolen, vector["words"])  # bit for bit
+    node = {"trusted-parties": str(trusting(tmp_path, "red", "green", "blue", "grey"))}
+    for number, (settings, words) in enumerate(
+        [
+            (man_in_the_middle, "good keys of 1 parties, 3 are needed .green: keys that are not signed by the one"),
+            (sybils, "refused: a run with one, two, whom this party's trusted-parties does not name"),
+        ]
+    ):
+        settings = Settings.parse({**settings.as_config(), "run-dir": f"{four['run-dir']}-pinned-{number}"})
+        with pytest.raises(RunError, match=words):
+            HostileServer(settings, 0, node).steal()
+
+
+@pytest.mark.parametrize("kind", ["query", "train", "evaluate"])
+def test_a_party_with_pins_sends_no_vector_outside_a_sum(four: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    """A server decides the run's settings, but not these."""
+    node = {"trusted-parties": str(trusting(tmp_path, "red", "green", "blue", "grey"))}
+    server = HostileServer(Settings.parse(four | {"secure-aggregation": False}), 0, node)
+    with pytest.raises(
+        RunError, match="refused: secure-aggregation=false, and a party with trusted-parties answers in"
+    ):
+        server.ask(kind, {}, codecs.Fp32().encode(server.run.base, server.run.layout))
 
 
 def test_a_vector_beyond_the_range_is_said_by_name(four: dict[str, Any]) -> None:

@@ -66,6 +66,8 @@ def _message(content: tuple[object, ...]) -> bytes:
 
 def party_key(client: str) -> Ed25519PrivateKey:
     """The long-term key of a party on this machine, made if there is none. SettingError if its file is no such key."""
+    if "/" in client or client in ("", ".", ".."):
+        raise SettingError(f"{client!r} is no party's name")  # it becomes a path
     path = tasks.cache_dir() / "identity" / client
     if not path.exists():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

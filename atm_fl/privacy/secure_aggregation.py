@@ -169,7 +169,7 @@ class Member:
         trusted = self.identity.trusted
         if unknown := [name for name in self.parties if trusted and name not in trusted]:
             raise self._refusal(f"a run with {', '.join(unknown)}, whom this party's trusted-parties does not name")
-        if trusted and trusted[self.name] != self.identity.public:
+        if trusted and trusted.get(self.name) != self.identity.public:
             raise RunError(f"{self.name}: trusted-parties has another key of {self.name} than this party's own")
         return self._published()
 
@@ -220,7 +220,7 @@ class Member:
         """Given U₃, whose vectors are in the sum: its signature on it and on the keys of U₂, 64 bytes."""
         self._step("masked", "agreed")
         self._check(summed, self.held, "vectors")
-        self.summed = sorted(summed)
+        self.summed = sorted(set(summed))
         return self.identity.sign("sum", *self._of_sum())
 
     def reveal(self, summed: Collection[str], signatures: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -229,7 +229,7 @@ class Member:
         A party that trusts nobody's key cannot tell a signature, and takes it that the set is what the server says.
         """
         self._step("agreed", "revealed")
-        if sorted(summed) != self.summed:
+        if set(summed) != set(self.summed):
             raise self._refusal(f"vectors of {', '.join(summed)}, where it had signed {', '.join(self.summed)}")
         if self.identity.trusted:
             signers = [
