@@ -525,6 +525,14 @@ def register(
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
+@deploy.command()
+def identity(client: Annotated[str, typer.Argument(help="the party's name in runs, which is its task's")]) -> None:
+    """On a party's machine: its long-term public key, as a line of trusted-parties; made if it has none."""
+    from atm_fl.privacy.identity import public_line
+
+    print(public_line(client))
+
+
 Config = Annotated[Path, typer.Argument(help="the attacked run: a TOML file of settings, as in configs/")]
 Override = Annotated[list[str] | None, typer.Option("-c", help="key=value over the file's, as often as needed")]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from atm_fl.blocks import empty, gram, parts
 from atm_fl.codecs import Arrays, size_of
+from atm_fl.merging.kinds import fold
 from atm_fl.party import Party, Update
 from atm_fl.privacy import client_level
 from atm_fl.privacy.ring import WORD, check_words
@@ -65,20 +66,29 @@ class Apart:
             for task, those in clients.items()
             if those
         }
-        merged = settings.make_merge(self._layout, round_number).combine(vectors)
+        merge = settings.make_merge(self._layout, round_number)
+        private: dict[str, float] = {}
+        if settings.dp_client_noise:
+            factor = merge.sum_factor(len(vectors))
+            total = empty(self._layout.size, next(iter(vectors.values())))
+            fold(total, list(vectors.values()), [factor] * len(vectors), self._layout)
+            private["epsilon"] = client_level.add_noise(total, factor, settings, round_number)
+            merged = merge.from_sum(total, len(vectors))
+        else:
+            merged = merge.combine(vectors)
         seconds = time.perf_counter() - begin
         products = gram(list(vectors.values()))
         self._spill.close()
         norms = products.diagonal().sqrt().clamp_min(1e-30)
         cosines = [[round(value, 6) for value in row] for row in (products / norms.outer(norms)).tolist()]
-        return merged, {"tasks": list(vectors), "cosines": cosines, "seconds_merge": seconds}
+        return merged, {"tasks": list(vectors), "cosines": cosines, "seconds_merge": seconds, **private}
 
 
 class Together:
     """The sum of a round's vectors and nothing else, in the ring of secure aggregation; they may be masked."""
 
     def __init__(self, run: Run) -> None:
-        self._settings = run.settings
+        self._settings, self._layout = run.settings, run.layout
         self.words = np.zeros(run.layout.size, WORD)
         """The sum, [n]."""
         self.tasks: list[str] = []
@@ -99,9 +109,16 @@ class Together:
     def merge(self, round_number: int) -> tuple[Tensor, dict[str, Any]]:
         """The merged vector, and what is recorded beside it."""
         begin = time.perf_counter()
-        merged = self._settings.ring.decode(self.words, self._settings.sum_factor(len(self.tasks)))
-        tasks = [task for task in self._settings.party_names if task in self.tasks]
-        return merged, {"tasks": tasks, "seconds_merge": time.perf_counter() - begin}
+        settings, count = self._settings, len(self.tasks)
+        private: dict[str, float] = {}
+        merge = settings.make_merge(self._layout, round_number)
+        factor = merge.sum_factor(count)
+        total = settings.ring.decode(self.words, factor)
+        if settings.dp_client_noise:
+            private["epsilon"] = client_level.add_noise(total, factor, settings, round_number)
+        merged = merge.from_sum(total, count, settings.ring.step * (count / 12) ** 0.5)
+        tasks = [task for task in settings.party_names if task in self.tasks]
+        return merged, {"tasks": tasks, "seconds_merge": time.perf_counter() - begin, **private}
 
 
 class Round:
@@ -142,9 +159,6 @@ class Round:
         """Merge, move the base, write the checkpoint and the round's line, with `costs` in it."""
         settings = self.run.settings
         merged, beside = self.vectors.merge(self.number)
-        if settings.dp_client_noise:
-            factor = settings.sum_factor(len(beside["tasks"]))
-            beside["epsilon"] = client_level.add_noise(merged, factor, settings, self.number)
         merged = scale_layers(merged, self.run.layout, settings.layer_scalings)
         beside |= {"seconds": time.perf_counter() - self._begin, "failures": failures or {}, **(costs or {})}
         self.run.record("merge", self.number, norm=float(merged.norm()), **beside)

@@ -12,7 +12,7 @@ import torch
 from atm_fl import models, server_optimizer, tasks
 from atm_fl.codecs import Codec, make_codec
 from atm_fl.errors import SettingError, did_you_mean
-from atm_fl.merging import Merge, make_merge
+from atm_fl.merging import Merge, find_merge, make_merge, merges_of_sum
 from atm_fl.participation import check_participation, read_participation
 from atm_fl.privacy.ring import Ring
 from atm_fl.scaling import check_task_scaling, read_factors, read_table
@@ -117,10 +117,11 @@ class Settings:
     dp_clip: float = setting(1.0, "of dp-sgd: the norm C to which a record's gradient is clipped; inf: never")
     dp_policy: str = setting("stop", "when a run's ε would pass dp-epsilon", decides=False, choices=("stop", "warn"))
     dp_client_clip: float = setting(
-        0.0, "the norm C to which each party's whole task vector is scaled down; 0: never; of mean and task-arithmetic"
+        0.0,
+        "the norm C to which each party's whole task vector is scaled down; 0: never; for merges of the sum alone",
     )
     dp_client_noise: float = setting(
-        0.0, "noise on the merged vector, as if of σ C on the sum: hides whole parties, see docs/privacy.md"
+        0.0, "σ: noise of σ C on the sum of the vectors, before the merge: hides whole parties, see docs/privacy.md"
     )
     secure_aggregation: bool = setting(False, "the server learns the sum of the task vectors, and no single one")
     secure_threshold: int = setting(
@@ -273,11 +274,6 @@ class Settings:
             chosen["scaling"] = self.scaling
         return make_merge(self.merge, layout, seed=derive_seed(self.seed, "merge", round_number), **chosen)
 
-    def sum_factor(self, count: int) -> float:
-        """What the merge, which is one of SUMS, multiplies the sum of `count` vectors with."""
-        scaling = self.make_merge(Layout((), ()), 0).scaling
-        return scaling / count if self.merge == "mean" else scaling
-
     @property
     def uplink(self) -> Codec:
         """`codec-up` as a codec. SettingError if it is none."""
@@ -423,7 +419,7 @@ class Settings:
                 raise SettingError(f"{name}={getattr(self, name)!r}: not with privacy={self.privacy!r}")
 
     def _check_sums(self) -> None:
-        """What goes with a bound on whole parties: a plain sum of all of them in every round."""
+        """What goes with a bound on whole parties: what is made of the sum of all of them in every round."""
         for name in ("dp_client_clip", "dp_client_noise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be 0 or more")
@@ -433,9 +429,10 @@ class Settings:
             ("secure-aggregation=true", self.secure_aggregation),
             (f"dp-client-clip={self.dp_client_clip:g}", self.dp_client_clip),
         ):
-            if wanted and self.merge not in SUMS:
+            if wanted and not find_merge(self.merge).of_sum:
                 raise SettingError(
-                    f"merge={self.merge!r}: not with {key}, which bounds what a sum tells; choose {' or '.join(SUMS)}"
+                    f"merge={self.merge!r}: not with {key}, which bounds what a sum tells; choose a merge of the sum "
+                    f"alone: {', '.join(merges_of_sum())}"
                 )
             if wanted and (self.participation or self.fraction < 1):
                 name, value = (
@@ -478,10 +475,6 @@ class Settings:
         if empty:
             raise SettingError(f"participation={self.participation!r}: no task takes part in round {empty}")
         return min(counts.values())
-
-
-SUMS = ("mean", "task-arithmetic")
-"""The merges that are no more than a sum times a number."""
 
 
 def _whole(number: float) -> bool:

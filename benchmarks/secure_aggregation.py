@@ -53,24 +53,31 @@ def main() -> None:
         name: timed("client: shares", lambda member=member: member.share(keys))  # type: ignore[misc]
         for name, member in members.items()
     }
+    for name, member in members.items():
+        mine = {other: sealed[other][name] for other in names if other != name}
+        timed("client: shares", lambda member=member, mine=mine: member.open(mine))  # type: ignore[misc]
     total, summed = np.zeros(args.elements, WORD), list(names[:-1])
     plain = torch.zeros(args.elements)
     for number, name in enumerate(names):
         vector = made_up(args.elements, number)
         words = timed("client: quantise", lambda vector=vector: ring.encode(vector))  # type: ignore[misc]
-        mine = {other: sealed[other][name] for other in names if other != name}
-        timed("client: mask", lambda name=name, words=words, mine=mine: members[name].mask(words, mine))  # type: ignore[misc]
+        timed("client: mask", lambda name=name, words=words: members[name].mask(words, names))  # type: ignore[misc]
         if name in summed:
             timed("server: add a vector", lambda words=words: np.add(total, words, out=total))  # type: ignore[misc]
             timed("plain server: add a vector", lambda vector=vector: plain.add_(vector))  # type: ignore[misc]
-    revealed = {name: timed("client: unmask", lambda name=name: members[name].reveal(summed)) for name in summed}  # type: ignore[misc]
+    signed = {name: timed("client: unmask", lambda name=name: members[name].agree(summed)) for name in summed}  # type: ignore[misc]
+    revealed = {
+        name: timed("client: unmask", lambda name=name: members[name].reveal(summed, signed))  # type: ignore[misc]
+        for name in summed
+    }
     timed("server: unmask", lambda: unmask(total, session, names, threshold, keys, summed, revealed))
     result = timed("server: decode", lambda: ring.decode(total))
 
     pair = len(sealed[names[0]][names[1]])
     others, share = args.clients - 1, len(next(iter(revealed[names[0]].values())))
-    up = 64 + others * pair + words.nbytes + args.clients * share
-    down = args.clients * 64 + others * pair  # without the base, which travels anyway
+    key, signature = len(keys[names[0]]), len(signed[names[0]])
+    up = key + others * pair + words.nbytes + signature + args.clients * share
+    down = args.clients * key + others * pair + len(signed) * signature  # without the base, which travels anyway
     print(f"{processor()}, {args.threads} threads, {args.elements:,} elements, {args.clients} clients, 1 drops out")
     print("| | CPU seconds (mean) | times a round |\n|---|---|---|")
     for what, seconds in SECONDS.items():

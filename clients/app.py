@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from logging import WARNING
 
@@ -37,6 +38,7 @@ def party_of(context: Context) -> Party:
     its name. In simulation, partition i holds the i-th of the setting `tasks`.
     """
     settings, node = Settings.parse(context.run_config), context.node_config
+    secure.check(settings, secure.trusted(context))
     if "task" in node or "data" in node:
         return _party(settings, str(node.get("data", node.get("task"))), str(node.get("task", "")))
     if "partition-id" not in node:
@@ -134,26 +136,39 @@ def roll_call(message: Message, context: Context) -> Message:
 @app.query("keys")
 def secure_keys(message: Message, context: Context) -> Message:
     """Secure aggregation: this round's public keys."""
-    party = party_of(context)
-    return secured(message, party, "keys", secure.keys(message, party))
+    return secured(message, context, "keys", secure.keys)
 
 
 @app.query("shares")
 def secure_shares(message: Message, context: Context) -> Message:
     """Secure aggregation: this party's secrets, shared among the others and sealed."""
-    party = party_of(context)
-    return secured(message, party, "shares", secure.shares(message, party))
+    return secured(message, context, "shares", secure.shares)
+
+
+@app.query("confirm")
+def secure_confirm(message: Message, context: Context) -> Message:
+    """Secure aggregation: whose shares this party has."""
+    return secured(message, context, "confirm", secure.confirm)
+
+
+@app.query("sign")
+def secure_sign(message: Message, context: Context) -> Message:
+    """Secure aggregation: this party's signature on what is to be unmasked."""
+    return secured(message, context, "sign", secure.sign)
 
 
 @app.query("unmask")
 def secure_unmask(message: Message, context: Context) -> Message:
     """Secure aggregation: what takes the masks off the sum."""
+    return secured(message, context, "unmask", secure.reveal)
+
+
+def secured(
+    message: Message, context: Context, name: str, step: Callable[[Message, Party, Mapping[str, bytes]], ConfigRecord]
+) -> Message:
+    """A reply with a record of secure aggregation, which is what `step` returns."""
     party = party_of(context)
-    return secured(message, party, "unmask", secure.reveal(message, party))
-
-
-def secured(message: Message, party: Party, name: str, record: ConfigRecord) -> Message:
-    """A reply with a record of secure aggregation."""
+    record = step(message, party, secure.trusted(context))
     answer = reply(message, party, {})
     answer.content[name] = record
     return answer
@@ -170,7 +185,7 @@ def train(message: Message, context: Context) -> Message:
     seconds = time.perf_counter() - begin
     update = party.train(base, int(info["round"]), str(info["run"]))  # type: ignore[arg-type]
     if party.settings.secure_aggregation and update.arrays:
-        secure.mask(message, party, update.arrays["words"])
+        secure.mask(message, party, secure.trusted(context), update.arrays["words"])
     metrics = {f"evaluation.{name}": value for name, value in update.evaluation.items()}
     metrics |= {f"tuning.{name}": value for name, value in update.tuning.items()}
     return reply(message, party, metrics | {"tuning.seconds_receive": seconds}, update.arrays)

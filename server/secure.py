@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from logging import WARNING
+from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from atm_fl.privacy.secure_aggregation import session_of, unmask
+from atm_fl.errors import RunError
+from atm_fl.privacy.secure_aggregation import SEALED_BYTES, check_keys, duplicates, session_of, settle, unmask
 from atm_fl.runs import Run
 
 
@@ -25,51 +27,95 @@ class SecureExchange:
         self._run, self._grid, self._round, self._deadline = run, grid, round_number, deadline
         self._nodes = {task: node for node, task in nodes.items()}
         self._keys: dict[str, bytes] = {}
-        self.sealed: dict[str, dict[str, bytes]] = {}
-        """By task that is in so far: what the others sealed for it, by sender."""
+        self._sealed: dict[str, dict[str, bytes]] = {}
+        """By sender: what it sealed, by recipient."""
+        self.clients: list[str] = []
+        """Those that mask their vectors for each other."""
         self.failures: dict[str, str] = {}
         """Tasks that dropped out, with the reason."""
         self.seconds = 0.0
         """Spent here so far."""
 
     def advertise(self) -> None:
-        """Collect the parties' public keys."""
+        """Collect the parties' public keys; what no party could use is not passed on."""
         for task, record in self._ask("keys", {task: {} for task in self._nodes}):
-            if isinstance(key := record.get("keys"), bytes):
+            try:
+                check_keys(key := _content(record, "keys", bytes))
                 self._keys[task] = key
-            else:
-                self.failures[task] = "refused: keys that are no bytes"
+            except ValueError as error:
+                self._drop(task, str(error))
+        for task in duplicates(self._keys):
+            del self._keys[task]
+            self._drop(task, "keys that another has too")
 
     def share(self) -> None:
         """Hand the keys out, and collect the sealed shares of everyone's secrets."""
-        every = set(self._keys)
-        sent = {task: {"keys": self._keys} for task in self._keys}
-        found = {}
-        for task, record in self._ask("shares", sent):
-            if set(record) == every - {task}:
-                found[task] = record
+        for task, record in self._ask("shares", {task: {"keys": self._keys} for task in self._keys}):
+            sealed = {
+                other: value
+                for other, value in record.items()
+                if other in self._keys and isinstance(value, bytes) and len(value) == SEALED_BYTES
+            }
+            if len(sealed) == len(record):
+                self._sealed[task] = sealed
             else:
-                self.failures[task] = f"refused: shares for {', '.join(record)}"
-        self.sealed = {task: {other: found[other][task] for other in found if other != task} for task in found}  # type: ignore[misc]
+                self._drop(task, f"{len(record) - len(sealed)} of its shares are none")
+        self._settle(self._sealed, "keys")
+
+    def confirm(self) -> None:
+        """Pass the sealed shares on, and hear whose open."""
+        here = [task for task in self._sealed if task not in self.failures]
+        sent = {
+            task: {"sealed": {other: self._sealed[other][task] for other in here if other != task}} for task in here
+        }
+        opened: dict[str, list[str]] = {}
+        for task, record in self._ask("confirm", sent):
+            try:
+                opened[task] = _content(record, "opened", list)
+            except ValueError as error:
+                self._drop(task, str(error))
+        self._settle(opened, "shares")
+        self.clients = [task for task in self._run.settings.party_names if task in opened.keys() - self.failures.keys()]
 
     def unmask(self, words: np.ndarray, summed: list[str]) -> str:
         """Take the masks off the sum of `summed`, in place. Returns who did not help; RunError if too few did."""
-        revealed, settings = {}, self._run.settings
-        failures, self.failures = self.failures, {}
-        for task, record in self._ask("unmask", {task: {"summed": {"tasks": summed}} for task in summed}):
-            if set(record) == set(self.sealed):
+        settings, failures, self.failures = self._run.settings, self.failures, {}
+        what: dict[str, dict[str, Any]] = {"summed": {"clients": summed}}
+        signatures, revealed = {}, {}
+        for task, record in self._ask("sign", dict.fromkeys(summed, what)):
+            try:
+                signatures[task] = _content(record, "signature", bytes)
+            except ValueError as error:
+                self._drop(task, str(error))
+        for task, record in self._ask("unmask", {task: what | {"signatures": signatures} for task in signatures}):
+            if set(record) == set(self.clients) and all(isinstance(share, bytes) for share in record.values()):
                 revealed[task] = record
             else:
-                self.failures[task] = f"refused: shares of {', '.join(record)}"
+                self._drop(task, "not the shares that it was asked for")
         silent, self.failures = self.failures, failures
-        begin, keys = time.perf_counter(), {task: self._keys[task] for task in self.sealed}
-        unmask(words, self._session, settings.party_names, settings.threshold, keys, summed, revealed)  # type: ignore[arg-type]
+        begin, keys = time.perf_counter(), {task: self._keys[task] for task in self.clients}
+        try:
+            wrong = unmask(words, self._session, settings.party_names, settings.threshold, keys, summed, revealed)  # type: ignore[arg-type]
+        except RunError as error:
+            raise RunError(
+                "; ".join([str(error), *(f"{task}: {reason}" for task, reason in silent.items())])
+            ) from error
+        silent |= dict.fromkeys(sorted(wrong), "refused: it revealed wrong shares")
         self.seconds += time.perf_counter() - begin
         return "; ".join(f"{task}: {reason}" for task, reason in silent.items())
 
     @property
     def _session(self) -> str:
         return session_of(self._run.id, self._round)
+
+    def _drop(self, task: str, why: str) -> None:
+        self.failures[task] = f"refused: {why}"
+
+    def _settle(self, accepted: Mapping[str, Collection[str]], what: str) -> None:
+        """Drop whoever stands between the others, by whom each accepts."""
+        settings = self._run.settings
+        for task, why in settle(accepted, len(settings.party_names) - settings.threshold).items():
+            self._drop(task, f"{what} {why}" if why.startswith("refused") else f"{why}: their {what}")
 
     def _ask(self, what: str, contents: Mapping[str, Mapping[str, Mapping]]) -> Iterator[tuple[str, ConfigRecord]]:
         """Send each task its records and yield (task, the record `what` of its reply); failures are noted."""
@@ -99,3 +145,10 @@ class SecureExchange:
         for task in contents:
             if task in self.failures:
                 log(WARNING, "%s dropped out at %s: %s", task, what, self.failures[task])
+
+
+def _content(record: ConfigRecord, name: str, kind: type) -> Any:
+    """What a party's record has as `name`. ValueError if it is not of its kind."""
+    if not isinstance(found := record.get(name), kind):
+        raise ValueError(f"{name} of {type(found).__name__}, not {kind.__name__}")
+    return found

@@ -130,10 +130,10 @@ class Atm(Strategy):
         """Exchange keys and shares; the clients that are still there. RunError if they are too few."""
         self._exchange = exchange = SecureExchange(self.run, grid, self.nodes, round_number, self._deadline)
         absent = {task: reason for task, reason in self._unheard().items() if task not in self.nodes.values()}
-        for step in (exchange.advertise, exchange.share):
+        for step in (exchange.advertise, exchange.share, exchange.confirm):
             step()
             self._enough(absent | exchange.failures, self._takers(round_number), f"round {round_number}")
-        return list(exchange.sealed)
+        return exchange.clients
 
     def _takers(self, round_number: int) -> list[str]:
         """The clients that take part in a round."""
@@ -155,7 +155,7 @@ class Atm(Strategy):
         for node in nodes:
             content = RecordDict({"arrays": arrays, "info": ConfigRecord(info)})  # type: ignore[arg-type]
             if self._exchange:
-                content["sealed"] = ConfigRecord(dict(self._exchange.sealed[self.nodes[node]]))
+                content["parties"] = ConfigRecord({"clients": self._exchange.clients})
             messages.append(Message(content, node, kind, group_id=str(round_number)))
         return messages
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from atm_fl.errors import SettingError
 from atm_fl.loop import Round, run_loop
+from atm_fl.merging import make_merge
+from atm_fl.merging.spectral import IsoC
 from atm_fl.party import Party, Update
 from atm_fl.runs import Run, read_metrics
 from atm_fl.settings import Settings
@@ -65,6 +67,31 @@ def test_vectors_are_clipped_and_the_noise_has_the_stated_size(
     deviation = factor * noise * clip
     assert float(noisy.std()) == pytest.approx(deviation, rel=0.05)
     assert abs(float(noisy.mean())) < 5 * deviation / len(noisy) ** 0.5
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_the_noise_is_on_the_sum_before_a_merge_that_is_not_linear(
+    config: dict[str, Any], secure: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Iso-C gets Σ clip(τ) + σ C N, and its result is that of this sum, not a merged vector with noise on it."""
+    vectors, clip, noise = three(config), 0.5, 2.0
+    seen: list[Tensor] = []
+    from_sum = IsoC.from_sum
+
+    def watched(self: IsoC, scaled: Tensor, count: int, rounding: float = 0.0) -> Tensor:
+        seen.append(scaled.clone())
+        return from_sum(self, scaled, count, rounding)
+
+    monkeypatch.setattr(IsoC, "from_sum", watched)
+    common = {"merge": "iso-c", "dp_client_clip": clip, "dp_client_noise": noise, "secure_aggregation": secure}
+    result = merged(config, vectors, **common, scaling=2.0)
+    drawn = seen[0] - torch.stack([v * min(1.0, clip / float(v.norm())) for v in vectors.values()]).sum(0)
+    assert float(drawn.std()) == pytest.approx(noise * clip, rel=0.05)
+    layout = Run(Settings.parse(config | {"run-dir": config["run-dir"] + "-layout"})).layout
+    # a base of order 1 holds a step of order 10 to float32's rounding
+    torch.testing.assert_close(
+        result, from_sum(make_merge("iso-c", layout, scaling=2.0), seen[0], 3), rtol=0, atol=1e-5
+    )
 
 
 def test_the_same_sum_gets_the_same_noise_and_another_sum_another(config: dict[str, Any]) -> None:

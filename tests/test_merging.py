@@ -576,6 +576,22 @@ def test_merges_scale_with_their_vectors(name: str, data: st.DataObject) -> None
     same(name, merge.combine(scaled) / factor, merge.combine(vectors), vectors)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_merge_says_that_it_is_of_the_sum_exactly_if_it_is(name: str) -> None:
+    """Vectors of one sum: the merged vector is the same exactly for those that declare it, and comes from the sum."""
+    layout = Layout(("matrix.weight", "bias"), ((40, 30), (7,)))
+    random = torch.Generator().manual_seed(0)
+    vectors = {task: torch.randn(layout.size, generator=random, dtype=torch.float64) for task in "abcde"}
+    moved = 0.5 * torch.randn(layout.size, generator=random, dtype=torch.float64)
+    others = vectors | {"a": vectors["a"] + moved, "b": vectors["b"] - moved}
+    one, other = (make_merge(name, layout, scaling=0.7).combine(each) for each in (vectors, others))
+    merge = make_merge(name, layout, scaling=0.7)
+    assert torch.allclose(one, other, atol=1e-9) == merge.of_sum
+    total = sum(vectors.values(), torch.zeros(layout.size, dtype=torch.float64))
+    if merge.of_sum:
+        torch.testing.assert_close(merge.from_sum(total * merge.sum_factor(5), 5), one)
+
+
 @few
 @given(data=st.data())
 def test_the_clipped_mean_scales_with_its_vectors_and_bound(data: st.DataObject) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_folder
-from flwr.app import Context, Error, Message
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -19,19 +22,24 @@ from safetensors.torch import load_file
 from scipy.stats import chisquare
 from test_runs import final, in_process, same, tampered
 
+from atm_fl import cli, codecs
 from atm_fl import party as party_module
 from atm_fl.errors import RunError, SettingError
 from atm_fl.kept import Kept
 from atm_fl.loop import run_loop
 from atm_fl.privacy import secure_aggregation, shamir
+from atm_fl.privacy.identity import Identity, party_key, public_line, read_trusted
 from atm_fl.privacy.ring import WORD, Ring
-from atm_fl.privacy.secure_aggregation import Member, add_mask, unmask
+from atm_fl.privacy.secure_aggregation import Member, add_mask, check_keys, settle, unmask
 from atm_fl.runs import Run, read_metrics
 from atm_fl.settings import Settings
 from clients.app import app as client_app
+from server.app import serve
+from server.grid import InProcessGrid
 
 PARTIES = ("a", "b", "c", "d", "e")
 SESSION = "round 1 of run x"
+PHASES = ("keys", "shares", "confirm", "vectors", "sign", "unmask")
 
 
 # ------------------------------------------------------------------------------------------------------ shares and ring
@@ -114,19 +122,27 @@ def protocol(
 
     def carried(name: str) -> Member:
         """As over the disk."""
-        members[name] = Member.load(members[name].dump())
+        members[name] = Member.load(members[name].dump(), members[name].identity)
         return members[name]
 
     keys = {name: members[name].advertise() for name in there("keys", names)}
     sealed = {name: carried(name).share(keys) for name in there("shares", keys)}
+    opened = [name for name in there("confirm", sealed) if carried(name).open(passed_on(sealed, name))]
     received, total = {}, np.zeros_like(next(iter(vectors.values())))
-    for name in there("vectors", sealed):
+    for name in there("vectors", opened):
         received[name] = vectors[name].copy()
-        carried(name).mask(received[name], {other: sealed[other][name] for other in sealed if other != name})
+        carried(name).mask(received[name], opened)
         total += received[name]
-    revealed = {name: carried(name).reveal(list(received)) for name in there("unmask", received)}
-    unmask(total, SESSION, names, threshold, {name: keys[name] for name in sealed}, list(received), revealed)
+    signed = {name: carried(name).agree(list(received)) for name in there("sign", received)}
+    revealed = {name: carried(name).reveal(list(received), signed) for name in there("unmask", signed)}
+    wrong = unmask(total, SESSION, names, threshold, {name: keys[name] for name in opened}, list(received), revealed)
+    assert not wrong
     return total, received
+
+
+def passed_on(sealed: dict[str, dict[str, bytes]], name: str) -> dict[str, bytes]:
+    """What the others sealed for `name`."""
+    return {other: sealed[other][name] for other in sealed if other != name}
 
 
 def made_up(size: int = 1000, names: tuple[str, ...] = PARTIES) -> dict[str, np.ndarray]:
@@ -139,8 +155,9 @@ def made_up(size: int = 1000, names: tuple[str, ...] = PARTIES) -> dict[str, np.
     "gone",
     [
         {},
-        *[{phase: name} for phase in ("keys", "shares", "vectors", "unmask") for name in "ace"],
+        *[{phase: name} for phase in PHASES for name in "ace"],
         {"keys": "a", "vectors": "c"},
+        {"confirm": "d", "sign": "a"},
         {"shares": "b", "unmask": "e"},
         {"vectors": "ae"},
         {"vectors": "d", "unmask": "b"},
@@ -148,7 +165,7 @@ def made_up(size: int = 1000, names: tuple[str, ...] = PARTIES) -> dict[str, np.
 )
 def test_the_sum_is_exact_whoever_drops_out_at_whichever_phase(gone: dict[str, str]) -> None:
     vectors = made_up()
-    out = "".join(names for phase, names in gone.items() if phase != "unmask")
+    out = "".join(names for phase, names in gone.items() if phase not in ("sign", "unmask"))
     total, _ = protocol(vectors, gone)
     expected = sum((words for name, words in vectors.items() if name not in out), np.zeros(1000, WORD))
     assert np.array_equal(total, expected)
@@ -159,6 +176,7 @@ def test_the_sum_is_exact_whoever_drops_out_at_whichever_phase(gone: dict[str, s
     [
         ({"keys": "abc"}, "refused: the server sent keys of 2 parties; 3 are needed"),
         ({"shares": "abc"}, "refused: the server sent shares of 2 parties; 3 are needed"),
+        ({"confirm": "abc"}, "refused: the server sent parties of 2 parties; 3 are needed"),
         ({"vectors": "abc"}, "refused: the server sent vectors of 2 parties; 3 are needed"),
         ({"unmask": "abc"}, "2 of 5 parties helped to unmask the sum, 3 needed"),
     ],
@@ -168,23 +186,47 @@ def test_below_the_threshold_nothing_is_unmasked(gone: dict[str, str], words: st
         protocol(made_up(), gone)
 
 
-def masked_members() -> dict[str, Member]:
+def pinned(threshold: int = 3, names: tuple[str, ...] = PARTIES) -> dict[str, Member]:
+    """Members that know each other's long-term keys."""
+    keys = {name: Ed25519PrivateKey.generate() for name in names}
+    trusted = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
+    return {name: Member(name, SESSION, names, threshold, Identity(keys[name], trusted)) for name in names}
+
+
+def strangers(threshold: int = 3, names: tuple[str, ...] = PARTIES) -> dict[str, Member]:
+    """Members that know nobody's key."""
+    return {name: Member(name, SESSION, names, threshold) for name in names}
+
+
+def masked_members(members: dict[str, Member] | None = None) -> dict[str, Member]:
     """Five members that have sent their vectors."""
-    members = {name: Member(name, SESSION, PARTIES, 3) for name in PARTIES}
+    members = members or strangers()
     keys = {name: member.advertise() for name, member in members.items()}
     sealed = {name: member.share(keys) for name, member in members.items()}
     for name, member in members.items():
-        member.mask(np.zeros(4, WORD), {other: sealed[other][name] for other in PARTIES if other != name})
+        assert set(member.open(passed_on(sealed, name))) == set(members)
+    for member in members.values():
+        member.mask(np.zeros(4, WORD), list(members))
     return members
 
 
-def test_a_member_reveals_one_kind_of_share_of_each_peer_and_once() -> None:
+def copied(member: Member) -> Member:
+    return Member.load(member.dump(), member.identity)
+
+
+def test_a_member_signs_one_set_and_reveals_one_kind_of_share_of_each_peer_and_once() -> None:
     member = masked_members()["a"]
-    kept = Member.load(member.dump())
-    first = member.reveal(["a", "b", "c"])
+    kept = copied(member)
+    member.agree(["a", "b", "c"])
     with pytest.raises(RunError, match="a: .*refused: the server sent a step out of turn"):
-        member.reveal(["a", "b", "c", "d"])
-    both = kept.reveal(["a", "b", "c", "d"])  # what refusing prevents: d's other share
+        copied(member).agree(["a", "b", "c", "d"])
+    with pytest.raises(RunError, match="vectors of a, b, c, d, where it had signed a, b, c"):
+        copied(member).reveal(["a", "b", "c", "d"], {})
+    first = member.reveal(["a", "b", "c"], {})
+    with pytest.raises(RunError, match="a: .*refused: the server sent a step out of turn"):
+        member.reveal(["a", "b", "c"], {})
+    kept.agree(["a", "b", "c", "d"])
+    both = kept.reveal(["a", "b", "c", "d"], {})  # what refusing prevents: d's other share
     assert [name for name in PARTIES if first[name] != both[name]] == ["d"]
 
 
@@ -199,39 +241,296 @@ def test_a_member_reveals_one_kind_of_share_of_each_peer_and_once() -> None:
 )
 def test_a_member_refuses_sets_that_cannot_be(summed: list[str], words: str) -> None:
     with pytest.raises(RunError, match=words):
-        masked_members()["a"].reveal(summed)
+        masked_members()["a"].agree(summed)
 
 
 def test_two_vectors_never_get_the_same_masks() -> None:
     member = masked_members()["a"]
     with pytest.raises(RunError, match="step out of turn"):
-        member.mask(np.zeros(4, WORD), {})
+        member.mask(np.zeros(4, WORD), PARTIES)
 
 
-def test_swapped_or_missing_keys_and_shares_are_refused() -> None:
-    members = {name: Member(name, SESSION, PARTIES, 3) for name in PARTIES}
+BAD_KEYS = {
+    "too short": lambda key: key[:63],
+    "too long": lambda key: key + b"x",
+    "empty": lambda key: b"",
+    "all zero": lambda key: bytes(len(key)),
+    "a point of low order": lambda key: key[:32] + LOW_ORDER + key[64:],
+}
+LOW_ORDER = bytes.fromhex("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800")
+
+
+def test_swapped_keys_and_shares_are_not_accepted() -> None:
+    members = strangers()
     keys = {name: member.advertise() for name, member in members.items()}
     with pytest.raises(RunError, match="another key as its own"):
-        Member.load(members["a"].dump()).share(keys | {"a": keys["b"]})
-    with pytest.raises(RunError, match="too short or the same"):
-        Member.load(members["a"].dump()).share(keys | {"c": keys["b"]})
+        copied(members["a"]).share(keys | {"a": keys["b"]})
+    assert list(copied(members["a"]).share(keys | {"c": keys["b"]})) == ["d", "e"]  # who has sent it first?
+    for bad in BAD_KEYS.values():
+        assert list(copied(members["a"]).share(keys | {"c": bad(keys["c"])})) == ["b", "d", "e"]
+    with pytest.raises(RunError, match=r"good keys of 2 parties, 3 are needed \(b: keys of 0 bytes, not 160; c: "):
+        copied(members["a"]).share(keys | {"b": b"", "c": bytes(160), "d": b""})
     sealed = {name: member.share(keys) for name, member in members.items()}
-    to_a = {other: sealed[other]["a"] for other in PARTIES[1:]}
-    members["a"].mask(np.zeros(4, WORD), to_a | {"b": sealed["b"]["c"]})  # b's share for c
-    with pytest.raises(RunError, match="shares that b did not seal"):
-        members["a"].reveal(PARTIES)
+    to_a = passed_on(sealed, "a") | {"b": sealed["b"]["c"], "d": b"x"}  # b's share for c, and what nobody sealed
+    assert members["a"].open(to_a) == ["a", "c", "e"]
+
+
+@pytest.mark.parametrize("bad", BAD_KEYS)
+def test_the_server_knows_a_key_that_no_party_can_use(bad: str) -> None:
+    published = strangers()["a"].advertise()
+    check_keys(published)
+    with pytest.raises(ValueError, match="keys of|keys that no secret"):
+        check_keys(BAD_KEYS[bad](published))
+
+
+@given(st.integers(3, 12), st.data())
+@hypothesis_settings(max_examples=100, deadline=None)
+def test_bad_parties_put_out_no_more_than_as_many_others(count: int, data: st.DataObject) -> None:
+    """Whatever they refuse and whatever makes the others refuse them, those that stay all accept each other."""
+    names, most = [str(number) for number in range(count)], (count - 1) // 2
+    bad = set(names[: data.draw(st.integers(0, most))])
+    pairs = [(one, other) for one in names for other in names if one != other and {one, other} & bad]
+    refusals = set(data.draw(st.lists(st.sampled_from(pairs), max_size=40))) if pairs else set()
+    accepted = {one: [other for other in names if (one, other) not in refusals] for one in names}
+    out = settle(accepted, most)
+    left = [name for name in names if name not in out]
+    assert all(other in accepted[name] for name in left for other in left)
+    assert len(out.keys() - bad) <= len(out.keys() & bad)
+
+
+def test_a_party_that_all_refuse_or_that_refuses_all_is_named_and_goes_alone() -> None:
+    everyone = dict.fromkeys(PARTIES, PARTIES)
+    assert settle(everyone, 2) == {}
+    assert settle(everyone | {"b": ["b"]}, 2) == {"b": "it refuses a, c, d, e"}
+    without = {name: [other for other in PARTIES if other != "b"] for name in PARTIES}
+    assert settle(without | {"b": PARTIES}, 2) == {"b": "refused by a, c, d, e"}
+    assert settle(everyone | {"a": ["a", "b", "d", "e"]}, 2) == {"a": "it refuses c", "c": "refused by a"}
+
+
+# ------------------------------------------------------------------------------------------- wrong shares are left out
+
+
+def revealed_by(members: dict[str, Member], summed: list[str]) -> dict[str, dict[str, bytes]]:
+    signed = {name: members[name].agree(summed) for name in summed}
+    return {name: members[name].reveal(summed, signed) for name in summed}
+
+
+WRONG_SHARES = {
+    "random": lambda share: bytes(2) + share[::-1][2:],
+    "one bit": lambda share: share[:-1] + bytes([share[-1] ^ 1]),
+    "short": lambda share: share[:5],
+    "empty": lambda share: b"",
+    "beyond the field": lambda share: b"\xff" * 66,
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_SHARES)
+@pytest.mark.parametrize("liars", ["b", "bd"])
+def test_the_sum_is_unmasked_in_spite_of_wrong_shares_and_who_revealed_them_is_named(kind: str, liars: str) -> None:
+    """As long as the threshold's number of right ones is there; one party has dropped out before its vector."""
+    names, threshold = (*PARTIES, "f"), 3
+    members = strangers(threshold, names)
+    keys = {name: member.advertise() for name, member in members.items()}
+    sealed = {name: member.share(keys) for name, member in members.items()}
+    vectors, total = made_up(names=names), np.zeros(1000, WORD)
+    for name, member in members.items():
+        member.open(passed_on(sealed, name))
+    summed = [name for name in names if name != "c"]
+    for name in summed:
+        words = vectors[name].copy()
+        members[name].mask(words, names)
+        total += words
+    revealed = revealed_by(members, summed)
+    for liar in liars:
+        revealed[liar] = {name: WRONG_SHARES[kind](share) for name, share in revealed[liar].items()}
+    assert unmask(total, SESSION, names, threshold, keys, summed, revealed) == set(liars)
+    assert np.array_equal(total, sum((vectors[name] for name in summed), np.zeros(1000, WORD)))
+
+
+def test_too_many_wrong_shares_are_told_from_a_lying_server_and_leave_the_sum_as_it_was() -> None:
+    members = masked_members(strangers())
+    revealed = revealed_by(members, list(PARTIES))
+    keys = {name: member.keys[name] for name, member in members.items()}
+    for liar in "abc":
+        revealed[liar] = {name: bytes(66) for name in PARTIES}
+    total = np.arange(4, dtype=WORD)
+    with pytest.raises(RunError, match="the shares of a's secret do not join: no 3 of 5 shares join. a dealt, or"):
+        unmask(total, SESSION, PARTIES, 3, keys, PARTIES, revealed)
+    assert total.tolist() == [0, 1, 2, 3]
+
+
+def test_a_secret_is_looked_for_among_a_bounded_number_of_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shamir, "TRIES", 50)
+    shares = shamir.split(bytes(32), range(1, 31), 10)
+    with pytest.raises(ValueError, match="none of 50 sets"):
+        shamir.join_right(shares, 10, lambda secret: False)
+    shares |= dict.fromkeys((3, 7, 30), bytes(66))
+    with pytest.raises(ValueError, match="none of 50 sets"):
+        shamir.join_right(shares, 10, lambda secret: secret == bytes(32))
+    assert shamir.join_right(shares, 10, lambda secret: secret == bytes(32), {3, 7, 30}) == (bytes(32), {3, 7, 30})
+
+
+# ----------------------------------------------------------------------------------------------- against a lying server
+
+
+def stolen(members: dict[str, Member], impostors: dict[str, Member]) -> np.ndarray | None:
+    """What a server gets that plays all other parties to `a`, each with a vector of zeros, and follows the protocol."""
+    victim, secret = members["a"], made_up()["a"]
+    keys = {name: member.advertise() for name, member in impostors.items() if name != "a"} | {"a": victim.advertise()}
+    sealed = {"a": victim.share(keys)} | {name: impostors[name].share(keys) for name in impostors if name != "a"}
+    for name, member in (impostors | {"a": victim}).items():
+        member.open(passed_on(sealed, name))
+    words, total = secret.copy(), np.zeros(1000, WORD)
+    victim.mask(words, list(impostors))
+    assert not np.array_equal(words, secret)
+    total += words
+    for name, member in impostors.items():
+        if name != "a":
+            nothing = np.zeros(1000, WORD)
+            member.mask(nothing, list(impostors))
+            total += nothing
+    revealed = revealed_by(impostors | {"a": victim}, list(impostors))
+    unmask(total, SESSION, victim.parties, victim.threshold, keys, list(impostors), revealed)
+    return total
+
+
+def test_a_server_that_swaps_all_keys_recovers_a_vector_bit_for_bit_unless_keys_are_pinned() -> None:
+    assert np.array_equal(stolen(strangers(), strangers()), made_up()["a"])  # the attack works
+    with pytest.raises(RunError, match="good keys of 1 parties, 3 are needed .*b: keys that are not signed by the one"):
+        stolen(pinned(), strangers())
+    with pytest.raises(RunError, match="good keys of 1 parties, 3 are needed"):
+        stolen(pinned(), pinned())  # signed, by keys of the server's own making
+
+
+def test_a_party_takes_no_part_with_invented_ones() -> None:
+    names = ("a", "x", "y")
+    identity = pinned()["a"].identity
+    victim = Member("a", SESSION, names, 2, identity)
+    with pytest.raises(RunError, match="a run with x, y, whom this party's trusted-parties does not name"):
+        victim.advertise()
+
+
+def test_signed_keys_are_of_one_session_one_name_one_set_of_parties_and_one_threshold() -> None:
+    """Whatever else the server takes from another exchange in which the same parties signed."""
+    members = pinned()
+    keys = {name: member.advertise() for name, member in members.items()}
+    b = members["b"]
+    for session, parties, threshold, name in (
+        ("round 2 of run x", PARTIES, 3, "b"),
+        ("round 1 of run y", PARTIES, 3, "b"),
+        (SESSION, PARTIES[:4], 3, "b"),
+        (SESSION, PARTIES[::-1], 3, "b"),
+        (SESSION, PARTIES, 4, "b"),
+    ):
+        other = Member(name, session, parties, threshold, b.identity).advertise()
+        assert list(copied(members["a"]).share(keys | {"b": other})) == ["c", "d", "e"]
+    assert list(copied(members["a"]).share(keys | {"b": keys["c"], "c": keys["b"]})) == ["d", "e"]
+    mixed = keys["b"][:32] + strangers()["b"].advertise()[32:96] + keys["b"][96:]
+    assert list(copied(members["a"]).share(keys | {"b": mixed})) == ["c", "d", "e"]
+    assert list(copied(members["a"]).share(keys)) == ["b", "c", "d", "e"]
+
+
+def test_a_party_reveals_nothing_before_the_threshold_signed_the_same_set() -> None:
+    """The server tells a, b that c's vector is in, and d, e that it is not, to have both kinds of c's shares."""
+    members, with_c, without = masked_members(pinned()), list(PARTIES), ["a", "b", "d", "e"]
+    signed = {"a": members["a"].agree(with_c), "b": members["b"].agree(with_c)}
+    signed |= {"d": members["d"].agree(without), "e": members["e"].agree(without)}
+    with pytest.raises(RunError, match="a: .*signatures of 2 parties on the same vectors and keys; 3 are needed"):
+        copied(members["a"]).reveal(with_c, signed)
+    with pytest.raises(RunError, match="d: .*signatures of 2 parties"):
+        copied(members["d"]).reveal(without, signed)
+    signed["e"] = strangers()["e"].identity.sign("sum", *members["a"]._of_sum())  # by another key
+    with pytest.raises(RunError, match="signatures of 2 parties"):
+        copied(members["a"]).reveal(with_c, signed | {"c": signed["a"], "d": b"", "x": signed["b"]})
+    assert copied(members["a"]).reveal(with_c, signed | {"c": members["c"].agree(with_c)})
+
+
+def test_nobodys_signature_counts_twice() -> None:
+    member = masked_members(pinned())["a"]
+    twice = ["a", "a", "b", "c"]
+    signed = {"a": member.agree(twice)}
+    with pytest.raises(RunError, match="signatures of 1 parties on the same vectors"):
+        member.reveal(twice, signed)
+
+
+def test_signatures_of_a_round_that_is_done_again_are_worth_nothing() -> None:
+    members = pinned()
+    once = masked_members({name: copied(member) for name, member in members.items()})
+    signed = {name: member.agree(PARTIES) for name, member in once.items()}
+    fresh = {name: Member(name, SESSION, PARTIES, 3, member.identity) for name, member in members.items()}
+    again = masked_members(fresh)
+    mine = again["a"].agree(PARTIES)
+    with pytest.raises(RunError, match="signatures of 1 parties on the same vectors and keys"):
+        again["a"].reveal(PARTIES, signed | {"a": mine})
+
+
+def test_old_keys_of_a_round_that_is_done_again_reveal_nothing() -> None:
+    """The server knows a mask key of the first time, when that party dropped out, and passes it on again."""
+    first = pinned()
+    old = first["b"].advertise()
+    members = {name: Member(name, SESSION, PARTIES, 3, member.identity) for name, member in first.items()}
+    keys = {name: member.advertise() for name, member in members.items()}
+    sealed = {"a": members["a"].share(keys | {"b": old})}  # signed, of this session
+    sealed |= {name: members[name].share(keys) for name in PARTIES[1:]}
+    assert "b" not in members["a"].open(passed_on(sealed, "a"))
+    assert "a" not in members["b"].open(passed_on(sealed, "b"))
+
+
+def test_a_partys_long_term_key_is_its_own_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATM_FL_CACHE", str(tmp_path))
+    line = public_line("red")
+    path = tmp_path / "identity" / "red"
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert line == public_line("red") != public_line("green")
+    assert list(path.parent.iterdir()) == sorted([path.parent / "green", path], reverse=False)
+    trusted = tmp_path / "trusted"
+    trusted.write_text(f"# us\n\n{line} a comment\n{public_line('green')}\n")
+    found = read_trusted(trusted)
+    assert list(found) == ["red", "green"]
+    assert found["red"] == party_key("red").public_key().public_bytes_raw()
+    path.write_text("no key")
+    with pytest.raises(SettingError, match="red is no OpenSSH private key"):
+        party_key("red")
+
+
+def test_a_party_is_told_its_public_key(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.identity("red")
+    assert capsys.readouterr().out == public_line("red") + "\n"
+    for name in ("", "..", "../red"):
+        with pytest.raises(SettingError, match="is no party's name"):
+            party_key(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "names nobody"),
+        ("red ssh-ed25519 AAAA", "red: 'ssh-ed25519 AAAA' is no public key of the form"),
+        ("red", "red: '' is no public key"),
+        ("red {key}\nred {key}", "names red twice"),
+        ("red {key}\ngreen {key}", "green has another client's key"),
+        ("red ecdsa-sha2-nistp256 AAAA", "is no public key of the form"),
+    ],
+)
+def test_a_list_of_trusted_parties_that_cannot_be_is_said(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "trusted"
+    file.write_text(text.format(key=public_line("red").partition(" ")[2]))
+    with pytest.raises(SettingError, match=words):
+        read_trusted(file)
+    with pytest.raises(SettingError, match="trusted-parties='/nowhere' cannot be read"):
+        read_trusted("/nowhere")
 
 
 def test_sealed_shares_are_for_their_holder_alone() -> None:
     """What the server passes on: neither the shares nor the secrets are in it, and only the holder opens it."""
-    members = {name: Member(name, SESSION, PARTIES, 3) for name in PARTIES}
+    members = strangers()
     keys = {name: member.advertise() for name, member in members.items()}
     sealed = {name: member.share(keys) for name, member in members.items()}
-    share = members["b"]._open("a", sealed["a"]["b"])
+    share = members["b"]._opened("a", sealed["a"]["b"])
+    assert share
     assert len(share) == 2 * shamir.SHARE_BYTES
     assert share not in sealed["a"]["b"]
-    with pytest.raises(RunError, match="a did not seal"):
-        members["c"]._open("a", sealed["a"]["b"])
+    assert members["c"]._opened("a", sealed["a"]["b"]) is None
     for name, member in members.items():
         assert all(secret not in b"".join(sealed[name].values()) for secret in (member.seed, member.mask_key))
         assert repr(member).count("=") == 5  # no secret gets into a log
@@ -295,6 +594,7 @@ def secrets_left(config: dict[str, Any]) -> list[Path]:
         {},
         {"merge": "task-arithmetic", "task-scaling": "red=0.5", "layer-scaling": "*mlp*=1.5"},
         {"codec-down": "int8", "server-optimizer": "momentum"},
+        {"merge": "iso-c", "scaling": 2.0, "server-optimizer": "nesterov"},
         {"trainable": "lora"},
         {"dp-client-clip": 0.05},
     ],
@@ -326,6 +626,17 @@ def test_one_round_differs_from_a_plain_one_by_less_than_the_steps(four: dict[st
     assert not torch.equal(secure.base, plain.base)
 
 
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_secure_iso_c_is_plain_iso_c_up_to_the_rings_rounding(four: dict[str, Any], trainable: str) -> None:
+    """LoRA's sum has fewer directions than its matrices; the rounding must not be made as strong as what is there."""
+    config = four | {"rounds": 1, "merge": "iso-c", "trainable": trainable, "lora-rank": 2}
+    secure = in_process(Settings.parse(config))
+    plain = in_process(Settings.parse({**config, "secure-aggregation": False, "run-dir": four["run-dir"] + "-plain"}))
+    apart, moved = float((secure.base.double() - plain.base.double()).norm()), merged(plain)[0]["norm"]
+    assert 0 < apart < 1e-5 * moved
+    assert merged(secure)[0]["norm"] == pytest.approx(moved, rel=1e-5)
+
+
 def test_it_is_the_same_whatever_the_masks(four: dict[str, Any]) -> None:
     runs = [in_process(Settings.parse({**four, "run-dir": four["run-dir"] + name})) for name in "ab"]
     assert same(final(runs[0].directory), final(runs[1].directory))
@@ -344,12 +655,12 @@ def dropping(task: str, kind: str, round_number: int = 1) -> ClientApp:
 
 
 @pytest.mark.parametrize("task", ["red", "grey"])
-@pytest.mark.parametrize("kind", ["query.keys", "query.shares", "train", "query.unmask"])
+@pytest.mark.parametrize("kind", ["query.keys", "query.shares", "query.confirm", "train", "query.sign", "query.unmask"])
 def test_a_run_survives_a_dropout_at_each_phase(four: dict[str, Any], kind: str, task: str) -> None:
     run = in_process(Settings.parse(four | SKIP | {"rounds": 2, "keep-checkpoints": 0}), dropping(task, kind))
     rest = [name for name in ("red", "green", "blue", "grey") if name != task]
     lines = merged(run)
-    late = kind == "query.unmask"  # its vector was in already
+    late = kind in ("query.sign", "query.unmask")  # its vector was in already
     assert lines[0]["tasks"] == (["red", "green", "blue", "grey"] if late else rest)
     assert lines[1]["tasks"] == ["red", "green", "blue", "grey"]
     assert lines[0]["failures"] == ({} if late else {task: "the line is dead"})
@@ -373,7 +684,7 @@ def test_a_round_that_failed_is_done_again_with_fresh_keys(four: dict[str, Any])
     assert same(final(resumed.directory), final(unbroken.directory))
 
 
-@pytest.mark.parametrize("kind", ["query.keys", "query.shares", "train"])
+@pytest.mark.parametrize("kind", ["query.keys", "query.shares", "query.confirm", "train"])
 def test_below_the_policy_a_round_fails_in_one_line(four: dict[str, Any], kind: str) -> None:
     with pytest.raises(RunError) as error:
         in_process(Settings.parse(four), dropping("blue", kind))
@@ -386,7 +697,8 @@ def test_too_few_to_unmask_fail_the_round_in_one_line(four: dict[str, Any]) -> N
             silent = context.node_config["partition-id"] < 2 and message.metadata.message_type == "query.unmask"
             return Message(Error(2, "dead"), reply_to=message) if silent else client_app(message, context)
 
-    with pytest.raises(RunError, match="secure aggregation of round 1 of run .*: 2 of 4 parties helped .*, 3 needed"):
+    words = "secure aggregation of round 1 of run .*: 2 of 4 parties helped .*, 3 needed; red: dead; green: dead"
+    with pytest.raises(RunError, match=words):
         in_process(Settings.parse(four), Dead())
 
 
@@ -435,9 +747,9 @@ def test_no_single_vector_of_a_run_is_in_what_the_server_received(
     assert correlations(log.words, true).max() < 5.5 / size**0.5
     assert min(uniform(found) for found in log.words.values()) > 1e-5
     assert sum(log.words.values(), np.zeros(size, WORD)).tolist() != sum(true.values(), np.zeros(size, WORD)).tolist()
-    # 4 keys, 4 · 3 sealed shares and 4 · 4 opened ones are all the rest
-    assert sorted({len(found) for found in log.bytes}) == [64, 66, 12 + 2 * 66 + 16]
-    assert [sum(len(found) == size for found in log.bytes) for size in (64, 66, 160)] == [4, 16, 12]
+    # 4 signatures, 4 · 4 opened shares, 4 keys with hash and signature and 4 · 3 sealed shares are all the rest
+    assert 3 * 32 + 64 == 12 + 2 * 66 + 16 == 160
+    assert Counter(len(found) for found in log.bytes) == {64: 4, 66: 16, 160: 4 + 12}
 
     monkeypatch.setattr(secure_aggregation, "add_mask", lambda *_: None)
     bare = Listening()
@@ -453,11 +765,11 @@ def test_secrets_are_the_partys_own_and_asked_for_twice_they_are_gone(four: dict
         def __call__(self, message: Message, context: Context) -> Message:
             reply = client_app(message, context)
             info = message.content.config_records["info"]
-            if message.metadata.message_type in ("query.keys", "query.shares", "train"):
+            if message.metadata.message_type not in ("query", "query.unmask", "evaluate"):
                 task = str(reply.content.config_records["info"]["task"])
                 modes.add((Kept(str(info["run"]), task).folder / "secret.json").stat().st_mode & 0o777)
             if message.metadata.message_type == "query.unmask":
-                message.content.config_records["summed"]["tasks"] = ["red", "green", "blue"]
+                message.content.config_records["summed"]["clients"] = ["red", "green", "blue"]
                 refused.append(client_app(message, context).error.reason)
             contexts.append(len(context.state))
             return reply
@@ -471,15 +783,229 @@ def test_secrets_are_the_partys_own_and_asked_for_twice_they_are_gone(four: dict
 
 
 def test_a_client_sends_no_vector_unmasked(four: dict[str, Any]) -> None:
-    """A server that leaves the shares out of its message gets an error."""
+    """A server that leaves the parties out of its message gets an error."""
 
     class Bare(ClientApp):
         def __call__(self, message: Message, context: Context) -> Message:
-            message.content.pop("sealed", None)
+            message.content.pop("parties", None)
             return client_app(message, context)
 
-    with pytest.raises(RunError, match="round 1: 0 of 4 clients succeeded, 4 needed. red: .*sealed"):
+    with pytest.raises(RunError, match="round 1: 0 of 4 clients succeeded, 4 needed. red: .*parties"):
         in_process(Settings.parse(four), Bare())
+
+
+class Broken(ClientApp):
+    """The ClientApp, of which one client's record of one phase is changed on its way to the server."""
+
+    def __init__(self, kind: str, task: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        super().__init__()
+        self.kind, self.task, self.change = kind, task, change
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        if message.metadata.message_type != f"query.{self.kind}" or reply.has_error():
+            return reply
+        if str(reply.content.config_records["info"]["task"]) == self.task:
+            reply.content[self.kind] = ConfigRecord(self.change(dict(reply.content.config_records[self.kind])))
+        return reply
+
+
+def others(change: Callable[[bytes], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda record: {name: change(value) for name, value in record.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("keys", lambda record: {"keys": record["keys"][:63]}, "refused: keys of 63 bytes, not 160"),
+        ("keys", lambda record: {"keys": bytes(160)}, "refused: keys that no secret can be agreed on with"),
+        ("keys", lambda record: {"keys": "a string"}, "refused: keys of str, not bytes"),
+        ("keys", lambda record: {}, "refused: keys of NoneType, not bytes"),
+        ("shares", others(lambda share: share[:-1]), "refused: 3 of its shares are none"),
+        ("shares", others(lambda share: "a string"), "refused: 3 of its shares are none"),
+        ("shares", lambda record: record | {"nobody": bytes(160)}, "refused: 1 of its shares are none"),
+        ("shares", lambda record: {}, "refused: it refuses red, green, blue: their keys"),
+        ("shares", others(lambda share: share[::-1]), "refused: shares refused by red, green, blue"),
+        ("confirm", lambda record: {"opened": ["grey"]}, "refused: it refuses red, green, blue: their shares"),
+        ("confirm", lambda record: {"opened": "red"}, "refused: opened of str, not list"),
+    ],
+)
+def test_a_client_with_bad_keys_or_shares_is_out_by_name_and_the_round_goes_on(
+    four: dict[str, Any], kind: str, change: Any, words: str
+) -> None:
+    run = in_process(Settings.parse(four | SKIP | {"rounds": 1}), Broken(kind, "grey", change))
+    (line,) = merged(run)
+    assert (line["tasks"], line["failures"]) == (["red", "green", "blue"], {"grey": words})
+    if kind == "keys":
+        return  # the others never heard of it
+    plain = {**four, **SKIP, "rounds": 1, "secure-aggregation": False, "run-dir": four["run-dir"] + "-plain"}
+    other = in_process(Settings.parse(plain), dropping("grey", "train"))
+    for name, expected in final(other.directory).items():
+        torch.testing.assert_close(final(run.directory)[name], expected, rtol=2**-22, atol=run.settings.ring.step)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("unmask", others(lambda share: share[::-1]), "grey: refused: it revealed wrong shares"),
+        ("unmask", others(lambda share: "a string"), "grey: refused: not the shares that it was asked for"),
+        ("unmask", lambda record: {}, "grey: refused: not the shares that it was asked for"),
+        ("sign", lambda record: {"signature": 5}, "grey: refused: signature of int, not bytes"),
+        ("sign", lambda record: {"signature": b"x"}, ""),  # for the parties to judge
+    ],
+)
+def test_a_client_that_helps_wrongly_to_unmask_is_named_and_its_vector_counts(
+    four: dict[str, Any], tmp_path: Path, kind: str, change: Any, words: str
+) -> None:
+    node = {"trusted-parties": str(trusting(tmp_path, "red", "green", "blue", "grey"))}
+    settings = Settings.parse(four | SKIP | {"rounds": 1})
+    run = served(settings, Broken(kind, "grey", change), node)
+    (line,) = merged(run)
+    assert (line["tasks"], line["failures"]) == (["red", "green", "blue", "grey"], {})
+    warned = [line["text"] for line in read_metrics(run.directory) if line["kind"] == "warning"]
+    assert warned == ([f"round 1: its sum was unmasked without {words}"] if words else [])
+    honest = in_process(Settings.parse({**settings.as_config(), "run-dir": four["run-dir"] + "-honest"}))
+    assert same(final(run.directory), final(honest.directory))
+
+
+def trusting(folder: Path, *clients: str) -> Path:
+    """A file of trusted-parties with the keys that these clients have on this machine."""
+    file = folder / "trusted-parties"
+    file.write_text("".join(f"{public_line(client)}\n" for client in clients))
+    return file
+
+
+def served(settings: Settings, app: ClientApp, node: dict[str, Any]) -> Run:
+    """A run of the server's own code in this process, every node of which has `node` in its node-config."""
+    grid = InProcessGrid(app, len(settings.task_names), settings.as_config())
+    for context in grid.contexts.values():
+        context.node_config = {**context.node_config, **node}
+    return serve(grid, settings)
+
+
+def test_a_run_among_parties_that_pin_each_other_has_the_bits_of_one_among_strangers(
+    four: dict[str, Any], tmp_path: Path
+) -> None:
+    node = {"trusted-parties": str(trusting(tmp_path, "red", "green", "blue", "grey"))}
+    run = served(Settings.parse(four), client_app, node)
+    other = in_process(Settings.parse({**four, "run-dir": four["run-dir"] + "-strangers"}))
+    assert same(final(run.directory), final(other.directory))
+
+
+def test_a_party_whose_key_is_not_the_one_that_the_others_trust_is_out_by_name(
+    four: dict[str, Any], tmp_path: Path
+) -> None:
+    """As one that lost its disk, or is someone else."""
+    node = {"trusted-parties": str(trusting(tmp_path, "red", "green", "blue", "grey"))}
+    (tmp_path / "cache" / "identity" / "grey").unlink()
+    run = served(Settings.parse(four | SKIP | {"rounds": 1}), client_app, node)
+    assert merged(run)[0]["tasks"] == ["red", "green", "blue"]
+    assert "trusted-parties has another key of grey than this party's own" in merged(run)[0]["failures"]["grey"]
+
+    class Forgetful(ClientApp):
+        """grey itself trusts anyone."""
+
+        def __call__(self, message: Message, context: Context) -> Message:
+            if context.node_config["partition-id"] == 3:
+                context.node_config = {"partition-id": 3, "num-partitions": 4}
+            return client_app(message, context)
+
+    again = served(Settings.parse({**four, **SKIP, "rounds": 1, "run-dir": four["run-dir"] + "2"}), Forgetful(), node)
+    assert merged(again)[0]["failures"] == {"grey": "refused: keys refused by red, green, blue"}
+
+
+class HostileServer:
+    """Speaks to one real ClientApp, and plays all the other parties of its run to it."""
+
+    def __init__(self, settings: Settings, victim: int, node: dict[str, Any]) -> None:
+        self.settings, self.run = settings, Run(settings)
+        grid = InProcessGrid(client_app, len(settings.task_names), settings.as_config())
+        self.context = grid.contexts[victim + 1]
+        self.context.node_config = {**self.context.node_config, **node}
+        self.victim = settings.party_names[victim]
+
+    def ask(
+        self, kind: str, records: dict[str, dict[str, Any]], arrays: dict[str, np.ndarray] | None = None
+    ) -> Message:
+        """The victim's reply. RunError if it is an error."""
+        info = {"run": self.run.id, "round": 1, "codec": "fp32", "layout": self.run.layout.digest, "from": ""}
+        content = RecordDict({"info": ConfigRecord(info | {"base": self.run.digest})})
+        for name, record in records.items():
+            content[name] = ConfigRecord(record)
+        if arrays is not None:
+            content["arrays"] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+        reply = client_app(Message(content, self.context.node_id, kind), self.context)
+        if reply.has_error():
+            raise RunError(reply.error.reason)
+        return reply
+
+    def steal(self) -> np.ndarray:
+        """The victim's vector, in words [n]."""
+        names, threshold = self.settings.party_names, self.settings.threshold
+        session = secure_aggregation.session_of(self.run.id, 1)
+        played = {name: Member(name, session, names, threshold) for name in names if name != self.victim}
+        keys = {name: member.advertise() for name, member in played.items()}
+        keys[self.victim] = self.ask("query.keys", {}).content["keys"]["keys"]
+        sealed = {name: member.share(keys) for name, member in played.items()}
+        sealed[self.victim] = dict(self.ask("query.shares", {"keys": keys}).content["shares"])
+        self.ask("query.confirm", {"sealed": passed_on(sealed, self.victim)})
+        base = codecs.Fp32().encode(self.run.base, self.run.layout)
+        reply = self.ask("train", {"parties": {"clients": list(names)}}, base)
+        total = reply.content.array_records["arrays"]["words"].numpy().copy()
+        for name, member in played.items():
+            member.open(passed_on(sealed, name))
+            member.mask(nothing := np.zeros_like(total), names)
+            total += nothing
+        summed = {"summed": {"clients": list(names)}}
+        signed = {name: member.agree(names) for name, member in played.items()}
+        signed[self.victim] = self.ask("query.sign", summed).content["sign"]["signature"]
+        revealed = {name: member.reveal(names, signed) for name, member in played.items()}
+        revealed[self.victim] = dict(self.ask("query.unmask", summed | {"signatures": signed}).content["unmask"])
+        unmask(total, session, names, threshold, keys, list(names), revealed)
+        return total
+
+
+def test_a_hostile_server_recovers_a_vector_bit_for_bit_and_from_a_party_with_pins_nothing(
+    four: dict[str, Any], tmp_path: Path
+) -> None:
+    """The man in the middle gives out keys of its own for the real parties; sybils are parties that it invented."""
+    man_in_the_middle = Settings.parse(four | {"rounds": 1})
+    red = man_in_the_middle.task_names[0]
+    sybils = Settings.parse(four | {"rounds": 1, "tasks": f"{red},./one,./two", "run-dir": four["run-dir"] + "-sybils"})
+    party = party_module.Party(man_in_the_middle, red)
+    vector = party.train(HostileServer(man_in_the_middle, 0, {}).run.base, 1).arrays
+    assert vector
+    attacks = [man_in_the_middle, sybils]
+    for number, settings in enumerate(attacks):  # without pins both work
+        settings = Settings.parse({**settings.as_config(), "run-dir": f"{four['run-dir']}-open-{number}"})
+        stolen = HostileServer(settings, 0, {}).steal()
+        values = [
+            found.ring.decode(words) for found, words in ((settings, stolen), (man_in_the_middle, vector["words"]))
+        ]
+        torch.testing.assert_close(values[0], values[1], rtol=0, atol=float(settings.ring.step))
+        if settings.ring == man_in_the_middle.ring:
+            assert np.array_equal(stolen, vector["words"])  # bit for bit
+    node = {"trusted-parties": str(trusting(tmp_path, "red", "green", "blue", "grey"))}
+    for number, (settings, words) in enumerate(
+        [
+            (man_in_the_middle, "good keys of 1 parties, 3 are needed .green: keys that are not signed by the one"),
+            (sybils, "refused: a run with one, two, whom this party's trusted-parties does not name"),
+        ]
+    ):
+        settings = Settings.parse({**settings.as_config(), "run-dir": f"{four['run-dir']}-pinned-{number}"})
+        with pytest.raises(RunError, match=words):
+            HostileServer(settings, 0, node).steal()
+
+
+@pytest.mark.parametrize("kind", ["query", "train", "evaluate"])
+def test_a_party_with_pins_sends_no_vector_outside_a_sum(four: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    """A server decides the run's settings, but not these."""
+    node = {"trusted-parties": str(trusting(tmp_path, "red", "green", "blue", "grey"))}
+    server = HostileServer(Settings.parse(four | {"secure-aggregation": False}), 0, node)
+    with pytest.raises(
+        RunError, match="refused: secure-aggregation=false, and a party with trusted-parties answers in"
+    ):
+        server.ask(kind, {}, codecs.Fp32().encode(server.run.base, server.run.layout))
 
 
 def test_a_vector_beyond_the_range_is_said_by_name(four: dict[str, Any]) -> None:
@@ -492,7 +1018,7 @@ def test_a_vector_beyond_the_range_is_said_by_name(four: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"merge": "ties"}, "merge='ties': not with secure-aggregation=true.*choose mean or task-arithmetic"),
+        ({"merge": "ties"}, "merge='ties': not with secure-aggregation=true.*alone: iso-c, mean, task-arithmetic"),
         ({"merge": "median"}, "merge='median': not with secure-aggregation=true"),
         ({"merge": "clipped-mean"}, "merge='clipped-mean': not with secure-aggregation=true"),
         ({"codec-up": "int8"}, "codec-up='int8': not with secure-aggregation=true"),

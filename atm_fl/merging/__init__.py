@@ -14,6 +14,9 @@ that registers a class of one of the kinds in `kinds.py`::
 
 Its options can then be set in a run (`merge-options = "size=0.1"`), on the command line (`atm-fl merge --size 0.1`) and
 in Python (`make_merge("sign-mean", layout, size=0.1)`), each checked as declared.
+
+A merge that needs no more than the vectors' sum and number says so (`of_sum`), and how (`sum_factor`, `from_sum`). Then
+it goes with secure aggregation, where there is only the sum, and with client-level DP, where the sum gets the noise.
 """
 
 from __future__ import annotations
@@ -58,6 +61,8 @@ class Merge(ABC):
     """
 
     name: ClassVar[str]
+    of_sum: ClassVar[bool] = False
+    """Whether it is a function of the vectors' sum and their number alone, where all weights are 1."""
     layout: Layout
     seed: int = 0
     scaling: float = option(1.0, "factor on the merged vector (λ)")
@@ -98,6 +103,17 @@ class Merge(ABC):
     def result(self) -> Tensor:
         """The merged vector of what was added. The errors of `combine`."""
 
+    def sum_factor(self, count: int) -> float:
+        """Of a merge `of_sum`: what the sum of `count` vectors is multiplied with before `from_sum` gets it."""
+        raise ValueError(f"the merge {self.name!r} needs each vector, not their sum alone")
+
+    def from_sum(self, scaled: Tensor, count: int, rounding: float = 0.0) -> Tensor:
+        """Of a merge `of_sum`: the merged vector, given `sum_factor(count)` times the sum of `count` vectors, [n].
+
+        rounding: standard deviation of the error of an element of the sum, where it is more than float32's own.
+        """
+        raise ValueError(f"the merge {self.name!r} needs each vector, not their sum alone")
+
     @abstractmethod
     def _combine(self, vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor: ...
 
@@ -130,6 +146,11 @@ def merges() -> dict[str, type[Merge]]:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     return dict(sorted(_registry.items()))
+
+
+def merges_of_sum() -> list[str]:
+    """The names of the merges that need the sum of the vectors alone, sorted."""
+    return [name for name, found in merges().items() if found.of_sum]
 
 
 def options(found: type[Merge]) -> list[Any]:

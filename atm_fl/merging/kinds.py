@@ -56,6 +56,13 @@ class Streaming(Merge):
         self._sum, self._weight = None, 0.0
         return total.mul_(self.scaling / weight if self.average else self.scaling)
 
+    def sum_factor(self, count: int) -> float:
+        """λ / T or λ: all that there is to a merge without a `change` of single vectors."""
+        return self.scaling / count if self.average else self.scaling
+
+    def from_sum(self, scaled: Tensor, count: int, rounding: float = 0.0) -> Tensor:
+        return scaled
+
     def _combine(self, vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
         factor = self.scaling / sum(weights[task] for task in vectors) if self.average else self.scaling
         total = empty(self.layout.size, next(iter(vectors.values())))
@@ -196,12 +203,16 @@ class Entrywise(Joint):
         """The merged entry, without scaling, from every task's, in the entry's own shape."""
 
     def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
+        return self.each(vectors, self.entry)
+
+    def each(self, vectors: Sequence[Tensor], entry: Callable[[str, list[Tensor]], Tensor]) -> Tensor:
+        """`scaling` times what `entry` makes of every entry of the vectors."""
         total = empty(self.layout.size, vectors[0])
         views = [self.layout.views(vector.contiguous()) for vector in vectors]
         targets = self.layout.views(total)
 
         def work(name: str) -> None:
-            torch.mul(self.entry(name, [view[name] for view in views]), self.scaling, out=targets[name])
+            torch.mul(entry(name, [view[name] for view in views]), self.scaling, out=targets[name])
 
         # An eigendecomposition hardly gains from a second core, two at a time do. Largest first, to end together.
         in_parallel(work, sorted(targets, key=lambda name: -targets[name].numel()), total.device)

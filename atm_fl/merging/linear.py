@@ -19,6 +19,8 @@ class Mean(Streaming):
     ATM (arXiv:2411.03055), Algorithm 1 with α = scaling / T. It keeps its meaning when a task is missing from a round.
     """
 
+    of_sum: ClassVar[bool] = True
+
 
 @merge("task-arithmetic")
 class TaskArithmetic(Streaming):
@@ -27,6 +29,7 @@ class TaskArithmetic(Streaming):
     Their λ is tuned on validation data; 0.3 is the usual choice for eight tasks. Weights multiply the vectors.
     """
 
+    of_sum: ClassVar[bool] = True
     average: ClassVar[bool] = False
     scaling: float = option(0.3, "λ, the factor on the sum")
 

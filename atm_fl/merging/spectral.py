@@ -9,8 +9,10 @@ invents directions.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -123,17 +125,17 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         return values.flip(0), rows.flip(0).T
 
 
-def polar(columns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def polar(columns: Tensor, dtype: torch.dtype, least: float = 0.0) -> tuple[Tensor, Tensor]:
     """The polar factor UVᵀ, `dtype` [m, k] with m ≥ k, of columns = UΣVᵀ, and Σ, float64 [k].
 
-    It is the nearest matrix of orthogonal columns. Values of Σ below `NOISE` of the largest are 0, their directions
-    missing.
+    It is the nearest matrix of orthogonal columns. Values of Σ below `NOISE` of the largest, or below `least`, are 0,
+    their directions missing.
     """
     squares, vectors = eigh(gram(columns))
-    noise = NOISE**2 * squares[-1:]
+    noise = (NOISE**2 * squares[-1:]).clamp_min(least**2)
     if bool(((squares > noise / 10) & (squares < noise * 1000)).any()):  # float64 holds too little of such squares
         left, values, right = torch.linalg.svd(columns, full_matrices=False)
-        values = torch.where(values > NOISE * values[:1], values, 0)
+        values = torch.where(values > (NOISE * values[:1]).clamp_min(least), values, 0)
         return ((left * (values > 0)) @ right).to(dtype), values
     values = torch.where(squares > noise, squares, 0).sqrt()
     inverse = torch.where(values > 0, 1 / values, 0)
@@ -155,12 +157,21 @@ class Spectral(Entrywise):
         """The merged matrix [m, n] of every task's, in their dtype."""
 
     def entry(self, name: str, tensors: list[Tensor]) -> Tensor:
-        if tensors[0].dim() != 2 or tensors[0].numel() == 0:
+        if not is_matrix(tensors[0]):
             return reduce(torch.add, tensors) / len(tensors)
+        return self.by_pieces(name, tensors, self.matrix)
+
+    def by_pieces(self, name: str, tensors: list[Tensor], matrix: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        """What `matrix` makes of every task's matrix `name`, of a fused projection's three each by itself if split."""
         rows = tensors[0].shape[0]
         pieces = 3 if self.split_qkv and name.endswith(FUSED) and rows % 3 == 0 else 1
         parts = zip(*(tensor.chunk(pieces) for tensor in tensors), strict=True)
-        return torch.cat([self.matrix(list(matrices)) for matrices in parts])
+        return torch.cat([matrix(list(matrices)) for matrices in parts])
+
+
+def is_matrix(entry: Tensor) -> bool:
+    """Whether there are singular values to merge by."""
+    return entry.dim() == 2 and entry.numel() > 0
 
 
 @merge("tsv-m")
@@ -188,10 +199,34 @@ class IsoC(Spectral):
     tuned near 1.
     """
 
+    of_sum: ClassVar[bool] = True
+
     def matrix(self, matrices: list[Tensor]) -> Tensor:
-        total = add(matrices)
-        flat, values = polar(total if total.shape[0] >= total.shape[1] else total.T, matrices[0].dtype)
-        return values.mean() * (flat if flat.shape == total.shape else flat.T)
+        return isotropic(add(matrices), matrices[0].dtype)
+
+    def sum_factor(self, count: int) -> float:
+        return 1.0
+
+    def from_sum(self, scaled: Tensor, count: int, rounding: float = 0.0) -> Tensor:
+        """Directions that are no more than `rounding` are missing: made as strong as the others they would drown them.
+
+        A matrix [m, n] of such errors has no singular value much above rounding · (√m + √n).
+        """
+
+        def matrix(matrices: list[Tensor]) -> Tensor:
+            rows, columns = matrices[0].shape
+            return isotropic(add(matrices), scaled.dtype, 2 * rounding * (rows**0.5 + columns**0.5))
+
+        def entry(name: str, tensors: list[Tensor]) -> Tensor:
+            return self.by_pieces(name, tensors, matrix) if is_matrix(tensors[0]) else tensors[0] / count
+
+        return self.each([scaled], entry)
+
+
+def isotropic(total: Tensor, dtype: torch.dtype, least: float = 0.0) -> Tensor:
+    """σ̄ U Vᵀ, `dtype`, of a matrix U Σ Vᵀ, float64 [m, n], without the directions of values below `least`."""
+    flat, values = polar(total if total.shape[0] >= total.shape[1] else total.T, dtype, least)
+    return values.mean() * (flat if flat.shape == total.shape else flat.T)
 
 
 @merge("iso-cts")

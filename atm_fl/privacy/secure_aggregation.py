@@ -1,26 +1,35 @@
 """Secure aggregation: the server learns the sum of the parties' task vectors, and no single one.
 
 The protocol of Bonawitz et al. 2017, "Practical secure aggregation for privacy-preserving machine learning" (CCS '17,
-doi:10.1145/3133956.3133982), Figure 4, as it is for a server that is curious but follows the protocol. Each round of a
-run, with fresh keys:
+doi:10.1145/3133956.3133982), Figure 4 with what it adds against a server that lies: signed keys, and signatures on what
+is unmasked. Each round of a run, with fresh keys:
 
-    keys      party u draws two X25519 key pairs, for masks and for sealing, and publishes them        U₁ answered
-    shares    u draws a seed b_u, and splits b_u and its mask key among U₁ (Shamir, any t join);
-              each share is sealed to its holder, and the server passes it on                          U₂ answered
+    keys      party u draws two X25519 key pairs, for masks and for sealing, and a seed b_u; it publishes the public
+              keys and a hash of b_u, signed with its long-term key                                    U₁ answered
+    shares    u splits b_u and its mask key among those of U₁ whose keys it accepts (Shamir, any t join);
+              each share is sealed to its holder, and the server passes it on
+    confirm   u opens the shares that were sealed for it, and says whose opened                        U₂ stayed
     vectors   u sends  y_u = x_u + PRG(b_u) + Σ_{u<v} PRG(s_uv) − Σ_{v<u} PRG(s_uv)   over v in U₂     U₃ answered
-    unmask    each u in U₃ reveals, of every v in U₂, its share of b_v if v is in U₃, and else of v's mask key
+    sign      u signs U₃ and the public keys of U₂, once
+    unmask    u sees the signatures of t parties on just that, and reveals, of every v in U₂, its share of b_v if v is
+              in U₃, and else of v's mask key
 
 s_uv comes of u's mask key and v's, so that pairs cancel in Σ y; the server joins the shares, and takes PRG(b_v) off for
 those who are in the sum and what does not cancel for those who went missing. At least t must answer every time.
 
 x_u is the vector in whole steps of a `Ring`, modulo 2³², where sums are exact: the order of the parties, the masks and
 who dropped out leave no trace in the bits. PRG is ChaCha20, keys go through HKDF-SHA256, shares are sealed with
-ChaCha20-Poly1305; all three and X25519 are those of `cryptography`.
+ChaCha20-Poly1305; all three, X25519 and Ed25519 are those of `cryptography`.
 
-What of the paper is left out, signatures on keys (a public-key infrastructure) and the consistency check of U₃, guards
-against a server that lies. Against one that tells parties different U₃ the rule t > n/2 guards nonetheless: each party
-answers once, with one kind of share of each other, and t of both kinds would take 2 t answers. Nothing guards against a
-server that swaps public keys for its own.
+Signatures protect a party that holds the others' long-term public keys (`Identity.trusted`). Then a server that swaps
+keys or invents parties gets no vector, and one that tells parties different U₃ gets no shares, as long as fewer than
+2t − n parties are in league with it (an honest one signs one set, and two sets need t signatures each). A party that
+trusts nobody's key believes the server's; then only the rule t > n/2 guards against different U₃: each party answers
+once, with one kind of share of each other, and t of both kinds would take 2t answers.
+
+A party whose keys or shares are bad is out by name and the round goes on: the server checks what it can see, and asks
+the parties whom they accept for the rest (`settle`). A wrong share among those that are
+revealed is found by the hash or the public key of what it is to join to, and left out.
 """
 
 from __future__ import annotations
@@ -28,7 +37,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from hashlib import sha256
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -41,9 +51,16 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from atm_fl.blocks import BLOCK, parts
 from atm_fl.errors import RunError
 from atm_fl.privacy import shamir
+from atm_fl.privacy.identity import SIGNATURE_BYTES, Identity
 from atm_fl.privacy.ring import WORD
 
 KEY_BYTES = 32
+PUBLIC_BYTES = 3 * KEY_BYTES
+"""A mask key, a sealing key and the hash of a seed; a signature follows."""
+PAIR_BYTES = 2 * shamir.SHARE_BYTES
+"""Shares of a mask key and of a seed."""
+NONCE_BYTES, TAG_BYTES = 12, 16
+SEALED_BYTES = NONCE_BYTES + PAIR_BYTES + TAG_BYTES
 
 
 def add_mask(words: np.ndarray, seed: bytes, sign: int = 1) -> None:
@@ -80,6 +97,33 @@ def _public(secret: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
 
 
+def _commitment(seed: bytes) -> bytes:
+    """What a seed can be told by, and not be found from."""
+    return sha256(b"atm-fl secure aggregation seed" + seed).digest()
+
+
+def check_keys(published: bytes) -> None:
+    """ValueError if this is not what `Member.advertise` returns, as far as shows without knowing whose it is."""
+    if len(published) != PUBLIC_BYTES + SIGNATURE_BYTES:
+        raise ValueError(f"keys of {len(published)} bytes, not {PUBLIC_BYTES + SIGNATURE_BYTES}")
+    for key in (published[:KEY_BYTES], published[KEY_BYTES : 2 * KEY_BYTES]):
+        try:
+            X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(key))
+        except ValueError as error:  # a point of low order, zero among them, agrees on the same with everyone
+            raise ValueError("keys that no secret can be agreed on with") from error
+
+
+def _shared(one: bytes, other: bytes) -> bool:
+    """Whether two have published the same public key, in whatever place."""
+    keys = [{each[:KEY_BYTES], each[KEY_BYTES : 2 * KEY_BYTES]} for each in (one, other)]
+    return bool(keys[0] & keys[1])
+
+
+def duplicates(keys: Mapping[str, bytes]) -> list[str]:
+    """Those of whose published keys another has one."""
+    return [name for name in keys if any(_shared(keys[name], keys[other]) for other in keys if other != name)]
+
+
 def _fresh() -> bytes:
     return X25519PrivateKey.generate().private_bytes_raw()
 
@@ -106,72 +150,139 @@ class Member:
     session: str
     parties: tuple[str, ...]
     threshold: int
+    identity: Identity = field(default_factory=Identity, repr=False)
     stage: str = "made"
     mask_key: bytes = field(default_factory=_fresh, repr=False)
     seal_key: bytes = field(default_factory=_fresh, repr=False)
     seed: bytes = field(default_factory=lambda: os.urandom(KEY_BYTES), repr=False)
     """b_u."""
     keys: dict[str, bytes] = field(default_factory=dict, repr=False)
-    """Public keys of U₁."""
-    kept: bytes = field(default=b"", repr=False)
-    """Its shares of its own secrets."""
-    sealed: dict[str, bytes] = field(default_factory=dict, repr=False)
-    """What it received of the others of U₂."""
+    """What was published and is accepted, of U₁ and then of U₂."""
+    held: dict[str, bytes] = field(default_factory=dict, repr=False)
+    """Its shares of the secrets of U₂, its own too."""
+    summed: list[str] = field(default_factory=list, repr=False)
+    """U₃ as it signed it, sorted."""
 
     def advertise(self) -> bytes:
-        """Its public keys, of masks and of sealing, 64 bytes."""
+        """Its public keys, of masks and of sealing, the hash of its seed and its signature, 160 bytes."""
         self._step("made", "advertised")
-        return _public(self.mask_key) + _public(self.seal_key)
+        trusted = self.identity.trusted
+        if unknown := [name for name in self.parties if trusted and name not in trusted]:
+            raise self._refusal(f"a run with {', '.join(unknown)}, whom this party's trusted-parties does not name")
+        if trusted and trusted.get(self.name) != self.identity.public:
+            raise RunError(f"{self.name}: trusted-parties has another key of {self.name} than this party's own")
+        return self._published()
 
     def share(self, keys: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Given the keys of U₁: for each of the others the shares of its secrets, sealed."""
+        """Given what U₁ published: for each of the others whose keys it accepts the shares of its secrets, sealed."""
         self._step("advertised", "shared")
         self._check(keys, self.parties, "keys")
-        if keys[self.name] != _public(self.mask_key) + _public(self.seal_key):
+        if keys[self.name] != self._published():
             raise self._refusal("another key as its own")
-        if any(len(key) != 2 * KEY_BYTES for key in keys.values()) or len(set(keys.values())) < len(keys):
-            raise self._refusal("keys that are too short or the same")
-        self.keys = dict(keys)
-        numbers = {name: self.parties.index(name) + 1 for name in keys}
+        others = {name: key for name, key in keys.items() if name != self.name}
+        wrong = {name: reason for name, key in others.items() if (reason := self._wrong(name, key, keys))}
+        self.keys = {name: key for name, key in keys.items() if name not in wrong}
+        if len(self.keys) < self.threshold:
+            told = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
+            raise self._refusal(f"good keys of {len(self.keys)} parties, {self.threshold} are needed ({told})")
+        numbers = {name: self.parties.index(name) + 1 for name in self.keys}
         of_key, of_seed = (
             shamir.split(secret, numbers.values(), self.threshold) for secret in (self.mask_key, self.seed)
         )
         pairs = {name: of_key[number] + of_seed[number] for name, number in numbers.items()}
-        self.kept = pairs.pop(self.name)
+        self.held = {self.name: pairs.pop(self.name)}
         return {name: self._seal(name, pair) for name, pair in pairs.items()}
 
-    def mask(self, words: np.ndarray, sealed: Mapping[str, bytes]) -> None:
-        """Given what the others of U₂ sealed for it: mask its words [n] in place. They may then be sent."""
-        self._step("shared", "masked")
+    def open(self, sealed: Mapping[str, bytes]) -> list[str]:
+        """Given what the others sealed for it: of whom it has the shares now, itself too."""
+        self._step("shared", "opened")
         self._check([self.name, *sealed], self.keys, "shares")
-        self.sealed = dict(sealed)
+        for name, content in sealed.items():
+            if name != self.name and (pair := self._opened(name, content)):
+                self.held[name] = pair
+        if len(self.held) < self.threshold:
+            raise self._refusal(f"shares of which those of {len(self.held)} parties open; {self.threshold} are needed")
+        return list(self.held)
+
+    def mask(self, words: np.ndarray, parties: Collection[str]) -> None:
+        """Given U₂: mask its words [n] in place. They may then be sent."""
+        self._step("opened", "masked")
+        self._check(parties, self.held, "parties")
+        self.keys = {name: self.keys[name] for name in self.parties if name in parties}
+        self.held = {name: self.held[name] for name in self.keys}
         add_mask(words, self.seed)
         key = X25519PrivateKey.from_private_bytes(self.mask_key)
-        for other in sealed:
+        for other in self.keys.keys() - {self.name}:
             seed = _pair_seed(key, self.keys[other][:KEY_BYTES], self.session, self.name, other)
             add_mask(words, seed, _sign(self.name, other))
 
-    def reveal(self, summed: Collection[str]) -> dict[str, bytes]:
-        """Given U₃, whose vectors are in the sum: of each of those its share of the seed, of the others of the key."""
-        self._step("masked", "revealed")
-        self._check(summed, [self.name, *self.sealed], "vectors")
-        pairs = {self.name: self.kept} | {name: self._open(name, pair) for name, pair in self.sealed.items()}
+    def agree(self, summed: Collection[str]) -> bytes:
+        """Given U₃, whose vectors are in the sum: its signature on it and on the keys of U₂, 64 bytes."""
+        self._step("masked", "agreed")
+        self._check(summed, self.held, "vectors")
+        self.summed = sorted(set(summed))
+        return self.identity.sign("sum", *self._of_sum())
+
+    def reveal(self, summed: Collection[str], signatures: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Given U₃ again and who signed it: of each of those its share of the seed, of the others of the key.
+
+        A party that trusts nobody's key cannot tell a signature, and takes it that the set is what the server says.
+        """
+        self._step("agreed", "revealed")
+        if set(summed) != set(self.summed):
+            raise self._refusal(f"vectors of {', '.join(summed)}, where it had signed {', '.join(self.summed)}")
+        if self.identity.trusted:
+            signers = [
+                name
+                for name in self.summed
+                if self.identity.signed(name, signatures.get(name, b""), "sum", *self._of_sum())
+            ]
+            if len(signers) < self.threshold:
+                raise self._refusal(
+                    f"signatures of {len(signers)} parties on the same vectors and keys; {self.threshold} are needed"
+                )
         half = shamir.SHARE_BYTES
-        return {name: pair[half:] if name in summed else pair[:half] for name, pair in pairs.items()}
+        return {name: pair[half:] if name in self.summed else pair[:half] for name, pair in self.held.items()}
 
     def dump(self) -> str:
-        """All of it, secrets too, as text."""
-        return json.dumps(asdict(self), default=bytes.hex)
+        """All of it, secrets too but for the long-term key, as text."""
+        content = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "identity"}
+        return json.dumps(content, default=bytes.hex)
 
     @classmethod
-    def load(cls, text: str) -> Member:
+    def load(cls, text: str, identity: Identity) -> Member:
         """What was dumped."""
         found = json.loads(text)
-        for name in ("mask_key", "seal_key", "seed", "kept"):
+        for name in ("mask_key", "seal_key", "seed"):
             found[name] = bytes.fromhex(found[name])
-        for name in ("keys", "sealed"):
+        for name in ("keys", "held"):
             found[name] = {other: bytes.fromhex(value) for other, value in found[name].items()}
-        return cls(**found | {"parties": tuple(found["parties"])})
+        return cls(**found | {"parties": tuple(found["parties"]), "identity": identity})
+
+    def _published(self) -> bytes:
+        public = _public(self.mask_key) + _public(self.seal_key) + _commitment(self.seed)
+        return public + self.identity.sign(*self._of_keys(self.name, public))
+
+    def _of_keys(self, name: str, public: bytes) -> tuple[object, ...]:
+        """What a signature of keys is on: with parties and threshold, on which all have to agree."""
+        return "keys", self.session, self.parties, self.threshold, name, public.hex()
+
+    def _of_sum(self) -> tuple[object, ...]:
+        """What a signature of the sum is on. The keys, its own new ones among them, make it of this time alone."""
+        return self.session, self.summed, {name: self.keys[name].hex() for name in sorted(self.keys)}
+
+    def _wrong(self, name: str, published: bytes, every: Mapping[str, bytes]) -> str:
+        """Why what `name` published is not accepted, "" if it is."""
+        try:
+            check_keys(published)
+        except ValueError as error:
+            return str(error)
+        public, signature = published[:PUBLIC_BYTES], published[PUBLIC_BYTES:]
+        if any(_shared(published, other) for whose, other in every.items() if whose != name):
+            return "keys that another has too"
+        if self.identity.trusted and not self.identity.signed(name, signature, *self._of_keys(name, public)):
+            return "keys that are not signed by the one it trusts"
+        return ""
 
     def _step(self, before: str, after: str) -> None:
         if self.stage != before:
@@ -189,22 +300,48 @@ class Member:
         return RunError(f"{self.name}: secure aggregation of {self.session}: refused: the server sent {what}")
 
     def _sealer(self, sender: str, recipient: str) -> ChaCha20Poly1305:
-        other = self.keys[recipient if sender == self.name else sender][KEY_BYTES:]
+        other = self.keys[recipient if sender == self.name else sender][KEY_BYTES : 2 * KEY_BYTES]
         key = X25519PrivateKey.from_private_bytes(self.seal_key)
         return ChaCha20Poly1305(_derived(key, other, "seal", self.session, sender, recipient))
 
     def _seal(self, recipient: str, content: bytes) -> bytes:
-        nonce = os.urandom(12)
+        nonce = os.urandom(NONCE_BYTES)
         return nonce + self._sealer(self.name, recipient).encrypt(nonce, content, None)
 
-    def _open(self, sender: str, sealed: bytes) -> bytes:
+    def _opened(self, sender: str, sealed: bytes) -> bytes | None:
+        """What `sender` sealed for it; None if it did not, or it is no pair of shares."""
         try:
-            return self._sealer(sender, self.name).decrypt(sealed[:12], sealed[12:], None)
-        except InvalidTag:
-            raise self._refusal(f"shares that {sender} did not seal") from None
+            pair = self._sealer(sender, self.name).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], None)
+        except (InvalidTag, ValueError):
+            return None
+        return pair if len(pair) == PAIR_BYTES else None
 
 
 # -------------------------------------------------------------------------------------------------------- the server
+
+
+def settle(accepted: Mapping[str, Collection[str]], most: int) -> dict[str, str]:
+    """Given whom each party accepts: who has to go so that all others accept each other, and why.
+
+    Of two that are in conflict one is bad, and nobody can tell which. Where at most `most` are bad, one that is in
+    conflict with more is; where no count tells, both go. So bad parties put out at most as many others, be it by
+    refusing them or by giving them a reason to refuse.
+    """
+    left = list(accepted)
+    out: dict[str, str] = {}
+
+    def against(name: str) -> list[str]:
+        return [one for one in left if one != name and (name not in accepted[one] or one not in accepted[name])]
+
+    while conflicts := {name: others for name in left if (others := against(name))}:
+        worst = max(conflicts, key=lambda name: len(conflicts[name]))
+        leave = [worst] if len(conflicts[worst]) > most else [worst, conflicts[worst][0]]
+        for name in leave:
+            by = [one for one in conflicts[name] if name not in accepted[one]]
+            out[name] = f"refused by {', '.join(by)}" if by else f"it refuses {', '.join(conflicts[name])}"
+        left = [name for name in left if name not in leave]
+        most -= 1
+    return out
 
 
 def unmask(
@@ -215,36 +352,48 @@ def unmask(
     keys: Mapping[str, bytes],
     summed: Collection[str],
     revealed: Mapping[str, Mapping[str, bytes]],
-) -> None:
-    """Take the masks off a sum of masked words [n], in place.
+) -> set[str]:
+    """Take the masks off a sum of masked words [n], in place. Returns the holders that revealed a wrong share.
 
-    keys: of U₂; summed: U₃; revealed: by holder, what `Member.reveal` returned. RunError, naming who, if fewer than
-    `threshold` answered or shares do not fit.
+    keys: what U₂ published; summed: U₃; revealed: by holder, what `Member.reveal` returned. RunError, naming whose
+    shares do not join, if fewer than `threshold` answered or too few of them rightly; nothing is changed then.
     """
     if len(revealed) < threshold:
         raise RunError(
             f"secure aggregation of {session}: {len(revealed)} of {len(summed)} parties helped to unmask the sum, "
             f"{threshold} needed"
         )
-    for seed, sign in _left_over(session, parties, keys, summed, revealed):
+    wrong: set[str] = set()
+    masks = list(_left_over(session, parties, threshold, keys, summed, revealed, wrong))
+    for seed, sign in masks:
         add_mask(total, seed, -sign)
+    return wrong
 
 
 def _left_over(
     session: str,
     parties: tuple[str, ...],
+    threshold: int,
     keys: Mapping[str, bytes],
     summed: Collection[str],
     revealed: Mapping[str, Mapping[str, bytes]],
+    wrong: set[str],
 ) -> Iterator[tuple[bytes, int]]:
-    """(seed, sign) of every mask that is in the sum of `summed` and does not cancel."""
-    for name in keys:
+    """(seed, sign) of every mask that is in the sum of `summed` and does not cancel; `wrong` gets bad holders."""
+    numbers = {holder: parties.index(holder) + 1 for holder in revealed}
+    for name, published in keys.items():
+
+        def right(secret: bytes, published: bytes = published, there: bool = name in summed) -> bool:
+            mask_key, seed = published[:KEY_BYTES], published[2 * KEY_BYTES : PUBLIC_BYTES]
+            return _commitment(secret) == seed if there else _public(secret) == mask_key
+
+        shares = {numbers[holder]: found[name] for holder, found in revealed.items() if name in found}
         try:
-            secret = shamir.join({parties.index(holder) + 1: shares[name] for holder, shares in revealed.items()})
-            if name not in summed and _public(secret) != keys[name][:KEY_BYTES]:
-                raise ValueError("shares that are not of its key")
-        except (KeyError, ValueError) as error:
-            raise RunError(f"secure aggregation of {session}: the shares of {name} do not join: {error}") from error
+            secret, bad = shamir.join_right(shares, threshold, right, {numbers[holder] for holder in wrong})
+        except ValueError as error:
+            told = f"the shares of {name}'s secret do not join: {error}. {name} dealt, or too many revealed, wrong ones"
+            raise RunError(f"secure aggregation of {session}: {told}") from error
+        wrong |= {holder for holder, number in numbers.items() if number in bad}
         if name in summed:
             yield secret, 1
             continue

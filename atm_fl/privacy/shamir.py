@@ -7,11 +7,14 @@ coefficients are drawn uniformly; the share of holder x is f(x).
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
+from itertools import chain, combinations
 
 PRIME = 2**521 - 1
 SECRET_BYTES = 32
 SHARE_BYTES = 66
+TRIES = 10_000
+"""Sets of shares that are tried for one secret, at most: some seconds."""
 
 
 def split(secret: bytes, holders: Iterable[int], threshold: int) -> dict[int, bytes]:
@@ -38,6 +41,8 @@ def join(shares: Mapping[int, bytes]) -> bytes:
 
     ValueError if they are no shares of one secret, as far as that shows.
     """
+    if any(len(share) != SHARE_BYTES for share in shares.values()):
+        raise ValueError(f"shares that are not {SHARE_BYTES} bytes")
     total = 0
     for x, share in shares.items():
         above, below = 1, 1
@@ -49,3 +54,26 @@ def join(shares: Mapping[int, bytes]) -> bytes:
     if total >= 256**SECRET_BYTES:
         raise ValueError("shares that do not fit together")
     return total.to_bytes(SECRET_BYTES, "big")
+
+
+def join_right(
+    shares: Mapping[int, bytes], threshold: int, right: Callable[[bytes], bool], suspects: Set[int] = frozenset()
+) -> tuple[bytes, set[int]]:
+    """(the secret, holders of wrong shares) where some of `shares` may be wrong, if `right` knows the secret.
+
+    It is tried without those of `suspects`, then with as few as can be left out. ValueError if no `threshold` of them
+    join to it, or none of the first `TRIES` sets does.
+    """
+    most = len(shares) - threshold
+    suspected = [tuple(suspects & shares.keys())] if len(suspects & shares.keys()) <= most else []
+    left_out = (without for count in range(most + 1) for without in combinations(shares, count))
+    for tries, without in enumerate(chain(suspected, left_out)):
+        if tries == TRIES:
+            raise ValueError(f"none of {TRIES} sets of its shares joins")
+        try:
+            secret = join({holder: share for holder, share in shares.items() if holder not in without})
+        except ValueError:
+            continue
+        if right(secret):
+            return secret, set(without)
+    raise ValueError(f"no {threshold} of {len(shares)} shares join")
