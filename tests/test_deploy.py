@@ -408,7 +408,7 @@ def test_bodies_are_handed_over_whole() -> None:
             return next(messages)
 
         seen.clear()
-        asyncio.run(WholeBodies(inner)({"type": "http"}, receive, None))  # type: ignore[arg-type]
+        asyncio.run(WholeBodies(inner)({"type": "http", "path": "/health", "headers": []}, receive, None))  # type: ignore[arg-type]
         return list(seen)
 
     gone = {"type": "http.disconnect"}
