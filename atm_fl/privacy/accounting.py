@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atm_fl.errors import SettingError
-from atm_fl.files import atomic_write
+from atm_fl.files import atomic_write, private_folder
 
 RDP_ORDERS = [*range(2, 65), 80, 96, 128, 192, 256, 512]
 
@@ -90,12 +90,12 @@ class Ledger:
 
     def add(self, run: str, occasion: str, spent: Spent) -> None:
         """Enter a round. run: the run's settings, digested; occasion: which round, on which base."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(self.path.parent)
         with open(self.path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             entries = self._read()
             entries.setdefault(run, {})[occasion] = list(astuple(spent))
-            with atomic_write(self.path) as part:
+            with atomic_write(self.path, private=True) as part:
                 part.write_text(json.dumps(entries, indent=1))
 
     def history(self) -> list[Spent]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from atm_fl.files import private_folder
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
 from atm_fl.tuning import State, Tuned, keep_state, make_optimizer
@@ -106,7 +107,7 @@ def tune_privately(
 def party_secret(folder: Path) -> str:
     """32 random bytes of this machine, hexadecimal, made once and kept in `folder` for its owner's eyes only."""
     path = folder / "secret"
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     try:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(os.urandom(32).hex())
