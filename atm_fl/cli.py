@@ -117,16 +117,26 @@ def run(
 
 @contextmanager
 def _terminated_as_exit() -> Iterator[None]:
-    """Let SIGTERM end the body as Ctrl-C does, so that what it started ends with it."""
+    """Let SIGTERM and SIGHUP (a closed terminal) end the body as Ctrl-C does, so that what it started ends with it.
 
-    def end(*_: object) -> None:
-        raise SystemExit(143)
+    A SIGHUP that is ignored, as under nohup, stays so. Another signal doesn't break off what the first one ends.
+    """
+    numbers = [signal.SIGTERM, signal.SIGHUP]
+    before = {number: signal.getsignal(number) for number in numbers}
+    caught = [number for number in numbers if before[number] != signal.SIG_IGN]
 
-    before = signal.signal(signal.SIGTERM, end)
+    def end(number: int, _: object) -> None:
+        for each in caught:
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for number in caught:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in caught:
+            signal.signal(number, before[number])
 
 
 @app.command()
@@ -471,7 +481,11 @@ app.add_typer(deploy, name="deploy")
 @deploy.command()
 def init(
     parties: Annotated[
-        str, typer.Option(help="the parties by their tasks, as mnist,digits; with data of their own: pets=/srv/pets")
+        str,
+        typer.Option(
+            help="the parties by their tasks, as mnist,digits; with data of their own: birds=/srv/birds; where the "
+            "name is a known task's too: ./pets=/srv/pets, or published:pets=/srv/data"
+        ),
     ] = "",
     host: Annotated[
         str, typer.Option(help="the parties are on other machines, which reach this one by this name or address")

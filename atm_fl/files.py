@@ -9,18 +9,32 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_write(path: Path, flush: bool = True) -> Iterator[Path]:
+def atomic_write(path: Path, flush: bool = True, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path` (same suffix); on success flush it to disk and rename it to `path`.
 
-    Without `flush`, for what can be had again, a power cut may leave a damaged file.
+    Without `flush`, for what can be had again, a power cut may leave a damaged file. `private`: the file has mode 0600
+    and its folder 0700, whatever the umask and whatever they were.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if private:
+        private_folder(path.parent)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield part
+        if private:
+            part.chmod(0o600)
         if flush:
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder, if there is none, that its owner alone may enter; returns it. Open ones are shut."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.stat().st_mode & 0o077 and path.stat().st_uid == os.getuid():
+        path.chmod(0o700)
+    return path

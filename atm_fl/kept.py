@@ -87,7 +87,7 @@ class Kept:
 
     def save_secret(self, text: str) -> None:
         """Keep a secret, for its owner's eyes only, instead of the one before."""
-        with atomic_write(self.folder / "secret.json") as part:
+        with atomic_write(self.folder / "secret.json", private=True) as part:
             part.touch(0o600)
             part.write_text(text)
 
@@ -120,7 +120,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, str], flush: bool = True) -> None:
-    with atomic_write(path, flush) as part:
+    with atomic_write(path, flush, private=True) as part:
         save_vectors(part, tensors, about)
 
 

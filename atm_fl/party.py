@@ -302,7 +302,7 @@ class Party:
                 made = models.prototypes(model.module, source, len(data.classes), settings.shots, seed)
             else:
                 made = models.linear_probe(model.module, source, len(data.classes), settings.workers)
-            with atomic_write(path) as part:
+            with atomic_write(path, private=True) as part:
                 save_file(made.state(), str(part))
         # Tensors out of a file are not aligned as torch's own are, and with that a product's last bits may differ.
         return models.Head(**{name: tensor.clone() for name, tensor in load_file(str(path)).items()})

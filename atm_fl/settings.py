@@ -80,13 +80,13 @@ class Settings:
     server_epsilon: float = setting(1e-3, "its ε, of adam, yogi and adagrad")
     codec_up: str = setting(
         "fp32",
-        "how task vectors travel: fp32, fp16, bf16, int8, int4, topk:0.01, low-rank:8, …; in a deployment int8 if not "
-        "said; see docs/wire.md",
+        "how task vectors travel: fp32, fp16, bf16, int8, int4, topk:0.01, low-rank:8, …; in a deployment "
+        f"{OF_DEPLOYMENT['codec-up']} if not said; see docs/wire.md",
     )
     codec_down: str = setting(
         "fp32",
         "how the base's step travels after round 1, and so how far it goes; fp32: the whole base travels; in a "
-        "deployment int8 if not said",
+        f"deployment {OF_DEPLOYMENT['codec-down']} if not said",
     )
     optimizer: str = setting("adamw", "the clients' optimizer", choices=("adamw", "sgd"))
     keep_optimizer: bool = setting(

@@ -6,19 +6,34 @@ the runtime API, over which the SuperLink's own processes fetch their work, answ
 container: `docker-compose exec superlink …`).
 
 It also hands every request's body over whole. The layers that Flower stacks upon another each cost some tasks of the
-event loop for every piece of a body, and a large array comes in hundreds of pieces. And it gives the memory of large
-arrays back to the system at once, which glibc else keeps for each of the threads that had some: half of it in all.
+event loop for every piece of a body, and a large array comes in hundreds of pieces. Flower reads a body before it asks
+who sent it, and any length of it; here a body is read up to a limit of its route, and beyond ANYONE bytes only from a
+sender whose key is registered. And it gives the memory of large arrays back to the system at once, which glibc else
+keeps for each of the threads that had some: half of it in all.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
-from contextlib import suppress
+import logging
+import os
+from base64 import b64decode
+from collections import defaultdict
+from contextlib import nullcontext, suppress
 from ipaddress import ip_address
 
+from fastapi import HTTPException
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.superlink import extensions
 from flwr.superlink.cli import flower_superlink
+from flwr.superlink.dependencies.linkstate import get_linkstate
+from flwr.superlink.routers.fleet.node_auth import authenticate_node
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,6 +41,25 @@ from atm_fl.deployment import pace
 
 OPEN = ("/v1/fleet/", "/health")
 """What begins the paths that other machines may ask for."""
+MIB = 2**20
+ANYONE = 64 * 2**10
+"""Bytes of a body that are read from a sender who is not known: what asks to be let in has less than 1,000."""
+CHUNK = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE"
+"""The variable by which Flower cuts arrays, whatever the model's size: no object that is sent holds more bytes."""
+AT_ONCE = 8
+"""Bodies of more than ANYONE bytes that are held of one party at a time; the rest of them waits in its sockets."""
+log = logging.getLogger("flwr")
+
+
+def body_limit(path: str) -> int:
+    """The most bytes of a request's body for `path`, from a sender who may ask for it."""
+    if path == "/v1/fleet/push-object" or path.startswith("/v1/runtime/"):
+        return int(os.environ.get(CHUNK, pace.VARIABLES[CHUNK])) + MIB  # one object, and what goes with it
+    if path.startswith("/v1/fleet/"):
+        return 4 * MIB  # a message without its objects: 70 bytes for each chunk
+    if path.startswith("/v1/control/"):
+        return 16 * MIB  # an app, of 10 MB at most, and its run config
+    return ANYONE
 
 
 class LocalControl:
@@ -43,29 +77,82 @@ class LocalControl:
 
 
 class WholeBodies:
-    """ASGI middleware: a request's body in one message. Flower gathers it itself, before it looks at who sent it."""
+    """ASGI middleware: a request's body in one message, if it is not longer than `body_limit`; 413 if it is.
+
+    A body that is refused isn't kept: by its Content-Length before any of it is read, else once it is too long.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self._slots: defaultdict[bytes, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(AT_ONCE))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on when all of it is here, or its sender gone."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        pieces, last = [], False
-        while not last:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            pieces.append(message.get("body", b""))
-            last = not message.get("more_body", False)
-        whole: list[Message] = [{"type": "http.request", "body": b"".join(pieces), "more_body": False}]
-        del pieces, message
+        path, length = str(scope["path"]), _content_length(scope)
+        limit, sender = body_limit(path), b""
+        if path.startswith("/v1/fleet/"):
+            if length is None or length > ANYONE:
+                sender = await run_in_threadpool(registered_key, scope)
+            limit = limit if sender else ANYONE
+        async with self._slots[sender] if sender else nullcontext():
+            if length is not None and length > limit:
+                return await _refuse(scope, receive, send, limit)
+            pieces, size, last = [], 0, False
+            while not last:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                pieces.append(message.get("body", b""))
+                size += len(pieces[-1])
+                if size > limit:
+                    pieces.clear()
+                    return await _refuse(scope, receive, send, limit)
+                last = not message.get("more_body", False)
+            whole: list[Message] = [{"type": "http.request", "body": b"".join(pieces), "more_body": False}]
+            del pieces, message
 
-        async def receive_whole() -> Message:
-            return whole.pop() if whole else await receive()
+            async def receive_whole() -> Message:
+                return whole.pop() if whole else await receive()
 
-        return await self.app(scope, receive_whole, send)
+            return await self.app(scope, receive_whole, send)
+
+
+def registered_key(scope: Scope) -> bytes:
+    """The public key of the party that signed a request's headers, b"" if no registered one did.
+
+    Flower's own check, which waits for the body but looks at it for no more than which node it speaks of; Flower does
+    the whole of it again.
+    """
+    request = Request({**scope, "state": {}})
+    try:
+        key = b64decode(request.headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER, ""), validate=True)
+        request.state.protobuf_request = ActivateNodeRequest(public_key=key)
+        authenticate_node(request)
+    except (HTTPException, ValueError):
+        return b""
+    return key if get_linkstate(request).get_node_id_by_public_key(key) is not None else b""
+
+
+def _content_length(scope: Scope) -> int | None:
+    """Bytes of the body, as the sender says; None if it doesn't."""
+    said = Headers(scope=scope).get("content-length", "")
+    return int(said) if said.isascii() and said.isdigit() else None
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send, limit: int) -> None:
+    """413, with the rule. The server throws away what of the body is still to come."""
+    path = str(scope["path"])
+    words = f"{path}: the body is longer than {limit} bytes, which is the most "
+    if limit < body_limit(path):
+        words += "that is read from a sender whose key is not registered"
+    elif path == "/v1/fleet/push-object":
+        words += f"for one object: the party's {CHUNK} must be no more than the SuperLink's, {limit - MIB}"
+    else:
+        words += "for this path"
+    log.warning("refused a request of %s: %r", (scope.get("client") or ["?"])[0], words)
+    await PlainTextResponse(words, 413)(scope, receive, send)
 
 
 def _local(scope: Scope) -> bool:

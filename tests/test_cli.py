@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from atm_fl import cli
@@ -160,3 +163,64 @@ def test_the_documentation_lists_the_merges_as_they_are_declared(
 ) -> None:
     assert call(monkeypatch, "merges", "--markdown") == 0
     assert capsys.readouterr().out in (ROOT / "docs" / "merging.md").read_text()
+
+
+SLEEPER = """
+import signal, sys, time
+from atm_fl.cli import _terminated_as_exit
+with _terminated_as_exit():
+    try:
+        print("at work", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(0.5)
+        print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_closed_terminal_and_a_second_signal_let_a_command_end_what_it_started(number: int) -> None:
+    with subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "at work\n"
+        for _ in range(3):
+            process.send_signal(number)
+            time.sleep(0.1)
+        assert process.stdout.read() == "ended\n"
+    assert process.returncode == 128 + number
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing() -> None:
+    script = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)" + SLEEPER.replace("sleep(60)", "sleep(1)")
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "at work\n"
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.read() == "ended\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_leaves_no_superlink_behind(config: dict[str, Any], tmp_path: Path) -> None:
+    words = [
+        word
+        for key, value in (config | {"rounds": 500, "model": "vit_micro"}).items()
+        for word in ("-c", f"{key}={value}")
+    ]
+    (tmp_path / "empty.toml").touch()
+    command = [sys.executable, "-c", "from atm_fl.cli import main; main()", "run", str(tmp_path / "empty.toml")]
+    process = subprocess.Popen([*command, "--app", str(ROOT), *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+    home = str(Path(config["run-dir"]) / "flower")
+
+    def ours() -> list[psutil.Process]:
+        found = psutil.process_iter(["environ"])
+        return [each for each in found if (each.info["environ"] or {}).get("FLWR_HOME") == home]
+
+    deadline = time.monotonic() + 120
+    while not any("flwr-serverapp" in " ".join(each.cmdline()) for each in ours()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert len(ours()) > 1
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    time.sleep(2)
+    assert ours() == []

@@ -9,6 +9,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import ssl
 import stat
@@ -39,6 +40,7 @@ from atm_fl.deployment import checks, keys
 from atm_fl.deployment.checks import Machine
 from atm_fl.deployment.federation import lay_out, read_parties
 from atm_fl.errors import RunError, SettingError
+from atm_fl.settings import defaults
 from server.simulation import QUIET
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +141,17 @@ def test_a_second_call_adds_parties_and_leaves_every_key_as_it_is(checkout: Path
         ("superlink", "is not superlink or runs"),
         ("pets=data/pets", "its data folder must be an absolute path"),
         ("pets=/a:/b", "its data folder must be an absolute path"),
-        ("cars", "say where its data are on its machine, as cars=/srv/data"),
+        ("cars", "say where its data are on its machine, as published:cars=/srv/data"),
+        ("./birds", "say where its data are on its machine, as ./birds=/srv/data"),
+        (
+            "pets=/srv/pets",
+            "say ./pets=/srv/pets if /srv/pets is a folder of images of its own, or published:pets=/srv",
+        ),
+        ("mnist=/srv/m", "say ./mnist=/srv/m if /srv/m is a folder of images of its own, or mnist for the embedded"),
+        ("published:mnist=/srv/m", "mnist is embedded, not a published data set"),
+        ("published:birds=/srv/m", "task 'birds' is unknown"),
+        ("./pets=/srv/a,published:pets=/srv/b", "party 'pets' is named twice"),
+        ("birds=/nowhere/birds", "/nowhere/birds is not a folder on this machine"),
     ],
 )
 def test_a_bad_party_is_one_clear_error_and_nothing_is_written(parties: str, words: str, checkout: Path) -> None:
@@ -158,14 +170,17 @@ def test_a_bad_host_or_folder_is_one_clear_error(checkout: Path, tmp_path_factor
 
 
 def test_a_party_is_told_its_task_or_where_its_data_are() -> None:
-    plain, folder, published = read_parties("mnist, birds=/srv/birds, cars=/srv/published")
+    parties = "mnist, birds=/srv/birds, published:cars=/srv/published, ./pets=/srv/pets"
+    plain, folder, published, named_alike = read_parties(parties)
     assert (plain.node_config, plain.inside) == ('task="mnist"', "")
     assert (folder.node_config, folder.inside) == ('data="/data/birds"', "/data/birds")
     assert (published.node_config, published.inside) == ('task="cars"', "/data")
+    assert (named_alike.node_config, named_alike.inside) == ('data="/data/pets"', "/data/pets")
 
 
 def test_the_compose_files_give_each_role_no_more_than_it_needs(checkout: Path) -> None:
-    lay_out(checkout, "mnist,birds=/srv/birds")
+    (checkout / "birds").mkdir()
+    lay_out(checkout, f"mnist,birds={checkout}/birds")
     found = services(checkout)
     assert sorted(found) == ["birds", "mnist", "superlink"]
     for name, service in found.items():
@@ -184,8 +199,8 @@ def test_the_compose_files_give_each_role_no_more_than_it_needs(checkout: Path) 
         assert found[name]["networks"] == ["federation"]
         mounts = [volume for volume in found[name]["volumes"] if volume.startswith((".", "/"))]
         assert all(mount.endswith(":ro") for mount in mounts)
-        assert all(f"/{name}/" in mount or mount == "/srv/birds:/data/birds:ro" for mount in mounts)
-    assert "/srv/birds:/data/birds:ro" in found["birds"]["volumes"]
+        assert all(f"/{name}/" in mount or mount == f"{checkout}/birds:/data/birds:ro" for mount in mounts)
+    assert f"{checkout}/birds:/data/birds:ro" in found["birds"]["volumes"]
     assert not any("/data" in volume for volume in found["mnist"]["volumes"])
     assert found["superlink"]["volumes"][0] == "./federation/superlink:/etc/atm-fl:ro"
     assert "--enable-supernode-auth" in found["superlink"]["command"]
@@ -408,7 +423,7 @@ def test_bodies_are_handed_over_whole() -> None:
             return next(messages)
 
         seen.clear()
-        asyncio.run(WholeBodies(inner)({"type": "http"}, receive, None))  # type: ignore[arg-type]
+        asyncio.run(WholeBodies(inner)({"type": "http", "path": "/health", "headers": []}, receive, None))  # type: ignore[arg-type]
         return list(seen)
 
     gone = {"type": "http.disconnect"}
@@ -631,3 +646,33 @@ def test_the_drill_on_a_real_engine() -> None:
     done = subprocess.run([str(ROOT / "deploy" / "drill")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "bit-equal to the plain loop's" in done.stdout
+
+
+def test_the_commands_of_the_guide_make_what_it_says(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs" / "deployment.md").read_text()
+    blocks = [block for place, block in enumerate(text.split("\n```")) if place % 2]
+    lines = [line.partition(" #")[0].split() for block in blocks for line in block.splitlines()]
+    commands = [words[1:] for words in lines if words[:3] == ["atm-fl", "deploy", "init"]]
+    assert len(commands) == 3
+    monkeypatch.chdir(checkout)
+    for command in commands[:2]:
+        done = CliRunner().invoke(cli.app, command)
+        assert done.exit_code == 0, done.output
+    parties = checkout / "federation" / "parties"
+    assert {path.name for path in parties.iterdir()} == {"digits", "pets", "mnist"}
+    command = yaml.safe_load((parties / "pets" / "docker-compose.yml").read_text())["services"]["pets"]["command"]
+    assert any('data="/data/pets"' in word for word in command)
+    removal = next(words for words in lines if words[:2] == ["rm", "-r"])
+    subprocess.run(removal, check=True)
+    assert CliRunner().invoke(cli.app, commands[2]).exit_code == 0
+    assert {path.name for path in parties.iterdir()} == {"digits", "pets"}
+
+
+@pytest.mark.parametrize("guide", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_every_setting_and_file_of_configs_that_a_guide_names_is_there(guide: str) -> None:
+    text = (ROOT / guide).read_text()
+    named = set(re.findall(r"-c \"?([a-z][a-z0-9-]*)=", text))
+    assert not named - defaults().keys() - {"key"}
+    assert all((ROOT / name).is_file() for name in re.findall(r"\bconfigs/[a-z_-]+\.toml", text))

@@ -36,15 +36,14 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 @dataclass(frozen=True)
 class PartyPlan:
-    """A party to be: its name, which is its task's, and where its data are on its machine ("" if they are embedded)."""
+    """A party to be: its name, which is its task's, and where its data are on its machine ("" if they are embedded).
+
+    published: its task is one of the published data sets, which are read from the data folder by their own name.
+    """
 
     name: str
     data: str = ""
-
-    @property
-    def published(self) -> bool:
-        """Whether its task is one of the published data sets, which are read from the data folder by their own name."""
-        return isinstance(tasks.tasks().get(self.name), Published)
+    published: bool = False
 
     @property
     def inside(self) -> str:
@@ -58,10 +57,16 @@ class PartyPlan:
 
 
 def read_parties(text: str) -> list[PartyPlan]:
-    """Parties from `mnist,pets=/srv/pets`. SettingError names the first that cannot be one, and the mend."""
+    """Parties from `mnist,birds=/srv/birds,./pets=/srv/pets,published:cars=/srv/data`.
+
+    `./` says a folder of images, as in the setting `tasks`, and `published:` a published data set; a name that may be
+    either needs one of them. SettingError names the first that cannot be a party, and the mend.
+    """
     plans: dict[str, PartyPlan] = {}
     for item in (item.strip() for item in text.split(",")):
-        name, separator, data = (part.strip() for part in item.partition("="))
+        said, separator, data = (part.strip() for part in item.partition("="))
+        name = said.removeprefix("./").removeprefix("published:")
+        kind = said[: len(said) - len(name)]
         if not _PARTY.fullmatch(name) or name in _TAKEN:
             raise SettingError(
                 f"party {name!r}: a name is lower-case letters, digits, - and _, begins with a letter or digit, has at "
@@ -71,12 +76,20 @@ def read_parties(text: str) -> list[PartyPlan]:
             raise SettingError(f"party {name!r} is named twice; each party holds a task of its own")
         if separator and not re.fullmatch(r"/[^:$\"'\n]+", data):
             raise SettingError(f"party {item!r}: its data folder must be an absolute path without : $ or quotes")
-        plan = PartyPlan(name, data)
-        if not separator:
-            tasks.find(name)
-            if plan.published:
-                raise SettingError(f"party {name!r}: say where its data are on its machine, as {name}=/srv/data")
-        plans[name] = plan
+        task = tasks.tasks().get(name) if kind == "./" or (separator and not kind) else tasks.find(name)
+        published = isinstance(task, Published)
+        if not separator and (kind or published):
+            form = f"{kind or 'published:'}{name}"
+            raise SettingError(f"party {said!r}: say where its data are on its machine, as {form}=/srv/data")
+        if kind == "published:" and not published:
+            raise SettingError(f"party {said!r}: {name} is embedded, not a published data set; say {name} alone")
+        if separator and task and not kind:
+            other = f"published:{item}" if published else name
+            what = f"published data set {name}" if published else f"embedded task {name}"
+            raise SettingError(
+                f"party {item!r}: say ./{item} if {data} is a folder of images of its own, or {other} for the {what}"
+            )
+        plans[name] = PartyPlan(name, data, kind == "published:")
     return list(plans.values())
 
 
@@ -96,6 +109,12 @@ def lay_out(root: Path, parties: str = "", host: str = "", port: int = 0, renew:
         raise SettingError(
             f"{root} has no docker-compose.yml; call this in the checkout of atm-fl, or name it with --root"
         )
+    for plan in plans:
+        if plan.data and not host and not Path(plan.data).is_dir():
+            raise SettingError(
+                f"party {plan.name!r}: {plan.data} is not a folder on this machine; make it, or say --host if it "
+                f"is on another (in a container, mount it: -v {plan.data}:{plan.data}:ro)"
+            )
     port = port or _known_port(root)
     home = root / "federation"
     (home / "superlink" / "parties").mkdir(parents=True, exist_ok=True)

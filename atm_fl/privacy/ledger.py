@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from atm_fl import vectors
+from atm_fl.files import private_folder
 from atm_fl.privacy.accounting import Spent
 from atm_fl.tasks import Split, cache_dir
 
@@ -84,7 +85,7 @@ class Ledger:
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Hold the ledger: nobody else reads or writes it until the end, and an error undoes what was written."""
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(self.path.parent)
         os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600))
         with closing(sqlite3.connect(self.path, timeout=600, isolation_level=None)) as file:
             file.execute("BEGIN EXCLUSIVE")

@@ -24,6 +24,7 @@ from randomgen import ChaCha
 from torch import Tensor
 
 from atm_fl.blocks import parts
+from atm_fl.files import private_folder
 
 GRID = 2.0**-20
 """The grid's step in deviations of the noise, before it is rounded to a power of two."""
@@ -67,7 +68,7 @@ def add_noise(vector: Tensor, deviation: float, random: np.random.Generator) -> 
 def party_secret(folder: Path) -> str:
     """32 random bytes of this machine, hexadecimal, made once and kept in `folder` for its owner's eyes only."""
     path = folder / "secret"
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     try:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(os.urandom(32).hex())
