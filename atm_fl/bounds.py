@@ -10,21 +10,16 @@ from torch import Tensor
 
 from atm_fl.errors import RunError
 
-Held = tuple[int, Tensor]
-"""Rounds done, and the base after them, float32 [n]."""
 
+def check_base(task: str, base: Tensor, limit: float, held: Tensor, name: str) -> None:
+    """RunError, naming the task, if `base` is further than the L2 norm `limit` from the one that this party `held`.
 
-def check_base(task: str, base: Tensor, rounds_done: int, limit: float, known: dict[str, Held]) -> None:
-    """RunError, naming the task, if `base`, after `rounds_done` rounds, is further than they allow from a known one.
-
-    known: bases that this party holds, by what they are called: the pretrained one of its own, and the one it was sent
-    before. In k rounds a base may move by the L2 norm k · `limit`; sent again for the same round, by `limit`.
+    held: what it was sent last in this run, or its own pretrained one if it was sent none; `name` says which. How many
+    rounds the server says have passed counts for nothing: it is not the one to say how far it may go.
     """
-    for name, (rounds, held) in known.items():
-        moved = float((base - held).double().norm())
-        allowed = limit * (abs(rounds_done - rounds) or min(rounds, 1))
-        if not moved <= allowed:  # a norm that is not a number is refused too
-            raise RunError(
-                f"{task} refuses the server's base of round {rounds_done}: it is {moved:.4g} (L2) from the {name}, "
-                f"max-update-norm={limit:g} allows {allowed:.4g}"
-            )
+    moved = float((base - held).double().norm())
+    if not moved <= limit:  # a norm that is not a number is refused too
+        raise RunError(
+            f"{task} refuses the server's base: it is {moved:.4g} (L2) from the {name}, max-update-norm={limit:g}; if "
+            "this party was away for some rounds, a higher limit lets it in again"
+        )

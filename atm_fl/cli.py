@@ -152,6 +152,14 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run's directory, fini
 
 
 @app.command()
+def policy(markdown: Annotated[bool, typer.Option(help="as the table of docs/privacy.md")] = False) -> None:
+    """A party's own floor: a policy.toml with every rule, its meaning, and what bounds nothing."""
+    from atm_fl.policy import table, template
+
+    console.print(table() if markdown else template(), soft_wrap=True, markup=False, highlight=False, end="")
+
+
+@app.command()
 def ledger(delta: Annotated[float, typer.Option(help="the δ at which ε is told")] = 1e-5) -> None:
     """What all runs on this machine have released of each source of records: ε, ∞ for runs without privacy."""
     from atm_fl.privacy.accounting import epsilon
@@ -511,13 +519,14 @@ def check(
     key: Annotated[Path | None, typer.Option(help="the party's private key")] = None,
     task: Annotated[str, typer.Option(help="its task, a registered one")] = "",
     data: Annotated[Path | None, typer.Option(help="its data folder")] = None,
+    policy: Annotated[Path | None, typer.Option(help="its policy.toml: what it bounds is shown")] = None,
     disk: Annotated[float, typer.Option(help="GB of disk that must be free")] = 2.0,
     memory: Annotated[float, typer.Option(help="GB of memory that must be free")] = 1.5,
 ) -> None:
     """Say in one line each what would keep a party on this machine from joining; exit status 1 if anything would."""
     from atm_fl.deployment.checks import Machine, check
 
-    found = list(check(Machine(superlink, ca, key, task, data, disk, memory)))
+    found = list(check(Machine(superlink, ca, key, task, data, policy, disk, memory)))
     for name, line, good in found:
         console.print(f"{'ok   ' if good else 'WRONG'} {name}: {line}", soft_wrap=True, highlight=False, markup=False)
     if not all(good for *_, good in found):

@@ -52,15 +52,14 @@ class Kept:
         found = _load(self.folder / "base.safetensors", whole=recent is None)
         return found[1].get("vector", recent) if found and found[0]["digest"] == digest else None
 
-    def held(self) -> tuple[int, Tensor] | None:
-        """(rounds done, base model) as it was saved last; None if there is none or it is damaged."""
-        found = _load(self.folder / "base.safetensors")
-        whole = found and _digest(found[1]) == found[0]["digest"]
-        return (int(found[0].get("rounds", 0)), found[1]["vector"]) if found and whole else None
+    def held(self) -> Tensor | None:
+        """The base model as it was saved last; None if there is none or it is damaged."""
+        saved = _load(self.folder / "base.safetensors")
+        return saved[1]["vector"] if saved and _digest(saved[1]) == saved[0]["digest"] else None
 
-    def save_base(self, base: Tensor, digest: str, rounds_done: int = 0) -> None:
+    def save_base(self, base: Tensor, digest: str) -> None:
         """Keep a base model, float32 [n], instead of the one before. Nobody may change it any more."""
-        about = {"digest": digest, "rounds": str(rounds_done)}
+        about = {"digest": digest}
         # The server has it too, and a client that has none asks for it.
         _save(self.folder / "base.safetensors", {"vector": base}, about, flush=False)
         forget_recent()

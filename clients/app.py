@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from logging import WARNING
+from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -19,6 +19,7 @@ from atm_fl.codecs import Arrays, make_codec
 from atm_fl.errors import RunError, SettingError
 from atm_fl.kept import Kept
 from atm_fl.party import Party
+from atm_fl.policy import Policy, policy_of
 from atm_fl.settings import Settings
 from clients import secure
 from clients.mods import named_errors
@@ -27,8 +28,15 @@ app = ClientApp(mods=[named_errors])
 
 
 @lru_cache(maxsize=64)
-def _party(settings: Settings, task: str, name: str, client: str = "") -> Party:
-    return Party(settings, task, name, client)
+def _party(settings: Settings, policy: Policy, task: str, name: str, client: str = "") -> Party:
+    lifetime = policy.lifetime_epsilon, policy.delta or 1e-5
+    party = Party(settings, task, name, client, None, *lifetime)
+    if policy.noise and party.budget.noise < policy.noise:
+        raise RunError(
+            f"{party.task}: refused by this party's policy, noise={policy.noise:g}: the run's noise multiplier is "
+            f"{party.budget.noise:.3g}"
+        )
+    return party
 
 
 def party_of(context: Context) -> Party:
@@ -38,9 +46,12 @@ def party_of(context: Context) -> Party:
     its name. In simulation, partition i holds the i-th of the setting `tasks`.
     """
     settings, node = Settings.parse(context.run_config), context.node_config
+    policy = policy_of(node)
     secure.check(settings, secure.trusted(context))
     if "task" in node or "data" in node:
-        return _party(settings, str(node.get("data", node.get("task"))), str(node.get("task", "")))
+        data, name = str(node.get("data", node.get("task"))), str(node.get("task", ""))
+        policy.check(settings, name or Path(data).name)
+        return _party(settings, policy, data, name)
     if "partition-id" not in node:
         raise SettingError(
             "this SuperNode has no task; start it with --node-config 'task=\"NAME\"' or 'data=\"/path\"'"
@@ -48,18 +59,17 @@ def party_of(context: Context) -> Party:
     partition, names = int(node["partition-id"]), settings.task_names
     if partition >= len(names):
         raise SettingError(f"partition {partition} has no task: tasks={settings.tasks!r} names only {len(names)}")
-    return _party(settings, names[partition], "", settings.party_names[partition])
+    policy.check(settings, settings.held_tasks[partition])
+    return _party(settings, policy, names[partition], "", settings.party_names[partition])
 
 
 def update_limit(settings: Settings, context: Context) -> float:
-    """How far this node lets the base move in a round; 0: anywhere.
+    """How far this node lets the base move from one message to the next; 0: anywhere.
 
-    `max-update-norm` of its own `node-config`, which no server decides, goes before the run's.
+    Its own policy's or `node-config`'s, which no server decides, goes before the run's.
     """
-    own = context.node_config.get("max-update-norm", settings.max_update_norm)
-    if isinstance(own, bool) or not isinstance(own, (int, float)) or not 0 <= own < math.inf:
-        raise SettingError(f"max-update-norm={own!r} in this SuperNode's --node-config: it must be 0 or more")
-    return float(own)
+    own = policy_of(context.node_config).max_update_norm or settings.max_update_norm
+    return float(context.node_config.get("max-update-norm", own))
 
 
 def received_base(message: Message, party: Party, limit: float = 0.0) -> Tensor | None:
@@ -92,26 +102,36 @@ def received_base(message: Message, party: Party, limit: float = 0.0) -> Tensor 
             return None
         raise ValueError("the server's base is not the one that its digest says")
     last = message.metadata.message_type == "evaluate"
-    done = int(info["round"]) - (not last)  # type: ignore[arg-type]
     if limit:
-        known, held = {"pretrained base": (0, party.model.pretrained)}, kept.held()
+        held = kept.held()
+        sent_before = party.model.pretrained if held is None else held
         try:
-            check_base(party.task, base, done, limit, known | ({"base held": held} if held else {}))
+            check_base(party.task, base, limit, sent_before, "pretrained one" if held is None else "one before")
         except RunError as error:
             log(WARNING, "%s", error)
             raise
     if last:
-        kept.drop_base()
         kept.take_secret()  # of a round that this party dropped out of
-    elif party.settings.downlink or limit:
-        kept.save_base(base, digest, done)
+    if limit or (party.settings.downlink and not last):
+        kept.save_base(base, digest)  # with a limit also the last: the run may be resumed
+    elif last:
+        kept.drop_base()
     return base
 
 
 def reply(
-    message: Message, party: Party, metrics: dict[str, float], arrays: Arrays | None = None, needs_base: bool = False
+    message: Message,
+    context: Context,
+    party: Party,
+    metrics: dict[str, float],
+    arrays: Arrays | None = None,
+    needs_base: bool = False,
 ) -> Message:
-    """A reply with numbers, who sends it, and a task vector's arrays if there are some; or the wish for the base."""
+    """A reply with the numbers that this party tells, who sends it, and a task vector's arrays if there are some.
+
+    Or the wish for the base.
+    """
+    metrics = policy_of(context.node_config).told(metrics)
     base = message.content.config_records["info"].get("base", "")
     info = {"task": party.task, "codec": party.settings.travels, "layout": party.model.layout.digest, "base": base}
     content = RecordDict(
@@ -130,7 +150,7 @@ def roll_call(message: Message, context: Context) -> Message:
     """Load the data, make the head, and say which task this is: what can fail does so before the first round."""
     party = party_of(context)
     update_limit(party.settings, context)
-    return reply(message, party, {"images": len(party.data.train.labels)})
+    return reply(message, context, party, {"images": len(party.data.train.labels)})
 
 
 @app.query("keys")
@@ -169,7 +189,7 @@ def secured(
     """A reply with a record of secure aggregation, which is what `step` returns."""
     party = party_of(context)
     record = step(message, party, secure.trusted(context))
-    answer = reply(message, party, {})
+    answer = reply(message, context, party, {})
     answer.content[name] = record
     return answer
 
@@ -181,14 +201,14 @@ def train(message: Message, context: Context) -> Message:
     begin = time.perf_counter()
     base = received_base(message, party, update_limit(party.settings, context))
     if base is None:
-        return reply(message, party, {}, needs_base=True)
+        return reply(message, context, party, {}, needs_base=True)
     seconds = time.perf_counter() - begin
     update = party.train(base, int(info["round"]), str(info["run"]))  # type: ignore[arg-type]
     if party.settings.secure_aggregation and update.arrays:
         secure.mask(message, party, secure.trusted(context), update.arrays["words"])
     metrics = {f"evaluation.{name}": value for name, value in update.evaluation.items()}
     metrics |= {f"tuning.{name}": value for name, value in update.tuning.items()}
-    return reply(message, party, metrics | {"tuning.seconds_receive": seconds}, update.arrays)
+    return reply(message, context, party, metrics | {"tuning.seconds_receive": seconds}, update.arrays)
 
 
 @app.evaluate()
@@ -197,6 +217,6 @@ def evaluate(message: Message, context: Context) -> Message:
     party = party_of(context)
     base = received_base(message, party, update_limit(party.settings, context))
     if base is None:
-        return reply(message, party, {}, needs_base=True)
+        return reply(message, context, party, {}, needs_base=True)
     accuracies = party.evaluate(base, ("validation", "test"))
-    return reply(message, party, {f"evaluation.{name}": value for name, value in accuracies.items()})
+    return reply(message, context, party, {f"evaluation.{name}": value for name, value in accuracies.items()})

@@ -2,8 +2,8 @@
 
 Not in Flower's Context, which travels with every message and outlives the round.
 
-`trusted-parties` of this node's own `--node-config`, which no server decides, is a file with the long-term public keys
-of all parties, this one's too. With it this party answers in sums alone, among those it names.
+`trusted-parties` of this party's policy or `--node-config`, which no server decides, is a file with the long-term
+public keys of all parties, this one's too. With it this party answers in sums alone, among those it names.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from flwr.app import ConfigRecord, Context, Message
 from atm_fl.errors import RunError, SettingError
 from atm_fl.kept import Kept
 from atm_fl.party import Party
+from atm_fl.policy import policy_of
 from atm_fl.privacy.identity import Identity, party_key, read_trusted
 from atm_fl.privacy.secure_aggregation import Member, session_of
 from atm_fl.settings import Settings
@@ -23,7 +24,8 @@ from atm_fl.settings import Settings
 
 def trusted(context: Context) -> dict[str, bytes]:
     """The parties that this one trusts, with their long-term public keys; none if it was told of none."""
-    path = context.node_config.get("trusted-parties", "")
+    policy = policy_of(context.node_config)
+    path = context.node_config.get("trusted-parties", policy.trusted_parties)
     if not isinstance(path, str):
         raise SettingError(f"trusted-parties={path!r} in this SuperNode's --node-config: it must be a path")
     return read_trusted(path) if path else {}

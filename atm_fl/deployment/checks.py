@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from atm_fl import tasks
 from atm_fl.deployment.keys import SECRET_MODE
 from atm_fl.errors import SettingError
+from atm_fl.policy import Policy
 
 TIMEOUT = 10.0
 SKEW = 8.0
@@ -42,6 +43,7 @@ class Machine:
     key: Path | None = None
     task: str = ""
     data: Path | None = None
+    policy: Path | None = None
     disk: float = DISK
     memory: float = MEMORY
 
@@ -59,6 +61,7 @@ def check(machine: Machine) -> Iterator[tuple[str, str, bool]]:
         *([("key", _key)] if machine.key else []),
         *([("task", _task)] if machine.task else []),
         *([("data", _data)] if machine.data else []),
+        *([("policy", _policy)] if machine.policy else []),
         ("disk", _disk),
         ("memory", _memory),
     ]
@@ -189,6 +192,15 @@ def _data(machine: Machine) -> str:
     except PermissionError:
         raise Wrong(f"{folder} cannot be read by this user; chmod -R a+rX it, or change the party's user") from None
     return str(folder)
+
+
+def _policy(machine: Machine) -> str:
+    assert machine.policy is not None
+    try:
+        bounds = Policy.read(machine.policy).bounds()
+    except SettingError as error:
+        raise Wrong(str(error)) from None
+    return ", ".join(bounds) or f"{machine.policy} bounds nothing: a run may ask for anything"
 
 
 def _disk(machine: Machine) -> str:

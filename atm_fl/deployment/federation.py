@@ -3,7 +3,7 @@
     .env                          what docker-compose.yml asks for, and which parties' files belong to it
     federation/ca.key             the authority's secret; no container sees it, and it may be kept elsewhere
     federation/superlink/         all that the SuperLink sees: ca.crt, superlink.crt, superlink.key, parties/NAME.pub
-    federation/parties/NAME/      all that a party sees: ca.crt, key; its compose file, `join` and instructions
+    federation/parties/NAME/      all that a party sees: ca.crt, key, policy.toml; its compose file, `join`, README
 
 The folder itself is the record of what there is. A second call adds parties and leaves every key as it is.
 """
@@ -21,6 +21,7 @@ from atm_fl import tasks
 from atm_fl.deployment.keys import certified_hosts, make_authority, make_certificate, make_key_pair
 from atm_fl.errors import SettingError
 from atm_fl.files import atomic_write
+from atm_fl.policy import template
 from atm_fl.tasks.published import Published
 
 LOCAL_HOSTS = ("superlink", "localhost", "127.0.0.1")
@@ -28,6 +29,8 @@ LOCAL_HOSTS = ("superlink", "localhost", "127.0.0.1")
 IMAGE_USER = 10001
 """The user of the image; see the Dockerfile."""
 PORT = 8000
+POLICY = "/etc/atm-fl/policy.toml"
+"""Where a party's container finds its policy."""
 _PARTY = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _TAKEN = ("superlink", "runs")
 """Names that docker-compose.yml has for other things."""
@@ -53,7 +56,8 @@ class PartyPlan:
     @property
     def node_config(self) -> str:
         """What its SuperNode tells its ClientApps."""
-        return f'data="{self.inside}"' if self.data and not self.published else f'task="{self.name}"'
+        holds = f'data="{self.inside}"' if self.data and not self.published else f'task="{self.name}"'
+        return f'{holds} policy="{POLICY}"'
 
 
 def read_parties(text: str) -> list[PartyPlan]:
@@ -152,6 +156,8 @@ def _add_party(home: Path, plan: PartyPlan, address: str) -> Path:
         make_key_pair(key, home / "superlink" / "parties" / f"{plan.name}.pub", plan.name)
         _hand_over(key)
     (folder / "ca.crt").write_bytes((home / "superlink" / "ca.crt").read_bytes())
+    if not (folder / "policy.toml").exists():
+        (folder / "policy.toml").write_text(template())
     superlink = address or f"superlink:{PORT}"
     values = {
         "party": plan.name,
@@ -164,7 +170,7 @@ def _add_party(home: Path, plan: PartyPlan, address: str) -> Path:
         "data_note": f"{plan.data}, mounted read-only; docker-compose.yml names it, before the colon."
         if plan.data
         else "the task is embedded in the image.",
-        "check": f"--superlink {superlink} --ca /etc/atm-fl/ca.crt --key /etc/atm-fl/key "
+        "check": f"--superlink {superlink} --ca /etc/atm-fl/ca.crt --key /etc/atm-fl/key --policy {POLICY} "
         + (f"--data {plan.inside}" if plan.inside and not plan.published else f"--task {plan.name}"),
     }
     _fill("docker-compose.yml", folder, values)

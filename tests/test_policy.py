@@ -1,0 +1,243 @@
+"""A party's own floor: what its policy.toml bounds, no run's settings get past."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, seed
+from hypothesis import settings as tries
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from atm_fl import party as party_module
+from atm_fl.cli import app
+from atm_fl.errors import RunError, SettingError
+from atm_fl.policy import _BROKEN, TELL, Policy, policy_of, table, template
+from atm_fl.privacy.accounting import epsilon
+from atm_fl.runs import read_metrics
+from atm_fl.settings import Settings, kebab
+from clients.app import _party
+from clients.app import app as client_app
+from server.app import serve
+from server.grid import InProcessGrid
+
+DP = {"privacy": "dp-sgd", "dp-epsilon": 3.0}
+NOISE = {"privacy": "dp-sgd", "dp-noise": 1.0}
+RULES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ('tasks = ["green", "blu*"]', {}, {"tasks": "green"}, "tasks=green, blu*: it does not name 'red'"),
+    ('splits = ["train"]', {"split": "validation"}, {}, "splits=train: the run tunes on split='validation'"),
+    ('models = ["open_clip/*"]', {}, {"model": "open_clip/ViT-B-16"}, "models=open_clip/*: the run has model='tiny'"),
+    ('trainable = ["last-*"]', {}, {"trainable": "last-1"}, "trainable=last-*: the run has trainable='all'"),
+    ('privacy = "dp-sgd"', {"privacy": "clip-only"}, DP, "privacy=dp-sgd: the run has privacy='clip-only'"),
+    ("epsilon = 3", DP | {"dp-epsilon": 3.1}, DP, "epsilon=3.0: the run has dp-epsilon=3.1"),
+    ("epsilon = 3", DP | {"dp-policy": "warn"}, DP, "epsilon=3.0: the run has dp-policy='warn'"),
+    ("epsilon = 3", NOISE, DP, "epsilon=3.0: the run has dp-epsilon=0"),
+    ("epsilon = 3", {}, DP, "epsilon=3.0: the run has privacy='none'"),
+    ("delta = 1e-6", DP, DP | {"dp-delta": 1e-7}, "delta=1e-06: the run has dp-delta=1e-05"),
+    ("noise = 2", NOISE, NOISE | {"dp-noise": 2.0}, "noise=2.0: the run has dp-noise=1"),
+    ("noise = 2", {}, NOISE | {"dp-noise": 2.0}, "noise=2.0: the run has dp-noise=0"),
+    ("clip = 0.5", DP, DP | {"dp-clip": 0.5}, "clip=0.5: the run has dp-clip=1"),
+    ("lifetime-epsilon = 9", {}, DP, "lifetime-epsilon=9.0: the run has privacy='none', whose ε is infinite"),
+    (
+        "secure-aggregation = true",
+        {},
+        {"secure-aggregation": True},
+        "secure-aggregation=True: the run has secure-aggregation=false",
+    ),
+    ("least-parties = 4", {}, {"tasks": "red,green,blue,grey"}, "least-parties=4: the run has 3 parties"),
+    (
+        "least-parties = 3",
+        {"secure-aggregation": True, "secure-threshold": 2},
+        {"secure-aggregation": True, "secure-threshold": 3},
+        "least-parties=3: the run has secure-threshold=2",
+    ),
+    ("batch-size = 4", {}, {"batch-size": 4}, "batch-size=4: the run has batch-size=8"),
+    ("local-epochs = 0.5", {}, {"local-epochs": 0.5}, "local-epochs=0.5: the run has local-epochs=1"),
+    ("rounds = 2", {}, {"rounds": 2}, "rounds=2: the run has rounds=3"),
+]
+"""(the policy's line, settings that break it, settings that keep it, what is said)."""
+
+
+def grid_with(config: dict[str, Any], tmp_path: Path, policy: str) -> tuple[InProcessGrid, Settings]:
+    """An in-process federation whose first party, red, has a policy."""
+    settings = Settings.parse(config)
+    grid = InProcessGrid(client_app, len(settings.task_names), settings.as_config())
+    file = tmp_path / "policy.toml"
+    file.write_text(policy)
+    grid.contexts[1].node_config["policy"] = str(file)
+    return grid, settings
+
+
+@pytest.mark.parametrize(("line", "breaks", "keeps", "told"), RULES)
+def test_a_run_that_asks_for_more_is_refused_before_data_are_read(
+    config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    breaks: dict[str, Any],
+    keeps: dict[str, Any],
+    told: str,
+) -> None:
+    grid, settings = grid_with({**config, **breaks, "rounds": 3}, tmp_path, line)
+    _party.cache_clear()
+    loaded: list[str] = []
+    load = party_module.tasks.load
+    monkeypatch.setattr(party_module.tasks, "load", lambda name, size: loaded.append(name) or load(name, size))
+    with pytest.raises(RunError) as error:
+        serve(grid, settings)
+    assert f"red: refused by this party's policy, {told}" in str(error.value)
+    assert not any(name.endswith("/red") for name in loaded)
+    folders = dict(zip(("red", "green", "blue"), config["tasks"].split(","), strict=True))
+    if "tasks" in keeps:
+        keeps = {**keeps, "tasks": ",".join(folders.get(name, f"./{name}") for name in keeps["tasks"].split(","))}
+    good = Settings.parse({**config, **keeps})
+    Policy.read(tmp_path / "policy.toml").check(good, "green" if "green" in line else "red")
+
+
+def test_every_rule_is_tested_here() -> None:
+    lines = {line.partition(" =")[0] for line, *_ in RULES}
+    assert lines == {kebab(name) for name in _BROKEN}
+    assert {item.name for item in fields(Policy)} - set(_BROKEN) == {"tell", "max_update_norm", "trusted_parties"}
+
+
+def test_the_noise_that_a_target_leads_to_counts_as_well(config: dict[str, Any], tmp_path: Path) -> None:
+    grid, settings = grid_with({**config, "privacy": "dp-sgd", "dp-epsilon": 20.0}, tmp_path, "noise = 2")
+    with pytest.raises(
+        RunError, match=r"red: refused by this party's policy, noise=2: the run's noise multiplier is 0"
+    ):
+        serve(grid, settings)
+
+
+def test_a_lifetime_ends_a_run_and_any_later_one(config: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("ATM_FL_CACHE", str(tmp_path / "cache"))
+    run = {**config, **NOISE, "batch-size": 12}
+    grid, settings = grid_with(run, tmp_path, "lifetime-epsilon = 4")
+    with pytest.raises(RunError, match="over this party's lifetime-epsilon=4"):
+        serve(grid, settings)
+    spent = [
+        line["epsilon"]
+        for line in read_metrics(Path(run["run-dir"]))
+        if line.get("task") == "red" and "epsilon" in line
+    ]
+    assert 0 < max(spent) <= 4
+    grid, settings = grid_with({**run, "seed": 1, "run-dir": run["run-dir"] + "-2"}, tmp_path, "lifetime-epsilon = 4")
+    with pytest.raises(RunError, match="over this party's lifetime-epsilon=4"):
+        serve(grid, settings)
+    assert epsilon([], 1e-5) == 0
+
+
+@pytest.mark.parametrize("tell", [(), ("validation",), ("test", "norm"), ("loss", "counts"), TELL])
+def test_what_a_party_does_not_tell_is_sent_nowhere_and_the_run_completes(
+    config: dict[str, Any], tmp_path: Path, tell: tuple[str, ...]
+) -> None:
+    grid, settings = grid_with(config, tmp_path, f"tell = {list(tell)}")
+    run = serve(grid, settings)
+    sent = {
+        name
+        for line in read_metrics(run.directory)
+        if line["kind"] in ("tuning", "evaluation") and line["task"] == "red"
+        for name in line
+    }
+    of = {
+        "validation": {"validation"},
+        "test": {"test"},
+        "loss": {"loss"},
+        "norm": {"norm"},
+        "counts": {"images", "steps"},
+    }
+    for kind, names in of.items():
+        assert bool(names & sent) == (kind in tell), kind
+    assert "green" in (run.directory / "report.html").read_text()
+
+
+def test_the_partys_bound_goes_before_the_runs(config: dict[str, Any], tmp_path: Path) -> None:
+    grid, settings = grid_with({**config, "max-update-norm": 100.0}, tmp_path, "max-update-norm = 1e-6")
+    with pytest.raises(RunError, match=r"red refuses the server's base: .* max-update-norm=1e-06"):
+        serve(grid, settings)
+
+
+# ------------------------------------------------------------------------------------------------------------ the file
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("epsilom = 3", "rule 'epsilom' is unknown; did you mean 'epsilon'?"),
+        ("dp-epsilon = 3", "rule 'dp-epsilon' is unknown"),
+        ("epsilon = -1", "epsilon=-1: it must be a number, 0 or more"),
+        ("epsilon = true", "epsilon=True: it must be a number, 0 or more"),
+        ("epsilon = inf", "epsilon=inf: it must be a number, 0 or more"),
+        ("rounds = 2.5", "rounds=2.5: it must be a whole number"),
+        ('privacy = "dp"', "privacy='dp': it takes one of none, dp-sgd"),
+        ("privacy = 3", "privacy=3: it must be a string"),
+        ('secure-aggregation = "yes"', "secure-aggregation='yes': it must be true or false"),
+        ('tell = ["validatio"]', "it takes validation, test, loss, norm, counts"),
+        ('models = "tiny"', "models='tiny': it must be a list of strings"),
+        ("epsilon == 3", "is no TOML"),
+    ],
+)
+def test_a_policy_that_cannot_be_read_is_one_clear_error(tmp_path: Path, text: str, told: str) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text(text)
+    with pytest.raises(SettingError) as error:
+        Policy.read(file)
+    assert str(file) in str(error.value)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("node", "told"),
+    [
+        (
+            {"privacy": "dp-sgd"},
+            "privacy='dp-sgd' in this SuperNode's --node-config is unknown; it is a rule of the policy",
+        ),
+        ({"dp-epsilon": 3.0}, "dp-epsilon=3.0 in this SuperNode's --node-config is unknown"),
+        ({"secure-aggregation": True}, "it is a rule of the policy"),
+        ({"polcy": "x"}, "did you mean 'policy'?"),
+        ({"policy": "/nowhere/policy.toml"}, "policy /nowhere/policy.toml cannot be read"),
+        ({"policy": 3}, "it must be a path"),
+        ({"max-update-norm": True}, "it must be 0 or more"),
+    ],
+)
+def test_nothing_in_a_node_config_is_passed_over(config: dict[str, Any], node: dict[str, Any], told: str) -> None:
+    with pytest.raises(SettingError) as error:
+        policy_of(node)
+    assert told in str(error.value)
+    settings = Settings.parse(config)
+    grid = InProcessGrid(client_app, 3, settings.as_config())
+    grid.contexts[2].node_config.update(node)
+    with pytest.raises(RunError) as refused:
+        serve(grid, settings)
+    assert told in str(refused.value)
+
+
+@seed(0)
+@tries(max_examples=100, deadline=None)
+@given(st.text(max_size=20), st.one_of(st.integers(), st.floats(), st.text(), st.booleans()))
+def test_no_key_but_the_known_ones_is_taken(key: str, value: Any) -> None:
+    known = {"task", "data", "policy", "max-update-norm", "trusted-parties", "partition-id", "num-partitions"}
+    if key not in known:
+        with pytest.raises(SettingError, match="is unknown"):
+            policy_of({key: value})
+
+
+def test_the_template_has_every_rule_and_bounds_nothing(tmp_path: Path) -> None:
+    assert tomllib.loads(template()) == {}
+    file = tmp_path / "policy.toml"
+    file.write_text("\n".join(line.removeprefix("# ") for line in template().splitlines() if " = " in line))
+    assert Policy.read(file) == Policy()
+    assert Policy().bounds() == []
+    assert set(tomllib.loads(file.read_text())) == {kebab(item.name) for item in fields(Policy)}
+
+
+def test_the_docs_have_the_table_and_the_command_prints_it() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "privacy.md").read_text()
+    assert table() in text
+    assert table() in CliRunner().invoke(app, ["policy", "--markdown"], env={"COLUMNS": "400"}).output
+    assert CliRunner().invoke(app, ["policy"]).output.strip() == template().strip()
