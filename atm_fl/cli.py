@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from enum import StrEnum
@@ -112,7 +112,7 @@ def run(
             from atm_fl.loop import run_loop
 
             run_loop(settings)
-    report(Path(settings.run_dir))
+    report([Path(settings.run_dir)])
 
 
 @contextmanager
@@ -130,15 +130,52 @@ def _terminated_as_exit() -> Iterator[None]:
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="a run's directory, finished or not")]) -> None:
-    """Print a run's table and write its report.html and accuracy.png."""
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="runs' directories, finished or not")],
+    out: Annotated[Path, typer.Option(help="of several runs: the page to write")] = Path("comparison.html"),
+) -> None:
+    """Print a run's table and write its report.html and accuracy.png, or lay several runs side by side in one page."""
     from atm_fl.report import print_table, write_report
 
-    page = write_report(run_dir)
-    print_table(run_dir)
-    console.print(
-        f"picture: {run_dir / 'accuracy.png'}\nreport:  {page}", soft_wrap=True, highlight=False, markup=False
-    )
+    if len(run_dirs) > 1:
+        _compare_runs(run_dirs, out)
+        return
+    page = write_report(run_dirs[0])
+    print_table(run_dirs[0])
+    _say(f"picture: {run_dirs[0] / 'accuracy.png'}\nreport:  {page}")
+
+
+def _compare_runs(run_dirs: list[Path], out: Path) -> None:
+    from atm_fl.comparison import CAPTION, HEADINGS, Summary, accuracy_rows, names_of, write_comparison
+
+    page = write_comparison(run_dirs, out)
+    summaries = [Summary.of(path, name) for path, name in zip(run_dirs, names_of(run_dirs), strict=True)]
+    _print_table(HEADINGS, [run.cells() for run in summaries])
+    _print_table(("task", *(run.name for run in summaries)), accuracy_rows(summaries))
+    _say(f"{CAPTION}\nreport: {page}")
+
+
+@app.command()
+def runs(folder: Annotated[Path, typer.Argument(help="a folder with runs in it, at any depth")] = Path("runs")) -> None:
+    """List a folder's runs: merge, rounds, accuracy, worst task, ε, bytes, state."""
+    from atm_fl.comparison import CAPTION, HEADINGS, list_runs
+
+    rows = [run.cells() for run in list_runs(folder)]
+    if not rows:
+        _say(f"no run in {folder}")
+        return
+    _print_table(HEADINGS, rows)
+    _say(CAPTION)
+
+
+def _print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """A table whose cells are wrapped, never cut, where the terminal is too narrow."""
+    table = Table(*headings, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table, highlight=False)
 
 
 @app.command()
