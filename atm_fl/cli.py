@@ -31,7 +31,6 @@ console = Console()
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Federated learning by alternating tuning and merging (ATM, arXiv:2411.03055) on Flower.",
 )
 
 
@@ -46,6 +45,23 @@ class Runtime(StrEnum):
 
 Superlink = Annotated[str, typer.Option(help="where the SuperLink of a federation is: host:port")]
 Authority = Annotated[Path, typer.Option(help="the certificate that a federation's SuperLink is trusted by")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        _say(f"atm-fl {version('atm-fl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and end")
+    ] = False,
+) -> None:
+    """Federated learning by alternating tuning and merging (ATM, arXiv:2411.03055) on Flower."""
 
 
 def main() -> None:
@@ -85,7 +101,7 @@ def run(
 ) -> None:
     """Run a configuration to its end and print its table. The exit status is 0 only if the run completed."""
     from atm_fl.progress import progress
-    from atm_fl.runs import check_run_dir
+    from atm_fl.runs import check_run_dir, swept_if_failed
     from atm_fl.settings import OF_DEPLOYMENT
 
     settings = read_config(config, override or [], OF_DEPLOYMENT if runtime is Runtime.DEPLOYMENT else {})
@@ -93,7 +109,7 @@ def run(
     console.print(
         f"{config.name}: {len(settings.task_names)} tasks, {settings.rounds} rounds → {escape(settings.run_dir)}"
     )
-    with _terminated_as_exit(), progress(settings, console):
+    with _terminated_as_exit(), swept_if_failed(Path(settings.run_dir)), progress(settings, console):
         if runtime is Runtime.RAY:
             from server.simulation import simulate
 
@@ -104,10 +120,11 @@ def run(
             submit(settings, app_dir.resolve(), superlink, ca)
         elif runtime is Runtime.IN_PROCESS:
             from clients.app import app as client_app
-            from server.app import serve
+            from server.app import logs_to, serve
             from server.grid import InProcessGrid
 
-            serve(InProcessGrid(client_app, len(settings.task_names), settings.as_config()), settings)
+            with logs_to(Path(settings.run_dir) / "flower.log"):
+                serve(InProcessGrid(client_app, len(settings.task_names), settings.as_config()), settings)
         else:
             from atm_fl.loop import run_loop
 
@@ -180,7 +197,7 @@ def _print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None
 
 @app.command()
 def tasks(
-    build: Annotated[bool, typer.Option(help="count every split, building or reading what is on this machine")] = False,
+    build: Annotated[bool, typer.Option(help="count what is on disk, by reading it")] = False,
     leaks: Annotated[str, typer.Option(help="a task: which of its validation and test images are in train?")] = "",
     workers: Annotated[int, typer.Option(min=0, help="processes that decode images for --leaks")] = 0,
     markdown: Annotated[bool, typer.Option(help="the published data sets as the table of docs/data.md")] = False,
@@ -194,7 +211,7 @@ def tasks(
             raise typer.Exit(1)
         return
     head = ("task", "classes", "train", "test", "GB", "licence", "source")
-    table = Table(*head[:-2], "on disk", *head[-2:], box=SIMPLE)
+    table = Table("task", "classes, images and where they are; source and licence", box=SIMPLE, pad_edge=False)
     table.columns[0].no_wrap = True
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, found in sorted(registry.tasks().items(), key=lambda item: isinstance(item[1], Published)):
@@ -203,15 +220,25 @@ def tasks(
             numbers = [str(found.classes), str(found.train), str(found.test), f"{found.gigabytes:g}"]
             there = "yes" if found.on_disk() else "no"
             lines.append("| " + " | ".join([name, *numbers, found.licence, found.source]) + " |")
-        if build and there != "no":
-            data = registry.load(name)
+        if not markdown and (there == "embedded" or (build and there == "yes")):
+            try:
+                data = registry.load(name)
+            except SettingError as error:  # a package that is not installed
+                table.add_row(escape(name), escape(str(error)))
+                continue
             counted = f"{len(data.train)} + {len(data.validation)}"
             numbers[:3] = [str(len(data.classes)), counted, str(len(data.test))]
-        table.add_row(name, *numbers, there, found.licence, found.source)
+        classes, train, test, size = (number or "?" for number in numbers)
+        place = there if there == "embedded" else f"{size} GB, {'on disk' if there == 'yes' else 'not on disk'}"
+        table.add_row(
+            escape(name),
+            f"{classes:>4} classes {train:>10} train {test:>6} test  {place}\n"
+            + escape(f"{found.source}. {found.licence}"),
+        )
     if markdown:
         console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
     else:
-        console.print(table)
+        console.print(table, highlight=False)
         console.print(
             f"published data sets are looked for in {data_root()}", soft_wrap=True, highlight=False, markup=False
         )
@@ -625,6 +652,10 @@ def read_config(path: Path, overrides: list[str], defaults: dict[str, Any] | Non
         values = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise SettingError(f"{path} is not valid TOML: {error}") from error
+    if isinstance(values.get("rows"), dict):
+        from atm_fl.experiments import command_for
+
+        raise SettingError(f"{path} is a study, not a run's settings: use {command_for(values)} {path}")
     for item in overrides:
         key, separator, value = item.partition("=")
         if not separator:
