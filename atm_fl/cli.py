@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from enum import StrEnum
@@ -31,7 +31,6 @@ console = Console()
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Federated learning by alternating tuning and merging (ATM, arXiv:2411.03055) on Flower.",
 )
 
 
@@ -46,6 +45,23 @@ class Runtime(StrEnum):
 
 Superlink = Annotated[str, typer.Option(help="where the SuperLink of a federation is: host:port")]
 Authority = Annotated[Path, typer.Option(help="the certificate that a federation's SuperLink is trusted by")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        _say(f"atm-fl {version('atm-fl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and end")
+    ] = False,
+) -> None:
+    """Federated learning by alternating tuning and merging (ATM, arXiv:2411.03055) on Flower."""
 
 
 def main() -> None:
@@ -85,7 +101,7 @@ def run(
 ) -> None:
     """Run a configuration to its end and print its table. The exit status is 0 only if the run completed."""
     from atm_fl.progress import progress
-    from atm_fl.runs import check_run_dir
+    from atm_fl.runs import check_run_dir, swept_if_failed
     from atm_fl.settings import OF_DEPLOYMENT
 
     settings = read_config(config, override or [], OF_DEPLOYMENT if runtime is Runtime.DEPLOYMENT else {})
@@ -93,7 +109,7 @@ def run(
     console.print(
         f"{config.name}: {len(settings.task_names)} tasks, {settings.rounds} rounds → {escape(settings.run_dir)}"
     )
-    with _terminated_as_exit(), progress(settings, console):
+    with _terminated_as_exit(), swept_if_failed(Path(settings.run_dir)), progress(settings, console):
         if runtime is Runtime.RAY:
             from server.simulation import simulate
 
@@ -104,15 +120,16 @@ def run(
             submit(settings, app_dir.resolve(), superlink, ca)
         elif runtime is Runtime.IN_PROCESS:
             from clients.app import app as client_app
-            from server.app import serve
+            from server.app import logs_to, serve
             from server.grid import InProcessGrid
 
-            serve(InProcessGrid(client_app, len(settings.task_names), settings.as_config()), settings)
+            with logs_to(Path(settings.run_dir) / "flower.log"):
+                serve(InProcessGrid(client_app, len(settings.task_names), settings.as_config()), settings)
         else:
             from atm_fl.loop import run_loop
 
             run_loop(settings)
-    report(Path(settings.run_dir))
+    report([Path(settings.run_dir)])
 
 
 @contextmanager
@@ -140,15 +157,52 @@ def _terminated_as_exit() -> Iterator[None]:
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="a run's directory, finished or not")]) -> None:
-    """Print a run's table and write its report.html and accuracy.png."""
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="runs' directories, finished or not")],
+    out: Annotated[Path, typer.Option(help="of several runs: the page to write")] = Path("comparison.html"),
+) -> None:
+    """Print a run's table and write its report.html and accuracy.png, or lay several runs side by side in one page."""
     from atm_fl.report import print_table, write_report
 
-    page = write_report(run_dir)
-    print_table(run_dir)
-    console.print(
-        f"picture: {run_dir / 'accuracy.png'}\nreport:  {page}", soft_wrap=True, highlight=False, markup=False
-    )
+    if len(run_dirs) > 1:
+        _compare_runs(run_dirs, out)
+        return
+    page = write_report(run_dirs[0])
+    print_table(run_dirs[0])
+    _say(f"picture: {run_dirs[0] / 'accuracy.png'}\nreport:  {page}")
+
+
+def _compare_runs(run_dirs: list[Path], out: Path) -> None:
+    from atm_fl.comparison import CAPTION, HEADINGS, Summary, accuracy_rows, names_of, write_comparison
+
+    page = write_comparison(run_dirs, out)
+    summaries = [Summary.of(path, name) for path, name in zip(run_dirs, names_of(run_dirs), strict=True)]
+    _print_table(HEADINGS, [run.cells() for run in summaries])
+    _print_table(("task", *(run.name for run in summaries)), accuracy_rows(summaries))
+    _say(f"{CAPTION}\nreport: {page}")
+
+
+@app.command()
+def runs(folder: Annotated[Path, typer.Argument(help="a folder with runs in it, at any depth")] = Path("runs")) -> None:
+    """List a folder's runs: merge, rounds, accuracy, worst task, ε, bytes, state."""
+    from atm_fl.comparison import CAPTION, HEADINGS, list_runs
+
+    rows = [run.cells() for run in list_runs(folder)]
+    if not rows:
+        _say(f"no run in {folder}")
+        return
+    _print_table(HEADINGS, rows)
+    _say(CAPTION)
+
+
+def _print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """A table whose cells are wrapped, never cut, where the terminal is too narrow."""
+    table = Table(*headings, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table, highlight=False)
 
 
 @app.command()
@@ -176,7 +230,7 @@ def ledger(delta: Annotated[float, typer.Option(help="the δ at which ε is told
 
 @app.command()
 def tasks(
-    build: Annotated[bool, typer.Option(help="count every split, building or reading what is on this machine")] = False,
+    build: Annotated[bool, typer.Option(help="count what is on disk, by reading it")] = False,
     leaks: Annotated[str, typer.Option(help="a task: which of its validation and test images are in train?")] = "",
     workers: Annotated[int, typer.Option(min=0, help="processes that decode images for --leaks")] = 0,
     markdown: Annotated[bool, typer.Option(help="the published data sets as the table of docs/data.md")] = False,
@@ -190,7 +244,7 @@ def tasks(
             raise typer.Exit(1)
         return
     head = ("task", "classes", "train", "test", "GB", "licence", "source")
-    table = Table(*head[:-2], "on disk", *head[-2:], box=SIMPLE)
+    table = Table("task", "classes, images and where they are; source and licence", box=SIMPLE, pad_edge=False)
     table.columns[0].no_wrap = True
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, found in sorted(registry.tasks().items(), key=lambda item: isinstance(item[1], Published)):
@@ -199,15 +253,25 @@ def tasks(
             numbers = [str(found.classes), str(found.train), str(found.test), f"{found.gigabytes:g}"]
             there = "yes" if found.on_disk() else "no"
             lines.append("| " + " | ".join([name, *numbers, found.licence, found.source]) + " |")
-        if build and there != "no":
-            data = registry.load(name)
+        if not markdown and (there == "embedded" or (build and there == "yes")):
+            try:
+                data = registry.load(name)
+            except SettingError as error:  # a package that is not installed
+                table.add_row(escape(name), escape(str(error)))
+                continue
             counted = f"{len(data.train)} + {len(data.validation)}"
             numbers[:3] = [str(len(data.classes)), counted, str(len(data.test))]
-        table.add_row(name, *numbers, there, found.licence, found.source)
+        classes, train, test, size = (number or "?" for number in numbers)
+        place = there if there == "embedded" else f"{size} GB, {'on disk' if there == 'yes' else 'not on disk'}"
+        table.add_row(
+            escape(name),
+            f"{classes:>4} classes {train:>10} train {test:>6} test  {place}\n"
+            + escape(f"{found.source}. {found.licence}"),
+        )
     if markdown:
         console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
     else:
-        console.print(table)
+        console.print(table, highlight=False)
         console.print(
             f"published data sets are looked for in {data_root()}", soft_wrap=True, highlight=False, markup=False
         )
@@ -643,6 +707,10 @@ def read_config(path: Path, overrides: list[str], defaults: dict[str, Any] | Non
         values = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise SettingError(f"{path} is not valid TOML: {error}") from error
+    if isinstance(values.get("rows"), dict):
+        from atm_fl.experiments import command_for
+
+        raise SettingError(f"{path} is a study, not a run's settings: use {command_for(values)} {path}")
     for item in overrides:
         key, separator, value = item.partition("=")
         if not separator:

@@ -1,7 +1,7 @@
 """Self-contained HTML pages with inline SVG figures: what the report of a run and the page of a study have in common.
 
-A page has no link to outside and no script, and follows the reader's dark or light scheme. Every text given to the
-functions here is escaped.
+A page has no link to outside and no script, follows the reader's dark or light scheme, and fits a telephone: what is
+wider scrolls by itself. Every text given to the functions here is escaped.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -41,6 +42,10 @@ th, td { padding: .15rem .7rem; border-bottom: 1px solid #8884; text-align: left
 .total tbody tr:last-child { font-weight: bold }
 .dense { font-size: .8em } .dense :is(th, td) { padding: .1rem .4rem }
 .scroll { overflow-x: auto } figure { margin: .8rem 0; break-inside: avoid } svg { max-width: 100%; height: auto }
+.lead { font-size: 1.2em; opacity: 1 } h1, .lead { overflow-wrap: anywhere }
+.row { display: flex; flex-wrap: wrap; gap: 0 1.5rem } .row figure { flex: 1 1 21rem; min-width: 0; max-width: 36rem }
+.tip:hover path { fill-opacity: .12 !important }
+@media (max-width: 30rem) { body { margin: 1rem auto; font-size: 16px } th, td { padding: .15rem .4rem } }
 @media print { :root { color-scheme: light } body { margin: 0; max-width: none } tr { break-inside: avoid }
   h2 { break-after: avoid } details::details-content { content-visibility: visible; display: block } }
 """
@@ -57,7 +62,7 @@ def document(title: str, parts: Iterable[str]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
-        '<meta name="viewport" content="width=device-width">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
@@ -84,13 +89,39 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[str]], caption: str =
     )
 
 
+def row(figures: Iterable[str]) -> str:
+    """Figures side by side where the page is wide enough."""
+    return f'<div class="row">{"".join(figures)}</div>'
+
+
 def figure(caption: str, draw: Callable[[], Figure]) -> str:
     """What `draw` returns as an inline SVG above its caption. Captions of one page differ, so that its ids do."""
     svg = render(draw, "svg", salt=caption).decode()
-    svg = re.sub('<g id="[^"]*"', "<g", svg[svg.index("<svg ") :])  # these ids would repeat in the page
+    svg = re.sub(f'<g id="{_TIP}([0-9a-f]*)">', _shown_tip, svg[svg.index("<svg ") :])
+    svg = re.sub('<g id="[^"]*"', "<g", svg)  # these ids would repeat in the page
     svg = svg.replace(INK, "currentColor")  # the page's text color, in the dark and in the light
     label = f'<svg role="img" aria-label="{escape(caption)}" '
     return f"<figure>{svg.replace('<svg ', label, 1)}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def add_tips(axis: Axes, texts: Mapping[int, str]) -> None:
+    """Show a text while the pointer is over a round's stripe of the figure."""
+    if not texts:
+        return
+    rounds = sorted(texts)
+    edges = [(a + b) / 2 for a, b in pairwise(rounds)]
+    for number, low, high in zip(rounds, [rounds[0] - 0.5, *edges], [*edges, rounds[-1] + 0.5], strict=True):
+        # Not quite transparent: what has no color at all feels no pointer.
+        stripe = axis.axvspan(low, high, color=INK, alpha=0.002, lw=0, zorder=10)
+        stripe.set_gid(_TIP + texts[number].encode("utf-8", "replace").hex())
+
+
+_TIP = "tip:"
+"""What the id of a stripe with a text begins with; the text follows in hexadecimal digits."""
+
+
+def _shown_tip(found: re.Match[str]) -> str:
+    return f'<g class="tip"><title>{escape(bytes.fromhex(found[1]).decode())}</title>'
 
 
 def size_text(count: float) -> str:
@@ -127,9 +158,13 @@ def render(draw: Callable[[], Figure], kind: str, salt: str = "") -> bytes:
     return file.getvalue()
 
 
-def axes(panels: int = 1, height: float = 3.2, share: bool = True) -> tuple[Figure, list[Axes]]:
-    """A figure as wide as the page with `panels` side by side, which may share their axes."""
-    drawing = Figure(figsize=(9, height), layout="constrained")
+NARROW = 5.2
+"""The width in inches of a figure that is read on a telephone, or beside another."""
+
+
+def axes(panels: int = 1, height: float = 3.2, share: bool = True, width: float = 9) -> tuple[Figure, list[Axes]]:
+    """A figure, as wide as the page by default, with `panels` side by side, which may share their axes. Inches."""
+    drawing = Figure(figsize=(width, height), layout="constrained")
     return drawing, list(drawing.subplots(1, panels, sharex=share, sharey=share, squeeze=False)[0])
 
 
@@ -146,6 +181,43 @@ def draw_lines(panels: Mapping[str, Mapping[str, Series]], bold: Mapping[str, Se
     across[0].set_ylabel(unit)
     handles = [across[0].lines[-1], *across[0].lines[:-1]]
     drawing.legend(handles, [name, *map(short, tasks)], loc="outside right upper", ncols=1 + len(tasks) // 30)
+    return drawing
+
+
+def draw_curves(
+    curves: Mapping[str, Series],
+    bold: Mapping[str, Series],
+    unit: str,
+    references: Mapping[str, float] | None = None,
+    best: int | None = None,
+    form: str = ".1f",
+) -> Figure:
+    """Thin and bold lines by round, with their values on hover, level `references`, and the `best` round marked.
+
+    best: a round of the first bold line. form: how a value is written.
+    """
+    levels = references or {}
+    drawing, (axis,) = axes(1, 3.0 + 0.17 * -(-(len(curves) + len(bold) + len(levels)) // 3), width=NARROW)
+    many = len(bold) > 1
+    for i, (name, series) in enumerate(bold.items()):
+        style = line_style(i) if many else {"color": INK}
+        axis.plot(*points(series), label=short(name), **style, lw=2.4, **marks(series))
+    for i, (name, series) in enumerate(curves.items()):
+        axis.plot(*points(series), label=short(name), **line_style(i), lw=1.2, **marks(series))
+    for i, (name, level) in enumerate(levels.items()):
+        axis.axhline(level, label=f"{name} {level:{form}}", color=INK, lw=1.4, linestyle=DASHES[1 + i % 3], alpha=0.6)
+    if best is not None:
+        value = next(iter(bold.values()))[best]
+        axis.plot([best], [value], "*", color="C1", markersize=13, label=f"best: round {best}")
+    axis.set(xlabel="round", ylabel=unit)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lines = {**bold, **curves}
+    texts: dict[int, list[str]] = {}
+    for name, series in lines.items():
+        for n, value in series.items():
+            texts.setdefault(n, [f"round {n}"]).append(f"{name}: {value:{form}}")
+    add_tips(axis, {n: "\n".join(told) for n, told in texts.items()})
+    drawing.legend(loc="outside lower center", ncols=3, fontsize=8)
     return drawing
 
 

@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
 
 from atm_fl.evaluation import mean_accuracy
+from atm_fl.report import duration
 from atm_fl.runs import read_metrics
 from atm_fl.settings import Settings
 
@@ -68,21 +70,36 @@ def _print_rounds(lines: list[dict[str, Any]], settings: Settings, console: Cons
             continue
         name = "start " if number == 0 else f"round {number}/{settings.rounds}"
         took = f", {finished[number]['seconds']:.1f} s" if number in finished else ""
+        spent, left = _epsilon(lines, number), _time_left(finished, settings, number)
         console.print(
-            f"{name}: validation {100 * mean_accuracy(tasks):.1f} % over {len(tasks)} tasks{took}", highlight=False
+            f"{name}: validation {100 * mean_accuracy(tasks):.1f} % over {len(tasks)} tasks"
+            + (f", ε {spent:.2f}" if spent else "")
+            + took
+            + (f", about {duration(left)} left" if left else ""),
+            highlight=False,
         )
         printed = number
     return printed
 
 
+def _epsilon(lines: list[dict[str, Any]], number: int) -> float:
+    """The largest ε, of a training record or a client, up to a round; 0 without differential privacy."""
+    return max((line.get("epsilon", 0.0) for line in lines if line["round"] <= number), default=0.0)
+
+
+def _time_left(finished: dict[int, dict[str, Any]], settings: Settings, done: int) -> float:
+    """Seconds that the rounds after `done` take, each as long as the median of those before; 0 if nothing is known."""
+    seconds = [line["seconds"] for number, line in finished.items() if number <= done]
+    return (settings.rounds - done) * median(seconds) if seconds else 0.0
+
+
 def _under_way(lines: list[dict[str, Any]], settings: Settings, elapsed: float) -> str:
     done = max((line["round"] for line in lines if line["kind"] == "merge"), default=0)
-    seconds = [line["seconds"] for line in lines if line["kind"] == "merge"]
+    finished = {line["round"]: line for line in lines if line["kind"] == "merge"}
     if done == settings.rounds:
         return "final evaluation"
     tuned = [line["task"] for line in lines if line["kind"] == "tuning" and line["round"] == done + 1]
     text = f"round {done + 1}/{settings.rounds}: {len(tuned)} of {len(settings.task_names)} tasks"
-    if seconds:
-        left = (settings.rounds - done) * sorted(seconds)[len(seconds) // 2]
-        text += f", about {left / 60:.0f} min {left % 60:.0f} s left"
+    if left := _time_left(finished, settings, done):
+        text += f", about {duration(left)} left"
     return f"{text} ({elapsed:.0f} s)"

@@ -1,4 +1,4 @@
-"""What a run directory tells a reader: an accuracy table for the terminal, and report.html with every curve.
+"""What a run directory tells a reader: a table for the terminal, and report.html: the result, its cost, every curve.
 
 Everything is read from config.json and metrics.jsonl, so that a report can be made at any time, also of an unfinished
 run.
@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +29,7 @@ from atm_fl import pages
 from atm_fl.errors import RunError
 from atm_fl.files import atomic_write
 from atm_fl.pages import Series
+from atm_fl.references import find_references
 from atm_fl.runs import read_metrics
 from atm_fl.settings import defaults
 
@@ -83,12 +85,13 @@ def accuracy_table(directory: Path, split: str | None = None, columns: int = COL
     Without `split`, of the test split if it was evaluated at the start and after the last evaluated round, and of the
     validation split otherwise.
     """
-    return _accuracy_table(_Record.read(directory), split, columns)
+    return _accuracy_table(Record.read(directory), split, columns)
 
 
 def print_table(directory: Path) -> None:
-    """Print a run's accuracy table to the terminal."""
-    accuracies = accuracy_table(directory)
+    """Print a run's accuracy table to the terminal, and what it has spent of privacy."""
+    record = Record.read(directory)
+    accuracies = _accuracy_table(record)
     table = Table(box=SIMPLE_HEAD, collapse_padding=True)
     for heading in accuracies.headings:
         table.add_column(heading, justify="left" if heading == "task" else "right", no_wrap=heading != "task")
@@ -100,12 +103,14 @@ def print_table(directory: Path) -> None:
     console = Console()
     console.print(table)
     console.print(accuracies.caption, highlight=False)
+    for text in record.epsilon_texts():
+        console.print(f"ε so far: {text}", highlight=False, markup=False)
 
 
 def write_report(directory: Path) -> Path:
     """Write a run's report.html, one file without any link to outside, and accuracy.png. Returns the page's path."""
-    record = _Record.read(directory)
-    page = _page(record, directory.resolve().name)
+    record = Record.read(directory)
+    page = _page(record, directory.resolve().name, find_references(directory, record.settings))
     with atomic_write(directory / "accuracy.png") as part:
         part.write_bytes(pages.render(lambda: _draw_accuracy(record), "png"))
     with atomic_write(directory / "report.html") as part:
@@ -117,8 +122,11 @@ def write_report(directory: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Record:
-    """A run directory's numbers. Of lines with the same kind, round and task only the last is kept."""
+class Record:
+    """A run directory's numbers. Of lines with the same kind, round and task only the last is kept.
+
+    Texts in it come from clients: whoever shows one escapes it.
+    """
 
     config: dict[str, Any]
     lines: dict[tuple[str, int, str], dict[str, Any]]
@@ -126,7 +134,7 @@ class _Record:
     """Tasks with at least one line or failure, in the order of the settings."""
 
     @classmethod
-    def read(cls, directory: Path) -> _Record:
+    def read(cls, directory: Path) -> Record:
         try:
             config = json.loads((directory / "config.json").read_text())
         except FileNotFoundError:
@@ -139,6 +147,11 @@ class _Record:
         names = [name.strip() for name in config["settings"].get("tasks", "").split(",")]
         tasks = sorted(seen, key=lambda task: names.index(task) if task in names else len(names))
         return cls(config, lines, tuple(tasks))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings, with the rounds that were planned; those from before a setting was there have its default."""
+        return {**defaults(), **self.config["settings"], "rounds": self.config["rounds"]}
 
     @property
     def rounds_done(self) -> int:
@@ -160,6 +173,59 @@ class _Record:
         }
         return dict(sorted(found.items()))
 
+    def total(self, *kinds: str, key: str) -> float:
+        """The sum of a number over all lines of these kinds."""
+        return sum(sum(self.series(kind, key, task).values()) for kind in kinds for task in ("", *self.clients))
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Everyone with a line; in a joint run also "joint"."""
+        return tuple({task: None for _, _, task in self.lines if task})
+
+    def failures(self) -> list[tuple[int, str, str]]:
+        """(round, client, reason) of all that failed in rounds that were merged all the same."""
+        return [
+            (number, client, str(reason))
+            for number, line in self.merges().items()
+            for client, reason in line.get("failures", {}).items()
+        ]
+
+    def epsilon(self) -> dict[str, float]:
+        """The ε spent so far by what it protects: "a training record of TASK" (the largest of all) and "a client".
+
+        Infinite for DP-SGD without noise, and before its first round nothing.
+        """
+        spent: dict[str, float] = {}
+        records: dict[str, float] = {}
+        for (kind, _, task), line in sorted(self.lines.items()):
+            if kind == "tuning" and self.settings["privacy"] == "dp-sgd":
+                value = line.get("epsilon")
+                records[task] = float(value) if isinstance(value, (int, float)) else math.inf
+            elif kind == "merge" and "epsilon" in line:
+                spent["a client"] = float(line["epsilon"])
+        if records:
+            most = max(records, key=records.__getitem__)
+            spent[f"a training record of {most}"] = records[most]
+        return spent
+
+    def epsilon_texts(self) -> list[str]:
+        """`epsilon` as sentences."""
+        delta = f"δ = {self.settings['dp-delta']:g}"
+        return [
+            f"{value:.3f} for {unit}, {delta}" if math.isfinite(value) else f"∞ for {unit}: nothing is promised"
+            for unit, value in self.epsilon().items()
+        ]
+
+    def means(self, split: str) -> Series:
+        """Accuracy in percent, the mean over the tasks that were measured, by round."""
+        return {n: 100 * value for n, value in _over_tasks(fmean, self.by_task("evaluation", split)).items()}
+
+    def last_accuracies(self, split: str) -> tuple[int, dict[str, float]]:
+        """(The last evaluated round, each task's accuracy in percent then); (0, {}) if there is none."""
+        series = self.by_task("evaluation", split)
+        last = max((n for values in series.values() for n in values), default=0)
+        return last, {task: 100 * values[last] for task, values in series.items() if last in values}
+
     def by_task(self, kind: str, key: str) -> dict[str, Series]:
         """A number's series of every task."""
         return {task: self.series(kind, key, task) for task in self.tasks}
@@ -171,7 +237,7 @@ def _over_tasks(reduce: Callable[[list[float]], float], series: Mapping[str, Ser
     return {n: reduce([values[n] for values in series.values() if n in values]) for n in rounds}
 
 
-def _accuracy_table(record: _Record, split: str | None = None, columns: int = COLUMNS) -> AccuracyTable:
+def _accuracy_table(record: Record, split: str | None = None, columns: int = COLUMNS) -> AccuracyTable:
     means = {name: _over_tasks(fmean, record.by_task("evaluation", name)) for name in ("validation", "test")}
     if split is None:
         last = max((number for values in means.values() for number in values), default=0)
@@ -203,15 +269,18 @@ def _percent(value: float | None, sign: str = "") -> str:
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
-def _page(record: _Record, name: str) -> str:
-    """The whole HTML page; every text from the run is escaped on its way in."""
-    config, planned = record.config, record.config["rounds"]
-    settings = {**config["settings"], "rounds": planned}
+def _page(record: Record, name: str, references: Mapping[str, Mapping[str, float]]) -> str:
+    """The whole HTML page; every text from the run is escaped on its way in.
+
+    references: mean accuracies in 0..1 by split and name.
+    """
+    config, settings = record.config, record.settings
     changed = {key: value for key, value in settings.items() if key not in defaults() or defaults()[key] != value}
-    done = f"{record.rounds_done} of {planned} rounds" + ("" if record.rounds_done >= planned else ", unfinished")
     parts = [
-        f"<h1>{escape(name)}</h1><p>ATM run: {escape(done)}, {len(record.tasks)} tasks, {config['elements']:,} shared "
-        f"parameters</p>",
+        f"<h1>{escape(name)}</h1>",
+        *_result(record, references),
+        *_costs(record),
+        *_vectors(record),
         "<h2>Settings other than the defaults</h2>",
         pages.pairs(changed) if changed else "<p>None: every setting has its default.</p>",
         f"<details><summary>All settings</summary>{pages.pairs(settings)}</details>",
@@ -220,38 +289,85 @@ def _page(record: _Record, name: str) -> str:
             {**config["versions"], **config["machine"], "layout": config["layout"], "elements": config["elements"]}
         ),
         "</details>",
-        "<h2>Accuracy</h2>",
-        *_accuracy_tables(record),
-        pages.figure("Accuracy of the merged model after each round.", lambda: _draw_accuracy(record)),
-        *_norms(record),
-        *_cosines(record),
-        *_privacy(record),
-        *_costs(record),
-        *_failures(record),
     ]
     return pages.document(f"{name}: ATM run", parts)
 
 
-def _accuracy_tables(record: _Record) -> Iterable[str]:
-    tables = [_accuracy_table(record, split) for split in ("test", "validation")]
-    measured = [table for table in tables if table.rounds]
-    if not measured:
-        yield "<p>No accuracy was measured yet.</p>"
-    for table in measured:
+def _result(record: Record, references: Mapping[str, Mapping[str, float]]) -> Iterable[str]:
+    """The sentence, the curves and the tables."""
+    measured = [split for split in ("test", "validation") if record.means(split)]
+    yield f'<p class="lead">{escape(result_text(record, references))}</p>'
+    if measured:
+        yield pages.row(
+            pages.figure(
+                f"{split.capitalize()} accuracy of the merged model after each round.",
+                partial(_draw_split, record, split, references.get(split, {})),
+            )
+            for split in measured
+        )
+    for split in measured:
+        table = _accuracy_table(record, split)
         yield pages.table(table.headings, table.cells(), table.caption, "numbers total")
 
 
-def _norms(record: _Record) -> Iterable[str]:
+def result_text(record: Record, references: Mapping[str, Mapping[str, float]] | None = None) -> str:
+    """A run's result in a sentence or two: the mean, what it is held against, the worst task and the best round."""
+    rounds = f"{record.rounds_done} of {record.settings['rounds']} rounds"
+    rounds += "" if record.rounds_done >= record.settings["rounds"] else " (unfinished)"
+    split = _accuracy_table(record).split
+    last, accuracies = record.last_accuracies(split)
+    if not accuracies:
+        return f"After {rounds} no accuracy was measured yet."
+    means = record.means(split)
+    levels = _levels(record, split, (references or {}).get(split, {}))
+    against = ", ".join(f"{name} {level:.1f} %" for name, level in levels.items() if last or name != start_name(record))
+    of = f"the mean over {len(accuracies)} tasks" if len(accuracies) > 1 else "one task"
+    where = f" of round {last}" if last != record.rounds_done else ""
+    text = f"After {rounds} the merged model{where} has {means[last]:.1f} % {split} accuracy, {of}"
+    text += f" ({against})" if against else ""
+    worst = min(accuracies, key=accuracies.__getitem__)
+    text += f"; the worst task is {worst} with {accuracies[worst]:.1f} %" if len(accuracies) > 1 else ""
+    validation = record.means("validation")
+    best = best_round(validation)
+    if best is not None:
+        text += f". Best round on validation: {best} ({validation[best]:.1f} %)"
+    return f"{text}."
+
+
+def start_name(record: Record) -> str:
+    """What the model before the first round is called."""
+    return "pretrained" if record.settings["start"] == "pretrained" else "start"
+
+
+def best_round(means: Series) -> int | None:
+    """The first round of the highest mean; None where fewer than two were measured."""
+    return max(means, key=means.__getitem__) if len(means) > 1 else None
+
+
+def _levels(record: Record, split: str, references: Mapping[str, float]) -> dict[str, float]:
+    """Accuracies in percent that a run is held against, by name."""
+    means = record.means(split)
+    measured = {start_name(record): means[0]} if 0 in means else {}
+    return measured | {name: 100 * value for name, value in references.items()}
+
+
+def _vectors(record: Record) -> Iterable[str]:
+    figures = [*_norms(record), *_cosines(record)]
+    if figures:
+        yield "<h2>Task vectors</h2>"
+        yield pages.row(figures)
+
+
+def _norms(record: Record) -> Iterable[str]:
     norms, step = record.by_task("tuning", "norm"), record.series("merge", "norm")
     if step or any(norms.values()):
-        yield "<h2>Task vectors</h2>"
         yield pages.figure(
             "Norm of each task vector, and of the merged step by which the base moved.",
-            lambda: pages.draw_lines({"": norms}, {"": step}, "L2 norm", "merged step"),
+            lambda: pages.draw_curves(norms, {"merged step": step}, "L2 norm", form=".4g"),
         )
 
 
-def _cosines(record: _Record) -> Iterable[str]:
+def _cosines(record: Record) -> Iterable[str]:
     """Pairwise cosines; only rounds with at least two task vectors have any."""
     merges = record.merges().items()
     found = {
@@ -260,77 +376,86 @@ def _cosines(record: _Record) -> Iterable[str]:
     if not found:
         return
     apart = {n: cosines[~np.eye(len(cosines), dtype=bool)] for n, (_, cosines) in found.items()}
-    yield "<h2>Cosines between task vectors</h2>"
-    yield pages.figure("Mean over all pairs, and the range from the least to the greatest.", lambda: _draw_range(apart))
-    ends = sorted({min(found), max(found)})
     yield pages.figure(
-        "Pairs in the first and in the last round.",
-        lambda: _draw_heat_maps({f"round {n}": found[n] for n in ends}),
+        "Cosines between task vectors: mean over all pairs, and the range from the least to the greatest.",
+        lambda: _draw_range(apart),
+    )
+    for n in sorted({min(found), max(found)}):
+        yield pages.figure(f"Cosines of all pairs, round {n}.", partial(_draw_heat_map, f"round {n}", *found[n]))
+
+
+def _costs(record: Record) -> Iterable[str]:
+    """Time, traffic, privacy and failures: in numbers, then in figures."""
+    tune, evaluate, up, down = (
+        _over_tasks(sum, record.by_task("tuning", key))
+        for key in ("seconds_tune", "seconds_evaluate", "bytes_up", "bytes_down")
+    )
+    wall, failed = record.series("merge", "seconds"), record.failures()
+    rounds = max(1, len(wall))
+    yield "<h2>What it cost</h2>"
+    yield pages.pairs(
+        {
+            "time": f"{duration(sum(wall.values()))} in {len(wall)} rounds ({sum(wall.values()) / rounds:,.1f} s each)",
+            "clients' work": f"{record.total('tuning', key='seconds_tune'):,.1f} s tuning, "
+            f"{record.total('tuning', key='seconds_evaluate'):,.1f} s evaluating",
+            "bytes from clients": pages.size_text(record.total("tuning", key="bytes_up")),
+            "bytes to clients": pages.size_text(record.total("tuning", "evaluation", key="bytes_down")),
+            "ε so far": "; ".join(record.epsilon_texts()) or "no differential privacy",
+            "failures": str(len(failed)),
+        }
+    )
+    figures = []
+    if tune or evaluate or wall:
+        caption = "Bars: seconds that the clients spent, summed over tasks. Line: the round's wall clock at the server."
+        figures.append(pages.figure(caption, lambda: _draw_time(tune, evaluate, wall)))
+    if up or down:
+        caption = "Bytes from the clients and to them in each round."
+        figures.append(pages.figure(caption, lambda: _draw_bytes(up, down)))
+    yield pages.row(figures)
+    yield from _privacy(record)
+    yield "<h3>Failures</h3>"
+    rows = [(str(number), client, reason) for number, client, reason in failed]
+    yield (
+        pages.table(("round", "client", "what failed"), rows) if rows else "<p>No client failed in a merged round.</p>"
     )
 
 
-def _privacy(record: _Record) -> Iterable[str]:
+def _privacy(record: Record) -> Iterable[str]:
     """What each party's training records cost so far, of runs with DP-SGD."""
     spent = {task: series for task, series in record.by_task("tuning", "epsilon").items() if series}
     if not spent:
         return
-    settings = record.config["settings"]
     numbers = {name: record.by_task("tuning", name) for name in ("epsilon", "epsilon_rdp", "noise")}
     last = [
         (task, *(f"{series[task].get(max(own), math.inf):.3f}" for series in numbers.values()))
         for task, own in spent.items()
     ]
-    yield "<h2>Privacy</h2>"
+    yield "<h3>Privacy</h3>"
     yield pages.table(
         ("task", "ε", "ε by RDP", "noise"),
         last,
-        f"(ε, δ = {settings['dp-delta']:g}) of one training record after the last round, by privacy loss distributions",
+        f"(ε, δ = {record.settings['dp-delta']:g}) of one training record after the last round, by privacy loss "
+        "distributions",
         "numbers",
     )
     yield pages.figure(
         "ε of each party's training records after each round.",
-        lambda: pages.draw_lines({"": spent}, {"": _over_tasks(max, spent)}, "ε", "largest"),
+        lambda: pages.draw_curves(spent, {"largest": _over_tasks(max, spent)}, "ε", form=".3f"),
     )
 
 
-def _costs(record: _Record) -> Iterable[str]:
-    """Time and traffic."""
-    tune, evaluate, up, down = (
-        _over_tasks(sum, record.by_task("tuning", key))
-        for key in ("seconds_tune", "seconds_evaluate", "bytes_up", "bytes_down")
-    )
-    wall = record.series("merge", "seconds")
-    if tune or evaluate or wall:
-        yield "<h2>Time</h2>"
-        yield pages.figure(
-            f"Bars: seconds that the clients spent, summed over tasks ({sum(tune.values()):,.1f} s tuning, "
-            f"{sum(evaluate.values()):,.1f} s evaluating in all). Line: the round's wall clock at the server "
-            f"({sum(wall.values()):,.1f} s in all).",
-            lambda: _draw_time(tune, evaluate, wall),
-        )
-    if up or down:
-        yield "<h2>Traffic</h2>"
-        yield pages.figure(
-            f"Bytes from the clients ({pages.size_text(sum(up.values()))} in all) and to them "
-            f"({pages.size_text(sum(down.values()))}).",
-            lambda: _draw_bytes(up, down),
-        )
-
-
-def _failures(record: _Record) -> Iterable[str]:
-    rows = [
-        (str(number), task, str(text))
-        for number, line in record.merges().items()
-        for task, text in line.get("failures", {}).items()
-    ]
-    yield "<h2>Failures</h2>"
-    yield pages.table(("round", "task", "what failed"), rows) if rows else "<p>No client failed in a merged round.</p>"
+def duration(seconds: float) -> str:
+    """Seconds in the words of a clock: 42.0 s, 3 min 05 s, 2 h 07 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 # --------------------------------------------------------------------------------------------------------- the figures
 
 
-def _draw_accuracy(record: _Record) -> Figure:
+def _draw_accuracy(record: Record) -> Figure:
     panels = {split: record.by_task("evaluation", split) for split in ("validation", "test")}
     shown = {split: series for split, series in panels.items() if any(series.values())}
     percent = {
@@ -341,62 +466,78 @@ def _draw_accuracy(record: _Record) -> Figure:
     return pages.draw_lines(percent, means, "accuracy %", "mean")
 
 
+def _draw_split(record: Record, split: str, references: Mapping[str, float]) -> Figure:
+    """One split's curves in percent, with what they are held against."""
+    tasks = record.by_task("evaluation", split)
+    percent = {task: {n: 100 * value for n, value in series.items()} for task, series in tasks.items()}
+    means = record.means(split)
+    levels = _levels(record, split, references)
+    return pages.draw_curves(percent, {"mean": means}, f"{split} accuracy %", levels, best_round(means))
+
+
 def _draw_range(apart: Mapping[int, np.ndarray]) -> Figure:
     """The mean of each round's values, in the band from their least to their greatest."""
-    figure, (axis,) = pages.axes()
+    figure, (axis,) = pages.axes(width=pages.NARROW)
     least, mean, most = ({n: float(f(values)) for n, values in apart.items()} for f in (np.min, np.mean, np.max))
     axis.fill_between(list(apart), list(least.values()), list(most.values()), color="C0", alpha=0.2, lw=0)
     for series, width in ((least, 0.8), (mean, 2.4), (most, 0.8)):
         axis.plot(*pages.points(series), color="C0", lw=width, **pages.marks(series))
     axis.axhline(0, color=pages.INK, lw=0.8)
+    spans = {n: f"round {n}\nmean {mean[n]:.3f}, from {least[n]:.3f} to {most[n]:.3f}" for n in apart}
+    pages.add_tips(axis, spans)
     axis.set(xlabel="round", ylabel="cosine")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
-def _draw_heat_maps(maps: Mapping[str, tuple[list[str], np.ndarray]]) -> Figure:
-    """Square matrices with the tasks on both axes, on one color scale around 0; the diagonal, always 1, is left out."""
-    figure, axes = pages.axes(2, 4.6, share=False)
-    blank = {title: np.where(np.eye(len(tasks)), np.nan, matrix) for title, (tasks, matrix) in maps.items()}
-    limit = max(float(np.nanmax(np.abs(matrix))) for matrix in blank.values()) or 1.0
-    for axis in axes[len(maps) :]:
-        axis.set_axis_off()
-    for axis, (title, (tasks, _)) in zip(axes, maps.items(), strict=False):
-        size = min(8.0, 120 / len(tasks))
-        mesh = axis.pcolormesh(blank[title], cmap="RdBu_r", vmin=-limit, vmax=limit)
-        labels = [pages.short(task) for task in tasks]
-        axis.set_xticks(np.arange(len(tasks)) + 0.5, labels, rotation=90, fontsize=size)
-        axis.set_yticks(np.arange(len(tasks)) + 0.5, labels, fontsize=size)
-        axis.tick_params(length=0)
-        axis.grid(False)
-        axis.set(title=title, aspect="equal", xlim=(0, len(tasks)), ylim=(len(tasks), 0))
-        for (i, j), value in np.ndenumerate(blank[title]):
-            if len(tasks) <= 12 and not np.isnan(value):
-                color = "white" if abs(value) > 0.6 * limit else "black"
-                axis.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=6.5, color=color)
-    figure.colorbar(mesh, ax=axes, shrink=0.7, label="cosine").outline.set_visible(False)
+def _draw_heat_map(title: str, tasks: list[str], matrix: np.ndarray) -> Figure:
+    """A square matrix with the tasks on both axes, colored around 0; the diagonal, always 1, is left out."""
+    figure, (axis,) = pages.axes(1, 4.4, width=pages.NARROW)
+    blank = np.where(np.eye(len(tasks)), np.nan, matrix)
+    limit = float(np.nanmax(np.abs(blank))) or 1.0
+    size = min(8.0, 120 / len(tasks))
+    mesh = axis.pcolormesh(blank, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    labels = [pages.short(task) for task in tasks]
+    axis.set_xticks(np.arange(len(tasks)) + 0.5, labels, rotation=90, fontsize=size)
+    axis.set_yticks(np.arange(len(tasks)) + 0.5, labels, fontsize=size)
+    axis.tick_params(length=0)
+    axis.grid(False)
+    axis.set(title=title, aspect="equal", xlim=(0, len(tasks)), ylim=(len(tasks), 0))
+    for (i, j), value in np.ndenumerate(blank):
+        if len(tasks) <= 12 and not np.isnan(value):
+            color = "white" if abs(value) > 0.6 * limit else "black"
+            axis.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=6.5, color=color)
+    figure.colorbar(mesh, ax=axis, shrink=0.7, label="cosine").outline.set_visible(False)
     return figure
 
 
 def _draw_time(tune: Series, evaluate: Series, wall: Series) -> Figure:
-    figure, (axis,) = pages.axes()
+    figure, (axis,) = pages.axes(width=pages.NARROW)
     axis.bar(*pages.points(tune), color="C0", label="tuning, all clients")
     below = [tune.get(n, 0.0) for n in evaluate]
     axis.bar(*pages.points(evaluate), bottom=below, color="C1", label="evaluating, all clients")
     axis.plot(*pages.points(wall), color=pages.INK, lw=1.6, label="wall clock", **pages.marks(wall))
-    return _finish_bars(figure, axis, "seconds")
+    values = {"tuning": tune, "evaluating": evaluate, "wall clock": wall}
+    return _finish_bars(figure, axis, "seconds", values, lambda value: f"{value:,.1f} s")
 
 
 def _draw_bytes(up: Series, down: Series) -> Figure:
-    figure, (axis,) = pages.axes()
+    figure, (axis,) = pages.axes(width=pages.NARROW)
     unit, name = pages.byte_unit(max([*up.values(), *down.values()]))
     axis.bar([n - 0.2 for n in up], [count / unit for count in up.values()], 0.4, color="C0", label="from clients")
     axis.bar([n + 0.2 for n in down], [count / unit for count in down.values()], 0.4, color="C1", label="to clients")
-    return _finish_bars(figure, axis, name)
+    return _finish_bars(figure, axis, name, {"from clients": up, "to clients": down}, pages.size_text)
 
 
-def _finish_bars(figure: Figure, axis: Axes, unit: str) -> Figure:
+def _finish_bars(
+    figure: Figure, axis: Axes, unit: str, values: Mapping[str, Series], text: Callable[[float], str]
+) -> Figure:
     axis.set(xlabel="round", ylabel=unit)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(loc="outside right upper")
+    tips: dict[int, list[str]] = {}
+    for name, series in values.items():
+        for n, value in series.items():
+            tips.setdefault(n, [f"round {n}"]).append(f"{name}: {text(value)}")
+    pages.add_tips(axis, {n: "\n".join(lines) for n, lines in tips.items()})
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure

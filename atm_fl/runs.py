@@ -14,6 +14,7 @@ import fcntl
 import json
 import platform
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,6 +64,8 @@ class Run:
         check_layer_scaling(settings.layer_scalings, self.layout)
         self._begin = time.time()
         self._board: Any = None
+        self._accuracies: dict[tuple[str, int], dict[str, float]] = {}
+        """Of the evaluations that are not complete, by split and round."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.directory)
         warnings: list[str] = []
@@ -99,6 +102,19 @@ class Run:
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._tensorboard().add_scalar(f"{prefix}/{name}", value, round_number)
+        if kind == "evaluation":
+            self._add_means(round_number, values)
+
+    def _add_means(self, round_number: int, values: dict[str, Any]) -> None:
+        """The mean over tasks for TensorBoard, of an evaluation that everyone has sent."""
+        for split in ("validation", "test"):
+            if split in values:
+                accuracies = self._accuracies.setdefault((split, round_number), {})
+                accuracies[values["task"]] = values[split]
+                if len(accuracies) == len(self.settings.party_names):
+                    mean = sum(accuracies.values()) / len(accuracies)
+                    self._tensorboard().add_scalar(f"evaluation/mean/{split}", mean, round_number)
+                    del self._accuracies[split, round_number]
 
     def advance(self, merged: Tensor) -> None:
         """End a round: base ← base + what the server optimizer makes of `merged`, float32 [n], which may be changed.
@@ -226,6 +242,23 @@ def read_metrics(directory: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except json.JSONDecodeError:
             return
+
+
+@contextmanager
+def swept_if_failed(directory: Path) -> Iterator[None]:
+    """If the body fails before anything was measured, remove the run's directory, unless it was there before.
+
+    A log of Flower's that the error names stays.
+    """
+    made = not directory.exists()
+    try:
+        yield
+    except BaseException as error:
+        log, metrics = directory / "flower.log", directory / "metrics.jsonl"
+        empty = not checkpoints(directory) and not (metrics.exists() and metrics.stat().st_size)
+        if made and empty and str(log) not in str(error):
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 STATE = "server-optimizer."

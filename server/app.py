@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from logging import INFO, WARNING
+from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.common.logger import log
+from flwr.common.logger import FLOWER_LOGGER, log
 from flwr.serverapp import Grid, ServerApp
 
 from atm_fl.errors import RunError
@@ -25,6 +27,20 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the settings of the run config to their end."""
     serve(grid, Settings.parse(context.run_config))
+
+
+@contextmanager
+def logs_to(path: Path) -> Iterator[None]:
+    """While the body runs, send Flower's log lines to a file, without colours, and not to the terminal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    before, FLOWER_LOGGER.handlers = FLOWER_LOGGER.handlers, [handler]
+    try:
+        yield
+    finally:
+        FLOWER_LOGGER.handlers = before
+        handler.close()
 
 
 def serve(grid: Grid, settings: Settings) -> Run:
@@ -79,7 +95,7 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
     found = {client: queues[task].pop(0) for client, task in settings.task_of.items() if queues[task]}
     missing = [client for client in wanted if client not in found]
     if missing:
-        told = "; ".join([f"roll call: no party holds {', '.join(missing)}", *map(str, failures)])
+        told = "; ".join([f"roll call: no party holds {', '.join(missing)}", *dict.fromkeys(map(str, failures))])
         if len(found) < settings.needed:
             raise RunError(told)
         log(WARNING, "%s", told)

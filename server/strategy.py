@@ -107,15 +107,16 @@ class Atm(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         if self.run.rounds_done < self.run.settings.rounds:
             return None
-        failures = self._unheard()
+        failures, accuracies = self._unheard(), {}
         for task, reply in self._successes(replies, failures):
             try:
                 found = _metrics(reply, "evaluation") | {"bytes_down": self._bytes_down(task)}
                 self.run.record("evaluation", self.run.rounds_done, task=task, **found)
+                accuracies[task] = found
             except KeyError as error:
                 failures[task] = f"refused: {error}"
         self._enforce(failures, self._due(), "the final evaluation")
-        return None
+        return _flower_metrics(accuracies)
 
     def _broadcast(self, grid: Grid, arrays: ArrayRecord, kind: str, round_number: int) -> list[Message]:
         before = "" if self.run.delta is None else self._digest
@@ -246,6 +247,17 @@ class Atm(Strategy):
     def _warn(self, text: str) -> None:
         log(WARNING, "%s", text)
         self.run.record("warning", self.run.rounds_done, text=text)
+
+
+def _flower_metrics(accuracies: dict[str, dict[str, float]]) -> MetricRecord:
+    """The final accuracies as Flower's users find them: SPLIT.CLIENT, and SPLIT.mean over the clients."""
+    metrics: dict[str, float] = {}
+    for split in ("validation", "test"):
+        values = {client: float(found[split]) for client, found in accuracies.items() if split in found}
+        metrics |= {f"{split}.{client}": value for client, value in values.items()}
+        if values:
+            metrics[f"{split}.mean"] = sum(values.values()) / len(values)
+    return MetricRecord(metrics)  # type: ignore[arg-type]
 
 
 def _told(failures: dict[str, str]) -> str:

@@ -13,10 +13,15 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from atm_fl import cli
+from atm_fl import cli, party
+from atm_fl import tasks as registry
 from atm_fl.errors import RunError, SettingError
 from atm_fl.experiments import contest, read_study
+from atm_fl.progress import _print_rounds
+from atm_fl.runs import read_metrics
 from atm_fl.settings import Settings, defaults
 
 ROOT = Path(__file__).parents[1]
@@ -151,6 +156,130 @@ def test_every_contest_is_valid(file: str) -> None:
 def test_a_message_keeps_its_square_brackets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     assert call(monkeypatch, "run", "[/red] [dinov2]") == 2
     assert "[/red] [dinov2] is not a file" in capsys.readouterr().err
+
+
+def test_it_says_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    assert call(monkeypatch, "--version") == 0
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert capsys.readouterr().out == f"atm-fl {project['version']}\n"
+
+
+def test_the_tasks_are_listed_whole_at_80_columns_with_their_counts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(cli, "console", Console(width=80))
+    chosen = {name: registry.find(name) for name in ("digits", "pcam")}
+    monkeypatch.setattr(registry, "tasks", lambda: chosen)
+    assert call(monkeypatch, "tasks") == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "…" not in words
+    assert "10 classes 1074 + 269 train 454 test embedded UCI Optical Recognition" in words
+    assert "2 classes 262144 train 32768 test 23.5 GB, not on disk" in words
+    assert "needs atm-fl[data]). CC0" in words  # Rich would take the brackets for a style
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("contest", "atm-fl compare"),
+        ("codecs", "atm-fl compare"),
+        ("merges", "atm-fl study merges"),
+        ("privacy", "atm-fl study privacy"),
+        ("reconstruction", "atm-fl attack reconstruct"),
+    ],
+)
+def test_a_study_given_to_run_is_told_its_command(
+    file: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = ROOT / "configs" / f"{file}.toml"
+    assert call(monkeypatch, "run", str(path)) == 2
+    assert f"is a study, not a run's settings: use {command} {path}" in capsys.readouterr().err
+
+
+def test_a_run_or_a_broken_file_given_to_compare_is_told_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert call(monkeypatch, "compare", str(ROOT / "configs" / "demo.toml")) == 2
+    assert "is not a study, which has [rows]; for a run's settings use atm-fl run" in capsys.readouterr().err
+    (tmp_path / "broken.toml").write_text("rows = = 3")
+    assert call(monkeypatch, "compare", str(tmp_path / "broken.toml")) == 2
+    assert "is not valid TOML" in capsys.readouterr().err
+    assert call(monkeypatch, "compare", str(tmp_path / "none.toml")) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert call(monkeypatch, "compare", str(ROOT / "configs" / "reconstruction.toml")) == 2
+    assert "is it one for atm-fl attack reconstruct?" in capsys.readouterr().err
+
+
+def test_what_fails_for_all_parties_is_said_once_and_leaves_no_folder(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
+    for runtime in ("plain", "in-process"):
+        monkeypatch.setattr(party, "find_device", _no_device)
+        # a model on the CPU may be left in this process by another test
+        assert call(monkeypatch, "run", str(file), "--runtime", runtime, "-c", "device=cuda") in (1, 2)
+        said = capsys.readouterr()
+        assert said.err.count("cannot be used here") == 1, said.err
+        assert not Path(config["run-dir"]).exists()
+
+
+def _no_device(name: str) -> None:
+    raise SettingError(f"device={name!r} cannot be used here: no driver")
+
+
+def test_a_failed_run_keeps_a_folder_that_was_there(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    file, folder = tmp_path / "run.toml", Path(config["run-dir"])
+    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    monkeypatch.setattr(party, "find_device", _no_device)
+    assert call(monkeypatch, "run", str(file), "--runtime", "plain") == 2
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_piped_run_in_process_prints_rounds_and_no_logs_or_colours(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in (config | {"rounds": 2}).items()))
+    assert call(monkeypatch, "run", str(file), "--runtime", "in-process") == 0
+    said = capfd.readouterr()
+    assert "round 2/2: validation" in said.out
+    assert "\x1b" not in said.out + said.err
+    assert "INFO" not in said.out + said.err
+    log = (Path(config["run-dir"]) / "flower.log").read_text()
+    assert "INFO" in log
+    assert "\x1b" not in log
+    # Flower's users find the accuracies in Flower's own result
+    assert "test.mean" in log
+    assert "validation.mean" in log
+    # and TensorBoard has the mean of every evaluated round
+    board = EventAccumulator(str(Path(config["run-dir"]) / "tensorboard")).Reload()
+    lines = [line for line in read_metrics(Path(config["run-dir"])) if line["kind"] == "evaluation"]
+    for event in board.Scalars("evaluation/mean/validation"):
+        values = [line["validation"] for line in lines if line["round"] == event.step]
+        assert event.value == pytest.approx(sum(values) / len(values), abs=1e-6)
+    assert [event.step for event in board.Scalars("evaluation/mean/validation")] == [0, 1, 2]
+    assert 2 in [event.step for event in board.Scalars("evaluation/mean/test")]
+
+
+def test_a_round_s_line_says_epsilon_and_the_time_left(capsys: pytest.CaptureFixture) -> None:
+    lines: list[dict[str, Any]] = [
+        {"kind": "evaluation", "round": number, "task": "mnist", "validation": 0.5} for number in range(3)
+    ]
+    for number, seconds in ((1, 10.0), (2, 20.0)):
+        lines.append({"kind": "tuning", "round": number, "task": "mnist", "epsilon": 0.75 * number})
+        lines.append({"kind": "merge", "round": number, "seconds": seconds})
+    settings = Settings.parse({"tasks": "mnist", "rounds": 10})
+    _print_rounds(lines, settings, Console(width=120), -1, False)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "start : validation 50.0 % over 1 tasks",
+        "round 1/10: validation 50.0 % over 1 tasks, ε 0.75, 10.0 s, about 1 min 30 s left",
+    ]
 
 
 def test_the_library_knows_nothing_of_flower() -> None:

@@ -14,6 +14,19 @@ from PIL import Image
 from atm_fl import tasks
 from atm_fl.errors import SettingError
 from atm_fl.settings import Settings, defaults
+from atm_fl.tasks.folder import load_folder
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+def test_a_folder_s_validation_images_may_be_in_either_folder(name: str, tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "task", seed=0)
+    before = load_folder(root, 32)
+    (root / "val").rename(root / name)
+    assert torch.equal(load_folder(root, 32).validation.images, before.validation.images)
+    for both in {"val", "validation"} - {name}:
+        (root / both).mkdir()
+    with pytest.raises(SettingError, match="both val and validation; keep one"):
+        load_folder(root, 32)
 
 
 def rows(images: torch.Tensor) -> set[bytes]:

@@ -12,13 +12,34 @@ from typing import Any
 
 from atm_fl.errors import SettingError
 
+MARKS = (
+    ("common", "atm-fl attack reconstruct"),
+    ("reconstruction", "atm-fl study privacy"),
+    ("reference", "atm-fl study merges"),
+    ("rows", "atm-fl compare"),
+)
+"""A key that only files of one kind have, the more special first, and the command for that kind."""
+
+
+def command_for(values: dict[str, Any]) -> str:
+    """The command that runs a file of these values; `atm-fl run` if it is no study's."""
+    return next((command for key, command in MARKS if key in values), "atm-fl run")
+
 
 def read_study(path: Path, kind: Any) -> Any:
     """The study, of the module `kind`, in a TOML file. SettingError if it is not one, or a value cannot work."""
     try:
         values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"{path} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingError(f"{path} is not valid TOML: {error}") from error
+    if "rows" not in values:
+        raise SettingError(f"{path} is not a study, which has [rows]; for a run's settings use atm-fl run {path}")
+    try:
         return kind.Study.of({key.replace("-", "_"): value for key, value in values.items()})
-    except (OSError, tomllib.TOMLDecodeError, TypeError, KeyError, AttributeError) as error:
-        raise SettingError(f"{path} is not such a study: {error}") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise SettingError(f"{path} is not such a study: {why}; is it one for {command_for(values)}?") from error
     except SettingError as error:
         raise SettingError(f"{path}: {error}") from error

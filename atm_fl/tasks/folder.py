@@ -1,4 +1,4 @@
-"""Any folder of images as a task: `train/`, `val/` and `test/`, each with one folder of images a class."""
+"""Any folder of images as a task: `train/`, `val/` (or `validation/`) and `test/`, each with a folder a class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from atm_fl.errors import SettingError
 from atm_fl.tasks import Dataset, Split, to_square
 
-FOLDERS = {"train": "train", "validation": "val", "test": "test"}
+FOLDERS = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}
+"""What a split's folder may be called."""
 
 
 def load_folder(root: Path, size: int) -> Dataset:
@@ -20,16 +21,18 @@ def load_folder(root: Path, size: int) -> Dataset:
 
     if not root.is_dir():
         raise SettingError(f"task folder {root} does not exist on this machine")
-    for folder in FOLDERS.values():
-        if not (root / folder).is_dir():
-            raise SettingError(
-                f"{root} has no folder {folder!r}; it needs train/, val/ and test/ with a folder a class"
-            )
+    places: dict[str, str] = {}
+    for split, names in FOLDERS.items():
+        there = [name for name in names if (root / name).is_dir()]
+        if len(there) != 1:
+            wrong = f"both {' and '.join(there)}; keep one" if there else f"no folder {names[0]!r}"
+            raise SettingError(f"{root} has {wrong}; it needs train/, val/ and test/ with a folder a class")
+        places[split] = there[0]
     classes = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
     if len(classes) < 2:
         raise SettingError(f"{root / 'train'} has {len(classes)} class folder(s); a task needs two classes or more")
     splits: dict[str, Any] = {}
-    for split, folder in FOLDERS.items():
+    for split, folder in places.items():
         strangers = sorted({p.name for p in (root / folder).iterdir() if p.is_dir()} - set(classes))
         if strangers:
             raise SettingError(f"{root / folder} has a class {strangers[0]!r} that {root / 'train'} has not")
