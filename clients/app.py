@@ -43,7 +43,8 @@ def party_of(context: Context) -> Party:
     """The party behind this node, kept for the life of the process.
 
     In deployment `node-config` says it: task="mnist", or data="/path" (a folder of images) with an optional task for
-    its name. In simulation, partition i holds the i-th of the setting `tasks`.
+    its name. In simulation, partition i holds the i-th of the setting `tasks`. RunError, before any data are read, for
+    a run that its `trusted-parties` rules out.
     """
     settings, node = Settings.parse(context.run_config), context.node_config
     policy = policy_of(node)

@@ -61,7 +61,7 @@ def test_a_party_killed_within_a_round_is_out_of_an_otherwise_right_sum(
     submit(settings, ROOT, federation.address, federation.secrets / "ca.crt")
     assert killed == ["grey"]
     (secret,) = (machines / "grey" / "cache").glob("runs/*/grey/secret.json")
-    assert json.loads(secret.read_text())["stage"] == "shared"
+    assert json.loads(secret.read_text())["stage"] == "opened"
     assert not [path for name in NAMES[:3] for path in (machines / name / "cache").glob("runs/**/secret*")]
     (line,) = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "merge"]
     assert line["tasks"] == ["red", "green", "blue"]
