@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from logging import WARNING
 
 import numpy as np
@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from atm_fl.privacy.secure_aggregation import session_of, unmask
 from atm_fl.runs import Run
+from server import boundary
 
 
 class SecureExchange:
@@ -34,36 +35,25 @@ class SecureExchange:
 
     def advertise(self) -> None:
         """Collect the parties' public keys."""
-        for task, record in self._ask("keys", {task: {} for task in self._nodes}):
-            if isinstance(key := record.get("keys"), bytes):
-                self._keys[task] = key
-            else:
-                self.failures[task] = "refused: keys that are no bytes"
+        for task, record in self._ask("keys", {task: {} for task in self._nodes}, lambda task: {"keys"}):
+            self._keys[task] = record["keys"]
 
     def share(self) -> None:
         """Hand the keys out, and collect the sealed shares of everyone's secrets."""
         every = set(self._keys)
         sent = {task: {"keys": self._keys} for task in self._keys}
-        found = {}
-        for task, record in self._ask("shares", sent):
-            if set(record) == every - {task}:
-                found[task] = record
-            else:
-                self.failures[task] = f"refused: shares for {', '.join(record)}"
-        self.sealed = {task: {other: found[other][task] for other in found if other != task} for task in found}  # type: ignore[misc]
+        found = dict(self._ask("shares", sent, lambda task: every - {task}))
+        self.sealed = {task: {other: found[other][task] for other in found if other != task} for task in found}
 
     def unmask(self, words: np.ndarray, summed: list[str]) -> str:
         """Take the masks off the sum of `summed`, in place. Returns who did not help; RunError if too few did."""
-        revealed, settings = {}, self._run.settings
+        settings = self._run.settings
         failures, self.failures = self.failures, {}
-        for task, record in self._ask("unmask", {task: {"summed": {"tasks": summed}} for task in summed}):
-            if set(record) == set(self.sealed):
-                revealed[task] = record
-            else:
-                self.failures[task] = f"refused: shares of {', '.join(record)}"
+        sent = {task: {"summed": {"tasks": summed}} for task in summed}
+        revealed = dict(self._ask("unmask", sent, lambda task: set(self.sealed)))
         silent, self.failures = self.failures, failures
         begin, keys = time.perf_counter(), {task: self._keys[task] for task in self.sealed}
-        unmask(words, self._session, settings.party_names, settings.threshold, keys, summed, revealed)  # type: ignore[arg-type]
+        unmask(words, self._session, settings.party_names, settings.threshold, keys, summed, revealed)
         self.seconds += time.perf_counter() - begin
         return "; ".join(f"{task}: {reason}" for task, reason in silent.items())
 
@@ -71,8 +61,16 @@ class SecureExchange:
     def _session(self) -> str:
         return session_of(self._run.id, self._round)
 
-    def _ask(self, what: str, contents: Mapping[str, Mapping[str, Mapping]]) -> Iterator[tuple[str, ConfigRecord]]:
-        """Send each task its records and yield (task, the record `what` of its reply); failures are noted."""
+    def _ask(
+        self,
+        what: str,
+        contents: Mapping[str, Mapping[str, Mapping]],
+        names: Callable[[str], Collection[str]],
+    ) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """Send each task its records and yield (task, the record `what` of its reply); failures are noted.
+
+        names: which entries the record of a task must have.
+        """
         begin, timeout = time.perf_counter(), max(0.0, self._deadline - time.monotonic())
         info = ConfigRecord({"run": self._run.id, "round": self._round})
         messages = [
@@ -89,12 +87,15 @@ class SecureExchange:
         for reply in self._grid.send_and_receive(messages, timeout=timeout):
             task = tasks[reply.metadata.src_node_id]
             if reply.has_error():
-                self.failures[task] = reply.error.reason or f"error {reply.error.code}"
-            elif what not in reply.content.config_records:
-                self.failures[task] = f"refused: a reply without {what}"
+                self.failures[task] = boundary.reason(reply)
+                continue
+            try:
+                record = boundary.secrets(reply, what, names(task))
+            except boundary.Refused as error:
+                self.failures[task] = f"refused: {error}"
             else:
                 del self.failures[task]
-                yield task, reply.content.config_records[what]
+                yield task, record
         self.seconds += time.perf_counter() - begin
         for task in contents:
             if task in self.failures:
