@@ -111,7 +111,7 @@ class Run:
     def _note(self, line: dict[str, Any]) -> None:
         """Remember a validation accuracy: {rounds done: {client: accuracy}}."""
         accuracy = line.get("validation")
-        if line["kind"] == "evaluation" and isinstance(accuracy, float):
+        if line["kind"] == "evaluation" and isinstance(accuracy, (int, float)):
             self._validations.setdefault(line["round"], {})[str(line.get("task"))] = accuracy
 
     def advance(self, merged: Tensor) -> None:
