@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from logging import ERROR
 
@@ -24,7 +25,7 @@ def named_errors(message: Message, context: Context, call_next: ClientAppCallabl
         log(ERROR, traceback.format_exc())
         reason = f"{type(error).__name__}: {error}"
     task = _task(context)
-    told = reason if task in reason else f"{task}: {reason}"
+    told = reason if re.search(rf"\b{re.escape(task)}\b", reason) else f"{task}: {reason}"
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, printable(" ".join(told.split()))), reply_to=message)
 
 
