@@ -101,15 +101,17 @@ def run(
 ) -> None:
     """Run a configuration to its end and print its table. The exit status is 0 only if the run completed."""
     from atm_fl.progress import progress
-    from atm_fl.runs import check_run_dir, swept_if_failed
+    from atm_fl.runs import check_run_dir, swept_if_failed, told_if_full
     from atm_fl.settings import OF_DEPLOYMENT
 
     settings = read_config(config, override or [], OF_DEPLOYMENT if runtime is Runtime.DEPLOYMENT else {})
-    check_run_dir(settings)
+    with told_if_full(Path(settings.run_dir)):
+        check_run_dir(settings)
     console.print(
         f"{config.name}: {len(settings.task_names)} tasks, {settings.rounds} rounds → {escape(settings.run_dir)}"
     )
-    with _terminated_as_exit(), swept_if_failed(Path(settings.run_dir)), progress(settings, console):
+    folder = Path(settings.run_dir)
+    with _terminated_as_exit(), swept_if_failed(folder), told_if_full(folder), progress(settings, console):
         if runtime is Runtime.RAY:
             from server.simulation import simulate
 

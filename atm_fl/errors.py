@@ -19,3 +19,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = get_close_matches(name, names, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+
+
+def printable(text: str, most: int = 500) -> str:
+    """What another machine said, in one line that a terminal only shows: what does not print is escaped, its end cut.
+
+    So are newlines, control characters (escape sequences begin with one) and marks that turn the direction of writing.
+    """
+    escaped = (sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text[: most + 1])
+    shown = "".join(escaped)
+    return shown if len(shown) <= most else f"{shown[:most]}…"

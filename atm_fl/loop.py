@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ import torch
 from torch import Tensor
 
 from atm_fl.blocks import empty, gram, parts
+from atm_fl.bounds import too_long
 from atm_fl.codecs import Arrays, size_of
+from atm_fl.errors import RunError
 from atm_fl.merging.kinds import fold
 from atm_fl.party import Party, Update
 from atm_fl.privacy import client_level
@@ -38,6 +42,8 @@ class Apart:
         self._scalings = run.settings.task_scalings
         self._spill = Spill(run.directory)
         self._images: dict[str, float] = {}
+        self.norms: dict[str, float] = {}
+        """Of the vectors as they arrived, by client; those that were left out are not there."""
         self._room: Tensor | None = empty(run.layout.size, run.base)  # costs nothing before it is written to
 
     def decode(self, arrays: Arrays) -> Tensor:
@@ -46,16 +52,22 @@ class Apart:
 
     def add(self, client: str, vector: Tensor, images: float) -> None:
         """Keep a decoded vector, which may be changed."""
+        self.norms[client] = float(gram([vector])) ** 0.5
         vector.mul_(self._scalings.get(self._settings.task_of[client], 1.0))
         if self._settings.dp_client_clip:
             client_level.clip(vector, self._settings.dp_client_clip)
         self._spill.add(client, vector)
         self._images[client] = images
 
+    def drop(self, client: str) -> None:
+        """Leave a vector that was kept out of the merge."""
+        del self.norms[client]
+
     def merge(self, round_number: int) -> tuple[Tensor, dict[str, Any]]:
         """The merged vector, and what is recorded beside it. Once."""
         self._room = None
-        settings, spilled = self._settings, self._spill.vectors()
+        settings = self._settings
+        spilled = {client: vector for client, vector in self._spill.vectors().items() if client in self.norms}
         begin = time.perf_counter()
         # Replies come in any order, and the order of a sum decides its last bits.
         clients: dict[str, list[str]] = {task: [] for task in settings.held_tasks}
@@ -81,7 +93,8 @@ class Apart:
         self._spill.close()
         norms = products.diagonal().sqrt().clamp_min(1e-30)
         cosines = [[round(value, 6) for value in row] for row in (products / norms.outer(norms)).tolist()]
-        return merged, {"tasks": list(vectors), "cosines": cosines, "seconds_merge": seconds, **private}
+        beside = {"tasks": list(vectors), "cosines": cosines, "seconds_merge": seconds, **private}
+        return merged, beside | {"usual_norm": median(self.norms.values())}
 
 
 class Together:
@@ -93,6 +106,8 @@ class Together:
         """The sum, [n]."""
         self.tasks: list[str] = []
         """Whose vectors are in it."""
+        self.norms: dict[str, float] = {}
+        """Of their mean, once the sum is unmasked."""
 
     def decode(self, arrays: Arrays) -> np.ndarray:
         """The words that arrived. ValueError if they are none."""
@@ -118,7 +133,8 @@ class Together:
             private["epsilon"] = client_level.add_noise(total, factor, settings, round_number)
         merged = merge.from_sum(total, count, settings.ring.step * (count / 12) ** 0.5)
         tasks = [task for task in settings.party_names if task in self.tasks]
-        return merged, {"tasks": tasks, "seconds_merge": time.perf_counter() - begin, **private}
+        beside = {"tasks": tasks, "seconds_merge": time.perf_counter() - begin, **private}
+        return merged, beside | ({"usual_norm": self.norms["the mean"]} if self.norms else {})
 
 
 class Round:
@@ -155,12 +171,31 @@ class Round:
             self.run.record("warning", self.number, text=f"{task}: its ε is {spent:.3f}, over dp-epsilon={budget:g}")
         self.vectors.add(task, vector, images)
 
+    def out_of_proportion(self) -> dict[str, str]:
+        """The clients whose vectors are too long, with the figures; none if the vectors are added up unseen."""
+        factor = self.run.settings.proportion
+        if not factor or isinstance(self.vectors, Together):
+            return {}
+        return too_long(self.vectors.norms, self.run.usual_norm, float(gram([self.run.base])) ** 0.5, factor)
+
+    def check_sum(self) -> None:
+        """RunError if an unmasked sum, of which no single vector is known, is out of proportion."""
+        settings, count = self.run.settings, len(self.vectors.tasks)
+        mean = settings.ring.decode(self.vectors.words, 1 / count)
+        norms, base = {"the mean": float(gram([mean])) ** 0.5}, float(gram([self.run.base])) ** 0.5
+        self.vectors.norms = norms
+        if settings.proportion and (told := too_long(norms, self.run.usual_norm, base, settings.proportion)):
+            raise RunError(
+                f"round {self.number}: the sum of {count} vectors is refused, whoever spoiled it: {told['the mean']}"
+            )
+
     def close(self, failures: dict[str, str] | None = None, costs: dict[str, float] | None = None) -> None:
         """Merge, move the base, write the checkpoint and the round's line, with `costs` in it."""
         settings = self.run.settings
         merged, beside = self.vectors.merge(self.number)
         merged = scale_layers(merged, self.run.layout, settings.layer_scalings)
         beside |= {"seconds": time.perf_counter() - self._begin, "failures": failures or {}, **(costs or {})}
+        self.run.usual_norm = max(self.run.usual_norm, beside.get("usual_norm", 0.0))
         self.run.record("merge", self.number, norm=float(merged.norm()), **beside)
         self.run.advance(merged)
 
@@ -181,13 +216,15 @@ def run_loop(settings: Settings, parties: Sequence[Party] | None = None) -> Run:
 
     parties: those of the settings by default; an experiment may hand over others, in whatever order they are to act.
     """
-    with closing(Run(settings)) as run, told_if_full(run.directory):
+    with told_if_full(Path(settings.run_dir)), closing(Run(settings)) as run:
         named = zip(settings.party_names, settings.task_names, strict=True)
         parties = parties or [Party(settings, task, client=client) for client, task in named]
         while run.rounds_done < settings.rounds:
             current = Round(run)
             for party in parties:
                 current.add(party.client, party.train(run.base, current.number, run.id), run.bytes_down)
+            if settings.secure_aggregation:
+                current.check_sum()
             current.close()
         for party in parties:
             accuracies = party.evaluate(run.base, ("validation", "test"))

@@ -2,7 +2,8 @@
 
 config.json       the settings and versions that decide the result, and the run's id
 metrics.jsonl     one JSON object a line, see `Run.record`
-checkpoint/       round-00007.safetensors: the base after 7 rounds; the last `keep-checkpoints` are kept
+checkpoint/       round-00007.safetensors: the base after 7 rounds; the last `keep-checkpoints` are kept, and the best
+set-aside/        what `resume-from` went back behind, and metrics.jsonl files with damaged lines
 tensorboard/      the same metrics as TensorBoard events
 report.html       written when the run ends
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import platform
 import secrets
 import shutil
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -66,11 +69,10 @@ class Run:
         self._board: Any = None
         self._accuracies: dict[tuple[str, int], dict[str, float]] = {}
         """Of the evaluations that are not complete, by split and round."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.directory)
         warnings: list[str] = []
         if settings.resume:
-            found = load_checkpoint(self.directory, self.layout, warnings.append)
+            found = load_checkpoint(self.directory, self.layout, warnings.append, settings.resume_from)
             self.rounds_done, self.base, state = found
             self.residual = state.pop("residual", None)
             self.optimizer.state = state
@@ -80,8 +82,13 @@ class Run:
         """Of the base."""
         self.id = self._known_id() or secrets.token_hex(8)
         """Of this run and no other, kept when it is resumed: clients keep files under it."""
+        self._validations: dict[int, dict[str, float]] = {}
+        self.usual_norm = 0.0
+        """The largest of the past rounds' median norms of task vectors."""
         self._write_config()
-        self._keep_metrics()
+        if settings.resume_from:
+            self._set_aside([path for path in checkpoints(self.directory) if rounds_of(path) > self.rounds_done])
+        self._keep_metrics(warnings)
         for text in warnings:
             self.record("warning", self.rounds_done, text=text)
 
@@ -98,6 +105,7 @@ class Run:
         line = {"kind": kind, "round": round_number, **values, "time": round(time.time() - self._begin, 3)}
         with open(self.directory / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
+        self._note(line)
         prefix = f"{kind}/{values['task']}" if "task" in values else kind
         for name, value in values.items():
             if isinstance(value, (int, float)):
@@ -115,6 +123,12 @@ class Run:
                     mean = sum(accuracies.values()) / len(accuracies)
                     self._tensorboard().add_scalar(f"evaluation/mean/{split}", mean, round_number)
                     del self._accuracies[split, round_number]
+
+    def _note(self, line: dict[str, Any]) -> None:
+        """Remember a validation accuracy: {rounds done: {client: accuracy}}."""
+        accuracy = line.get("validation")
+        if line["kind"] == "evaluation" and isinstance(accuracy, (int, float)):
+            self._validations.setdefault(line["round"], {})[str(line.get("task"))] = accuracy
 
     def advance(self, merged: Tensor) -> None:
         """End a round: base ← base + what the server optimizer makes of `merged`, float32 [n], which may be changed.
@@ -136,7 +150,19 @@ class Run:
         self.rounds_done += 1
         state = self.optimizer.state | ({} if self.residual is None else {"residual": self.residual})
         kept = self.settings.keep_checkpoints
-        save_checkpoint(self.directory, self.rounds_done, self.base, self.layout, state, kept, self.digest)
+        save_checkpoint(
+            self.directory, self.rounds_done, self.base, self.layout, state, kept, self.digest, self._good()
+        )
+
+    def _good(self) -> Path | None:
+        """The checkpoint of those that are there whose base did best: by the median of the tasks' validation accuracy.
+
+        A minority that lies about its own does not decide it. The later one of equals; None if none is known.
+        """
+        known = {rounds_of(path): path for path in checkpoints(self.directory)}
+        scores = {number: median(found.values()) for number, found in self._validations.items() if number in known}
+        best = max(scores, key=lambda number: (scores[number], number), default=0)
+        return known.get(best)
 
     def _send(self, step: Tensor, codec: Codec) -> None:
         """Make `step`, which may be changed, the `delta`, and move the base by what that decodes to."""
@@ -189,31 +215,62 @@ class Run:
         with atomic_write(self.directory / "config.json") as part:
             part.write_text(json.dumps(config, indent=2) + "\n")
 
-    def _keep_metrics(self) -> None:
+    def _keep_metrics(self, warnings: list[str]) -> None:
         """Drop what came after the checkpoint of a resumed run: it will be written again.
 
         Of the base at the checkpoint itself, test accuracies stay: the rounds to come may evaluate validation only.
+        The old file stays in set-aside/ if lines of it are damaged, or if the run goes back.
         """
         path, done = self.directory / "metrics.jsonl", self.rounds_done
+        damaged: list[int] = []
         kept = [
             line
-            for line in (read_metrics(self.directory) if path.exists() else ())
+            for line in (read_metrics(self.directory, damaged.append) if path.exists() else ())
             if line["round"] < done or (line["round"] == done and (line["kind"] != "evaluation" or "test" in line))
         ]
+        if path.exists() and (damaged or self.settings.resume_from):
+            self._set_aside([path])
+        if damaged:
+            told = f"lines {', '.join(map(str, damaged[:10]))} of metrics.jsonl are damaged and left out"
+            warnings.append(f"{told}; the old file is in {self.directory / SET_ASIDE}")
+        norms = (line.get("usual_norm", 0.0) for line in kept if line["kind"] == "merge")
+        self.usual_norm = max((norm for norm in norms if isinstance(norm, float)), default=0.0)
+        for line in kept:
+            self._note(line)
         with atomic_write(path) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def _set_aside(self, files: list[Path]) -> None:
+        """Move files of this directory to a new folder of set-aside/, where nothing looks for them."""
+        folder = self.directory / SET_ASIDE
+        number = len(list(folder.glob("*"))) + 1
+        for path in files:
+            moved = folder / f"{number}" / path.name
+            moved.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, moved)
+
+
+SET_ASIDE = "set-aside"
 
 
 def check_run_dir(settings: Settings) -> None:
     """SettingError if `run-dir` holds a run and `resume` is false, holds one of another configuration, or has no
     checkpoint to resume from. A directory without a checkpoint holds nothing worth keeping and may be used again."""
     directory, start = Path(settings.run_dir), settings.start
+    make_run_dir(directory)
     if start != "pretrained" and not checkpoints(Path(start)):
         raise SettingError(f"start={start!r} is neither 'pretrained' nor the directory of a run with a checkpoint")
     if not checkpoints(directory):
         if settings.resume:
             raise SettingError(f"resume=true, but run-dir={str(directory)!r} holds no checkpoint")
         return
+    if settings.resume_from:
+        there = [rounds_of(path) for path in checkpoints(directory)]
+        if settings.resume_from not in there:
+            raise SettingError(
+                f"resume-from={settings.resume_from}: run-dir={str(directory)!r} has no checkpoint after so many "
+                f"rounds; there are {', '.join(map(str, there))}"
+            )
     config = directory / "config.json"
     if not config.exists():
         raise SettingError(f"run-dir={str(directory)!r} holds checkpoints but no config.json; choose another run-dir")
@@ -232,16 +289,43 @@ def check_run_dir(settings: Settings) -> None:
         )
 
 
-def read_metrics(directory: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line cut off by a crash is left out."""
+def make_run_dir(directory: Path) -> None:
+    """SettingError if `directory` is a file, or can't be made or written to."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(directory / "lock", "a"):
+            pass
+    except FileExistsError:
+        raise SettingError(f"run-dir={str(directory)!r} is a file; choose a directory") from None
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in FULL:
+            raise
+        told = getattr(error, "strerror", None) or str(error)
+        raise SettingError(
+            f"run-dir={str(directory)!r} can't be made or written to ({told}); choose another directory"
+        ) from None
+
+
+def read_metrics(directory: Path, damaged: Callable[[int], object] = lambda _: None) -> Iterator[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; those that are no lines of ours are left out.
+
+    damaged: is told their numbers, from 1, but not of a last one that a crash cut off.
+    """
     path = directory / "metrics.jsonl"
     if not path.exists():
         raise RunError(f"{directory} is not a run directory: no metrics.jsonl in it")
-    for line in path.read_text().splitlines():
+    text = path.read_text(errors="replace")
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+            found = json.loads(line)
+            if not (isinstance(found, dict) and isinstance(found["kind"], str) and isinstance(found["round"], int)):
+                raise ValueError
+        except (ValueError, KeyError, RecursionError):
+            if number < len(lines):
+                damaged(number)
+            continue
+        yield found
 
 
 @contextmanager
@@ -261,6 +345,7 @@ def swept_if_failed(directory: Path) -> Iterator[None]:
         raise
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 STATE = "server-optimizer."
 """What the names of a server optimizer's moments begin with in a checkpoint."""
 
@@ -273,11 +358,12 @@ def save_checkpoint(
     state: dict[str, Tensor] | None = None,
     kept: int = 2,
     digest: str = "",
+    good: Path | None = None,
 ) -> Path:
     """Write the base after `rounds_done` rounds, atomically, as named tensors; all but the last `kept` go (0: none).
 
     state: the server optimizer's moments and the residual of `codec-down`, flat tensors [n]. digest: the base's, if it
-    is known.
+    is known. good: a checkpoint that stays.
     """
     folder = directory / "checkpoint"
     path = folder / f"round-{rounds_done:05d}.safetensors"
@@ -286,9 +372,15 @@ def save_checkpoint(
     about |= {name: vectors.digest(moment) for name, moment in sorted(moments.items())}
     with atomic_write(path) as part:
         save_vectors(part, layout.views(base.cpu()) | moments, {"atm-fl": json.dumps(about)})
-    for old in [*(checkpoints(directory)[:-kept] if kept else ()), *folder.glob(".*.safetensors")]:
+    past = checkpoints(directory)[:-kept] if kept else []
+    for old in [*(other for other in past if other != good), *folder.glob(".*.safetensors")]:
         old.unlink()
     return path
+
+
+def rounds_of(checkpoint: Path) -> int:
+    """The rounds after which a checkpoint was written, by its name."""
+    return int(checkpoint.stem.removeprefix("round-"))
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -343,10 +435,10 @@ def told_if_full(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error):
+        if getattr(error, "errno", None) not in FULL and "os error 28" not in str(error):
             raise
-        told = f"the disk of run-dir={str(directory)!r} is full; make room and go on with resume=true"
-        raise RunError(told) from error
+        mend = "go on with resume=true" if checkpoints(directory) else "start it again: no round was finished"
+        raise RunError(f"the disk of run-dir={str(directory)!r} is full; make room and {mend}") from error
 
 
 def processor() -> str:

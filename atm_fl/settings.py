@@ -147,6 +147,14 @@ class Settings:
     run_dir: str = setting("runs/latest", "the run's directory", decides=False)
     keep_checkpoints: int = setting(2, "checkpoints that stay in run-dir, the newest; 0: all", decides=False)
     resume: bool = setting(False, "go on from the last checkpoint in run-dir", decides=False)
+    resume_from: int = setting(
+        0, "of resume: go back to the checkpoint after so many rounds; 0: the newest", decides=False
+    )
+    proportion: float = setting(
+        20.0,
+        "how many times as long as usual in this round and the past a client's task vector may be; 0: any length",
+        decides=False,
+    )
     min_successful: int = setting(
         0, "clients that must succeed in a round under skip, of those that take part in it; 0: all", decides=False
     )
@@ -319,12 +327,18 @@ class Settings:
             "max_update_norm",
             "test_every",
             "keep_checkpoints",
+            "resume_from",
+            "proportion",
             "min_successful",
             "seed",
             "workers",
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be 0 or more")
+        if 0 < self.proportion < 1:
+            raise SettingError(f"proportion={self.proportion:g}: it must be at least 1, or 0 for any length")
+        if self.resume_from and not self.resume:
+            raise SettingError(f"resume-from={self.resume_from}: it needs resume=true")
         for name in ("server_momentum", "server_beta2", "holdout", "replay"):
             if not 0 <= getattr(self, name) < 1:
                 raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be at least 0 and below 1")
@@ -469,7 +483,10 @@ class Settings:
 
     def _fewest(self) -> int:
         """The least number of tasks that take part in a round. SettingError if none does in one."""
-        rounds = range(1, self.rounds + 1) if self.participation else (1,)
+        # Who takes part changes where a task begins or ends; between, every round has as many.
+        spans = self.participations.values()
+        changes = {1} | {start for start, _ in spans} | {int(end) + 1 for _, end in spans if end < self.rounds}
+        rounds = sorted(number for number in changes if number <= self.rounds)
         counts = {n: sum(self.part_taken(task, n) > 0 for task in set(self.held_tasks)) for n in rounds}
         empty = next((number for number, count in counts.items() if not count), None)
         if empty:

@@ -9,7 +9,6 @@ from logging import WARNING
 from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 from torch import Tensor
 
@@ -18,13 +17,14 @@ from atm_fl.bounds import check_base
 from atm_fl.codecs import Arrays, make_codec
 from atm_fl.errors import RunError, SettingError
 from atm_fl.kept import Kept
+from atm_fl.npy import read_arrays
 from atm_fl.party import Party
 from atm_fl.policy import Policy, policy_of
 from atm_fl.settings import Settings
 from clients import secure
-from clients.mods import named_errors
+from clients.mods import NamedErrors
 
-app = ClientApp(mods=[named_errors])
+app = NamedErrors()
 
 
 @lru_cache(maxsize=64)
@@ -87,7 +87,8 @@ def received_base(message: Message, party: Party, limit: float = 0.0) -> Tensor 
     expected = down if before else "fp32"
     if info["codec"] != expected:
         raise ValueError(f"the server's base came by codec {info['codec']!s}, not {expected}")
-    arrays = {name: array.numpy() for name, array in message.content.array_records["arrays"].items()}
+    contents = {name: array.data for name, array in message.content.array_records["arrays"].items()}
+    arrays = read_arrays(contents, model.layout.size)
     kept = Kept(str(info["run"]), party.client)
     if not before:
         base = make_codec(expected).decode(arrays, model.layout)

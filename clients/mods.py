@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from logging import ERROR
 
 from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 
-from atm_fl.errors import RunError, SettingError
+from atm_fl.errors import RunError, SettingError, printable
 
 
 def named_errors(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -22,4 +24,22 @@ def named_errors(message: Message, context: Context, call_next: ClientAppCallabl
     except Exception as error:
         log(ERROR, traceback.format_exc())
         reason = f"{type(error).__name__}: {error}"
-    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, " ".join(reason.split())), reply_to=message)
+    task = _task(context)
+    told = reason if re.search(rf"\b{re.escape(task)}\b", reason) else f"{task}: {reason}"
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, printable(" ".join(told.split()))), reply_to=message)
+
+
+def _task(context: Context) -> str:
+    """What this node calls itself in an error, whatever the server sent."""
+    node, tasks = context.node_config, str(context.run_config.get("tasks", "")).split(",")
+    named, place = node.get("task") or node.get("data"), node.get("partition-id")
+    if not named and isinstance(place, int) and place < len(tasks):
+        named = tasks[place]
+    return str(named or f"node {context.node_id}").strip().rstrip("/").rsplit("/", 1)[-1]
+
+
+class NamedErrors(ClientApp):
+    """A ClientApp of which every message gets an answer: of one that no function is for, an error too."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        return named_errors(message, context, super().__call__)

@@ -13,10 +13,11 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.common.logger import FLOWER_LOGGER, log
 from flwr.serverapp import Grid, ServerApp
 
-from atm_fl.errors import RunError
+from atm_fl.errors import RunError, printable
 from atm_fl.report import write_report
 from atm_fl.runs import Run, told_if_full
 from atm_fl.settings import Settings
+from server import boundary
 from server.grid import LOST, StreamingGrid, await_return
 from server.strategy import Atm
 
@@ -46,7 +47,7 @@ def logs_to(path: Path) -> Iterator[None]:
 def serve(grid: Grid, settings: Settings) -> Run:
     """Run `settings` with the parties on `grid`; returns the finished run. RunError if it could not finish."""
     grid = StreamingGrid(grid)
-    with closing(Run(settings)) as run, told_if_full(run.directory):
+    with told_if_full(Path(settings.run_dir)), closing(Run(settings)) as run:
         strategy = Atm(run, roll_call(grid, settings))
         if run.rounds_done < settings.rounds:
             strategy.start(grid, strategy.arrays(), settings.rounds - run.rounds_done, settings.round_timeout)
@@ -60,9 +61,10 @@ def serve(grid: Grid, settings: Settings) -> Run:
 def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
     """Which node is which client (`Settings.party_names`), in the order of the setting `tasks`.
 
-    Every node loads its data and makes its head to answer, so that bad data ends the run before its first round. Of
-    several clients of one task the first is the node with the lowest id. RunError if a node holds a task that was not
-    asked for, more hold one than were, or (as `on-failure` and `min-successful` allow) too few come within
+    A node that is registered under a name may hold that name's task alone. Every node loads its data and makes its head
+    to answer, so that bad data ends the run before its first round. Of several clients of one task the first is the
+    node with the lowest id. RunError if a node holds a task that was not asked for or more hold one than were (under
+    `on-failure=skip` they are left out), or (as `on-failure` and `min-successful` allow) too few come within
     `node-timeout` or answer.
     """
     wanted = settings.party_names
@@ -75,22 +77,36 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
                 f"{len(nodes)} of {len(wanted)} parties came online within node-timeout={settings.node_timeout:g} s"
             )
         time.sleep(0.2)
+    names = {node.node_id: node.name for node in grid.get_nodes()}
     holders: dict[str, list[int]] = {task: [] for task in settings.held_tasks}
-    failures = []
+    failures, skip = [], settings.on_failure == "skip"
     for reply in _answers(grid, settings, nodes):
         node = reply.metadata.src_node_id
+        called = f"node {node}" + (f" ({printable(names[node])})" if names.get(node) else "")
         if reply.has_error():
-            failures.append(reply.error.reason)
+            failures.append(boundary.reason(reply))
             continue
-        task = str(reply.content.config_records["info"]["task"])
+        try:
+            task = boundary.info(reply).get("task", "")
+            _check_name(task, names.get(node, ""), settings)
+        except boundary.Refused as error:
+            failures.append(f"{called}: refused: {error}")
+            continue
         if task not in holders:
-            raise RunError(f"roll call: node {node} holds task {task!r}, which tasks={settings.tasks!r} does not name")
+            told = f"node {node} holds task {boundary.shown(task)}, which tasks={settings.tasks!r} does not name"
+            if not skip:
+                raise RunError(f"roll call: {told}")
+            failures.append(told)
+            continue
         holders[task].append(node)
-        if len(holders[task]) > settings.held_tasks.count(task):
-            too_many = " and ".join(map(str, holders[task]))
-            raise RunError(
-                f"roll call: nodes {too_many} both hold task {task!r}; tasks names it once for each that should"
-            )
+    for task, those in holders.items():
+        if len(those) > settings.held_tasks.count(task):
+            told = f"nodes {' and '.join(map(str, sorted(those)))} both hold task {task!r}"
+            told += "; tasks names it once for each that should"
+            if not skip:
+                raise RunError(f"roll call: {told}")
+            failures.append(told)
+            holders[task] = []  # which of them is the true one is not known
     queues = {task: sorted(those) for task, those in holders.items()}
     found = {client: queues[task].pop(0) for client, task in settings.task_of.items() if queues[task]}
     missing = [client for client in wanted if client not in found]
@@ -102,13 +118,22 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
     return {node: client for client, node in found.items()}
 
 
+def _check_name(task: str, name: str, settings: Settings) -> None:
+    """Refused if a node that is registered under a name, with a key of its own, holds another's task.
+
+    name: its task's, or its client's where several hold one task; "" if it is registered without one.
+    """
+    if name and task != name and settings.task_of.get(name) != task:
+        raise boundary.Refused(f"it is registered as {boundary.shown(name)} and says that it is {boundary.shown(task)}")
+
+
 def _answers(grid: Grid, settings: Settings, nodes: list[int]) -> Iterator[Message]:
     """The nodes' answers to the roll call; one that was lost is asked again, once, when its node is back."""
     until = time.monotonic() + settings.round_timeout
     lost: dict[int, Message] = {}
     for reply in _called(grid, nodes, settings.round_timeout):
         if reply.has_error() and reply.error.code in LOST:
-            log(WARNING, "roll call: node %s was lost: %s", reply.metadata.src_node_id, reply.error.reason)
+            log(WARNING, "roll call: node %s was lost: %s", reply.metadata.src_node_id, boundary.reason(reply))
             lost[reply.metadata.src_node_id] = reply
         else:
             yield reply

@@ -15,6 +15,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 LOST = (
     ErrorCode.NODE_UNAVAILABLE,
@@ -24,6 +25,18 @@ LOST = (
 )
 """What the SuperLink reports of a party whose answer was lost, as opposed to one that answered with an error. The last
 two: a message or a reply that is there in part, since the network was cut on its way."""
+UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    DecodeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What Flower raises when it makes a message of bytes that are none."""
 LONGEST_POLL = 1.0
 ROLL = 5.0
 """Seconds between two looks at which SuperNodes have started anew."""
@@ -63,9 +76,10 @@ class StreamingGrid(Grid):
         begin = looked = time.monotonic()
         while waiting and not unwanted.is_set():
             for message_id, node in list(waiting.items()):
-                found = list(self.grid.pull_messages([message_id]))
+                found = self._pulled(message_id, node)
                 if found:
                     del waiting[message_id]
+                    del found[1:]  # one message has one reply
                     found[0].metadata.__dict__["_src_node_id"] = node
                     yield found.pop()
             waited = time.monotonic() - begin
@@ -79,6 +93,13 @@ class StreamingGrid(Grid):
                         yield _restarted(node)
             if waiting:
                 unwanted.wait(min(LONGEST_POLL, max(0.01, waited / 50)))
+
+    def _pulled(self, message_id: str, node: int) -> list[Message]:
+        """The reply to a message, if it is here; one whose bytes are no message is its sender's error."""
+        try:
+            return list(self.grid.pull_messages([message_id]))
+        except UNREADABLE as error:
+            return [_failed(node, ErrorCode.UNKNOWN, f"refused: a reply that cannot be read: {type(error).__name__}")]
 
     def _lives(self) -> dict[int, str]:
         """When each SuperNode that is online began to be."""
@@ -134,8 +155,11 @@ def await_return(grid: Grid, nodes: set[int], until: float) -> set[int]:
 
 
 def _restarted(node: int) -> Message:
-    error = Error(ErrorCode.NODE_UNAVAILABLE, "its SuperNode started anew while it was awaited")
-    reply = Message(error, reply_to=Message(RecordDict(), node, "train"))
+    return _failed(node, ErrorCode.NODE_UNAVAILABLE, "its SuperNode started anew while it was awaited")
+
+
+def _failed(node: int, code: int, reason: str) -> Message:
+    reply = Message(Error(code, reason), reply_to=Message(RecordDict(), node, "train"))
     reply.metadata.__dict__["_src_node_id"] = node
     return reply
 

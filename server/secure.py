@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from atm_fl.errors import RunError
 from atm_fl.privacy.secure_aggregation import SEALED_BYTES, check_keys, duplicates, session_of, settle, unmask
 from atm_fl.runs import Run
+from server import boundary
 
 
 class SecureExchange:
@@ -95,7 +96,7 @@ class SecureExchange:
         silent, self.failures = self.failures, failures
         begin, keys = time.perf_counter(), {task: self._keys[task] for task in self.clients}
         try:
-            wrong = unmask(words, self._session, settings.party_names, settings.threshold, keys, summed, revealed)  # type: ignore[arg-type]
+            wrong = unmask(words, self._session, settings.party_names, settings.threshold, keys, summed, revealed)
         except RunError as error:
             raise RunError(
                 "; ".join([str(error), *(f"{task}: {reason}" for task, reason in silent.items())])
@@ -117,7 +118,7 @@ class SecureExchange:
         for task, why in settle(accepted, len(settings.party_names) - settings.threshold).items():
             self._drop(task, f"{what} {why}" if why.startswith("refused") else f"{why}: their {what}")
 
-    def _ask(self, what: str, contents: Mapping[str, Mapping[str, Mapping]]) -> Iterator[tuple[str, ConfigRecord]]:
+    def _ask(self, what: str, contents: Mapping[str, Mapping[str, Mapping]]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Send each task its records and yield (task, the record `what` of its reply); failures are noted."""
         begin, timeout = time.perf_counter(), max(0.0, self._deadline - time.monotonic())
         info = ConfigRecord({"run": self._run.id, "round": self._round})
@@ -135,19 +136,22 @@ class SecureExchange:
         for reply in self._grid.send_and_receive(messages, timeout=timeout):
             task = tasks[reply.metadata.src_node_id]
             if reply.has_error():
-                self.failures[task] = reply.error.reason or f"error {reply.error.code}"
-            elif what not in reply.content.config_records:
-                self.failures[task] = f"refused: a reply without {what}"
+                self.failures[task] = boundary.reason(reply)
+                continue
+            try:
+                record = boundary.secrets(reply, what, len(self._nodes))
+            except boundary.Refused as error:
+                self.failures[task] = f"refused: {error}"
             else:
                 del self.failures[task]
-                yield task, reply.content.config_records[what]
+                yield task, record
         self.seconds += time.perf_counter() - begin
         for task in contents:
             if task in self.failures:
                 log(WARNING, "%s dropped out at %s: %s", task, what, self.failures[task])
 
 
-def _content(record: ConfigRecord, name: str, kind: type) -> Any:
+def _content(record: Mapping[str, Any], name: str, kind: type) -> Any:
     """What a party's record has as `name`. ValueError if it is not of its kind."""
     if not isinstance(found := record.get(name), kind):
         raise ValueError(f"{name} of {type(found).__name__}, not {kind.__name__}")

@@ -14,8 +14,9 @@ from flwr.serverapp.strategy import Strategy
 from atm_fl import codecs
 from atm_fl.errors import RunError
 from atm_fl.loop import Round
-from atm_fl.party import Update, evaluated_splits
+from atm_fl.party import evaluated_splits
 from atm_fl.runs import Run
+from server import boundary
 from server.grid import LOST, await_return
 from server.secure import SecureExchange
 
@@ -82,18 +83,21 @@ class Atm(Strategy):
         current, failures, exchange = Round(self.run), self._unheard(), self._exchange
         failures |= exchange.failures if exchange else {}
         takers = self._takers(current.number)
+        splits = evaluated_splits(self.run.settings, current.number - 1)
         for task, reply in self._successes(replies, failures):
             try:
-                update = _update(reply, task in takers)
+                update = boundary.update(reply, self.run.layout.size, task in takers, splits)
                 del reply
                 current.add(task, update, self._bytes_down(task))
-            except (KeyError, TypeError, ValueError) as error:
+            except ValueError as error:
                 failures[task] = f"refused: {error}"
+        failures |= self._out_of_proportion(current)
         self._enforce(failures, takers, f"round {current.number}")
         if exchange:
             silent = exchange.unmask(current.vectors.words, current.vectors.tasks)
             if silent:
                 self._warn(f"round {current.number}: its sum was unmasked without {silent}")
+            current.check_sum()
         current.close(failures, {"seconds_secure": exchange.seconds} if exchange else {})
         return self.arrays(), None
 
@@ -110,10 +114,10 @@ class Atm(Strategy):
         failures, accuracies = self._unheard(), {}
         for task, reply in self._successes(replies, failures):
             try:
-                found = _metrics(reply, "evaluation") | {"bytes_down": self._bytes_down(task)}
+                found = boundary.accuracies(reply) | {"bytes_down": self._bytes_down(task)}
                 self.run.record("evaluation", self.run.rounds_done, task=task, **found)
                 accuracies[task] = found
-            except KeyError as error:
+            except boundary.Refused as error:
                 failures[task] = f"refused: {error}"
         self._enforce(failures, self._due(), "the final evaluation")
         return _flower_metrics(accuracies)
@@ -167,9 +171,9 @@ class Atm(Strategy):
         for reply in replies:
             node = reply.metadata.src_node_id
             if reply.has_error() and reply.error.code in LOST and node not in self._gone:
-                log(WARNING, "%s was lost: %s", self.nodes[node], reply.error.reason)
+                log(WARNING, "%s was lost: %s", self.nodes[node], boundary.reason(reply))
                 lost[node] = reply
-            elif reply.has_error() or not _info(reply).get("needs-base"):
+            elif reply.has_error() or not _needs_base(reply):
                 self._gone -= set() if reply.has_error() else {node}
                 yield reply
             else:
@@ -212,16 +216,12 @@ class Atm(Strategy):
         for reply in self._answers(replies):
             task = self.nodes[reply.metadata.src_node_id]
             if reply.has_error():
-                failures[task] = reply.error.reason or f"error {reply.error.code}"
+                failures[task] = boundary.reason(reply)
                 continue
-            found = {"needs-base": False, **_info(reply)}
-            wrong = [
-                f"{key} {found.get(key)!r}, not {value!r}"
-                for key, value in {"task": self.run.settings.task_of[task], **expected}.items()
-                if found.get(key) != value
-            ]
-            if wrong:
-                failures[task] = f"refused: {'; '.join(wrong)}"
+            try:
+                boundary.check_info(reply, {"task": self.run.settings.task_of[task], **expected})
+            except boundary.Refused as error:
+                failures[task] = f"refused: {error}"
             else:
                 del failures[task]
                 yield task, reply
@@ -243,6 +243,14 @@ class Atm(Strategy):
         if succeeded < min(needed, len(counted)):
             of = f"{succeeded} of {len(counted)} clients succeeded, {min(needed, len(counted))} needed"
             raise RunError(f"{when}: {of}. {_told(failures)}")
+
+    def _out_of_proportion(self, current: Round) -> dict[str, str]:
+        """Leave vectors out of the round whose norms are out of proportion: client → the figures."""
+        found = current.out_of_proportion()
+        for client, told in found.items():
+            current.vectors.drop(client)
+            log(WARNING, "round %s: %s: refused: %s", current.number, client, told)
+        return {client: f"refused: {told}" for client, told in found.items()}
 
     def _warn(self, text: str) -> None:
         log(WARNING, "%s", text)
@@ -268,23 +276,9 @@ def _record(arrays: codecs.Arrays) -> ArrayRecord:
     return ArrayRecord({name: Array(array) for name, array in arrays.items()})
 
 
-def _info(reply: Message) -> dict[str, object]:
-    """The reply's strings; none if it has no such record."""
-    return dict(reply.content.config_records.get("info", {}))
-
-
-def _update(reply: Message, takes_part: bool) -> Update:
-    """A train reply's update. The reply's arrays are freed."""
-    if not takes_part:
-        return Update(None, _metrics(reply, "evaluation"), {})
-    arrays = reply.content.array_records["arrays"]
-    # Flower's messages are reference cycles: without `pop` their bytes would wait for the garbage collector.
-    received = {name: arrays.pop(name).numpy() for name in list(arrays)}
-    return Update(received, _metrics(reply, "evaluation"), _metrics(reply, "tuning"))
-
-
-def _metrics(reply: Message, prefix: str) -> dict[str, float]:
-    """The reply's numbers whose names start with `prefix` and a dot."""
-    metrics = reply.content.metric_records["metrics"]
-    start = f"{prefix}."
-    return {name.removeprefix(start): value for name, value in metrics.items() if name.startswith(start)}  # type: ignore[misc]
+def _needs_base(reply: Message) -> bool:
+    """Whether a client asks for the whole base; what is malformed is refused later."""
+    try:
+        return bool(boundary.info(reply)["needs-base"])
+    except boundary.Refused:
+        return False
