@@ -51,7 +51,7 @@ def test_an_honest_run_is_the_same_with_and_without(config: dict[str, Any], down
     norms = [line["norm"] for line in read_metrics(bound.directory) if line["kind"] == "merge"]
     assert len(norms) == 3
     assert max(norms) < LIMIT
-    with pytest.raises(RunError, match=r"red refuses the server's base: it is .* pretrained one"):
+    with pytest.raises(RunError, match=r"red refuses the server's base: it is .* one before"):
         in_process(
             Settings.parse({**config, "run-dir": config["run-dir"] + "-tight", "max-update-norm": min(norms) / 2})
         )

@@ -17,7 +17,7 @@ from atm_fl import party as party_module
 from atm_fl.cli import app
 from atm_fl.errors import RunError, SettingError
 from atm_fl.policy import _BROKEN, TELL, Policy, policy_of, table, template
-from atm_fl.privacy.accounting import epsilon
+from atm_fl.privacy.accounting import Spent, epsilon
 from atm_fl.runs import read_metrics
 from atm_fl.settings import Settings, kebab
 from clients.app import _party
@@ -115,19 +115,20 @@ def test_the_noise_that_a_target_leads_to_counts_as_well(config: dict[str, Any],
 def test_a_lifetime_ends_a_run_and_any_later_one(config: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("ATM_FL_CACHE", str(tmp_path / "cache"))
     run = {**config, **NOISE, "batch-size": 12}
-    grid, settings = grid_with(run, tmp_path, "lifetime-epsilon = 4")
-    with pytest.raises(RunError, match="over this party's lifetime-epsilon=4"):
+    first = epsilon([Spent(12 / 36, 1.0, 3)], 1e-5)
+    line = f"lifetime-epsilon = {1.01 * first}"
+    grid, settings = grid_with(run, tmp_path, line)
+    with pytest.raises(RunError, match="round 2 would bring the ε of .* over this party's lifetime-epsilon="):
         serve(grid, settings)
     spent = [
         line["epsilon"]
         for line in read_metrics(Path(run["run-dir"]))
         if line.get("task") == "red" and "epsilon" in line
     ]
-    assert 0 < max(spent) <= 4
-    grid, settings = grid_with({**run, "seed": 1, "run-dir": run["run-dir"] + "-2"}, tmp_path, "lifetime-epsilon = 4")
-    with pytest.raises(RunError, match="over this party's lifetime-epsilon=4"):
+    assert spent == pytest.approx([first])
+    grid, settings = grid_with({**run, "seed": 1, "run-dir": run["run-dir"] + "-2"}, tmp_path, line)
+    with pytest.raises(RunError, match="round 1 would bring the ε of .* over this party's lifetime-epsilon="):
         serve(grid, settings)
-    assert epsilon([], 1e-5) == 0
 
 
 @pytest.mark.parametrize("tell", [(), ("validation",), ("test", "norm"), ("loss", "counts"), TELL])
