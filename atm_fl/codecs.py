@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from atm_fl.blocks import BLOCK, empty, parts, ranked_magnitudes
-from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.errors import SettingError
 from atm_fl.merging.spectral import svd
+from atm_fl.plugins import Registry
 from atm_fl.vectors import Layout
 
 Arrays = dict[str, np.ndarray]
@@ -97,7 +98,7 @@ class Codec(ABC):
 
 
 Made = TypeVar("Made", bound=type[Codec])
-CODECS: dict[str, type[Codec]] = {}
+CODECS: Registry[type[Codec]] = Registry("codec")
 
 
 def codec(name: str) -> Callable[[Made], Made]:
@@ -114,9 +115,7 @@ def codec(name: str) -> Callable[[Made], Made]:
 def make_codec(text: str, setting: str = "codec") -> Codec:
     """The codec that `text` says: a name, or name:number. SettingError, naming `setting`, if there is no such codec."""
     name, colon, number = text.partition(":")
-    if name not in CODECS:
-        raise SettingError(f"{setting}={text!r}: codec {name!r} is unknown{did_you_mean(name, CODECS)}")
-    made = CODECS[name]
+    made = CODECS.find(name, f"{setting}={text!r}: codec {name!r}")
     options = fields(made)  # type: ignore[arg-type]
     if not colon:
         return made()

@@ -3,7 +3,7 @@
 config.json       the settings and versions that decide the result, and the run's id
 metrics.jsonl     one JSON object a line, see `Run.record`
 checkpoint/       round-00007.safetensors: the base after 7 rounds; the last `keep-checkpoints` are kept
-tensorboard/      the same metrics as TensorBoard events
+tensorboard/      the same metrics as TensorBoard events, of the metric sink `tensorboard`
 report.html       written when the run ends
 """
 
@@ -33,6 +33,7 @@ from atm_fl.models import load_backbone
 from atm_fl.scaling import check_layer_scaling
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
+from atm_fl.sinks import SINKS
 from atm_fl.tensor_files import save_vectors
 from atm_fl.trainable import set_trainable
 
@@ -62,7 +63,6 @@ class Run:
         self.optimizer = settings.make_server_optimizer()
         check_layer_scaling(settings.layer_scalings, self.layout)
         self._begin = time.time()
-        self._board: Any = None
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.directory)
         warnings: list[str] = []
@@ -79,11 +79,14 @@ class Run:
         """Of this run and no other, kept when it is resumed: clients keep files under it."""
         self._write_config()
         self._keep_metrics()
+        self._sinks = [SINKS[name]() for name in settings.sinks]
+        for sink in self._sinks:
+            sink.started(self.directory, settings.as_config(), self.rounds_done)
         for text in warnings:
             self.record("warning", self.rounds_done, text=text)
 
     def record(self, kind: str, round_number: int, **values: Any) -> None:
-        """Append a line to metrics.jsonl and the same numbers to TensorBoard.
+        """Append a line to metrics.jsonl and hand it to the `metric-sinks`.
 
         kind "evaluation" (task, validation, test; bytes_down if nothing else was asked of the client): accuracy of the
         base after `round_number` rounds; "tuning" (task, loss, steps, images, norm, alignment, seconds_…, bytes_up,
@@ -95,10 +98,8 @@ class Run:
         line = {"kind": kind, "round": round_number, **values, "time": round(time.time() - self._begin, 3)}
         with open(self.directory / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-        prefix = f"{kind}/{values['task']}" if "task" in values else kind
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._tensorboard().add_scalar(f"{prefix}/{name}", value, round_number)
+        for sink in self._sinks:
+            sink.line(line)
 
     def advance(self, merged: Tensor) -> None:
         """End a round: base ← base + what the server optimizer makes of `merged`, float32 [n], which may be changed.
@@ -143,17 +144,12 @@ class Run:
         return self.base.nbytes if self.delta is None else size_of(self.delta)
 
     def close(self) -> None:
-        """Flush TensorBoard's file and let others have the directory."""
-        if self._board is not None:
-            self._board.close()
-        self._lock.close()
-
-    def _tensorboard(self) -> Any:
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.rounds_done + 1)
-        return self._board
+        """Close the sinks and let others have the directory."""
+        try:
+            for sink in self._sinks:
+                sink.closed()
+        finally:
+            self._lock.close()
 
     def _known_id(self) -> str:
         """The id of the run that is resumed."""
@@ -165,6 +161,7 @@ class Run:
             "run": self.id,
             "settings": self.settings.decisive(),
             "rounds": self.settings.rounds,
+            **({"plugins": plugins} if (plugins := self.settings.plugins()) else {}),
             "layout": self.layout.digest,
             "elements": self.layout.size,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
@@ -202,12 +199,20 @@ def check_run_dir(settings: Settings) -> None:
     if not config.exists():
         raise SettingError(f"run-dir={str(directory)!r} holds checkpoints but no config.json; choose another run-dir")
     # A run from before a setting was there ran with its default.
-    theirs, ours = Settings().decisive() | json.loads(config.read_text())["settings"], settings.decisive()
+    known = json.loads(config.read_text())
+    theirs, ours = Settings().decisive() | known["settings"], settings.decisive()
     other = next((key for key in ours if theirs[key] != ours[key]), None)
     if other:
         raise SettingError(
             f"run-dir={str(directory)!r} holds a run with {other}={theirs.get(other)!r}, not {ours[other]!r}; choose "
             "another run-dir"
+        )
+    before, now = known.get("plugins", {}), settings.plugins()
+    changed = next((thing for thing in {**before, **now} if before.get(thing) != now.get(thing)), None)
+    if changed:
+        raise SettingError(
+            f"run-dir={str(directory)!r} holds a run whose {changed} was {before.get(changed, 'no plugin')}, not "
+            f"{now.get(changed, 'no plugin')}; bring back that file, or choose another run-dir"
         )
     if not settings.resume:
         raise SettingError(
