@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import ClassVar, TypeVar
 
 import numpy as np
@@ -116,7 +116,7 @@ def make_codec(text: str, setting: str = "codec") -> Codec:
     """The codec that `text` says: a name, or name:number. SettingError, naming `setting`, if there is no such codec."""
     name, colon, number = text.partition(":")
     made = CODECS.find(name, f"{setting}={text!r}: codec {name!r}")
-    options = fields(made)  # type: ignore[arg-type]
+    options = fields(made) if is_dataclass(made) else ()
     if not colon:
         return made()
     if not options:
@@ -128,7 +128,7 @@ def make_codec(text: str, setting: str = "codec") -> Codec:
         wanted = "a whole number" if kind is int else "a number"
         raise SettingError(f"{setting}={text!r}: the {options[0].name} after the colon must be {wanted}") from None
     try:
-        return made(value)  # type: ignore[call-arg]
+        return made(value)
     except ValueError as error:
         raise SettingError(f"{setting}={text!r}: {error}") from None
 
