@@ -443,18 +443,21 @@ def merge(
 
 @app.command("settings")
 def list_settings() -> None:
-    """List every setting with its default."""
+    """List every setting with its default, and the plugins with what they add."""
+    from atm_fl.plugins import loaded
     from atm_fl.settings import Settings, kebab
 
     table = Table("setting", "default", "meaning")
     for item in fields(Settings):
-        choices = item.metadata["choices"]
-        table.add_row(
-            kebab(item.name),
-            str(item.default),
-            item.metadata["meaning"] + (f" ({' | '.join(choices)})" if choices else ""),
-        )
+        choices, names = item.metadata["choices"], item.metadata["names"]
+        told = [" | ".join(choices)] if choices else []
+        if names is not None and not choices and (more := [name for name in names if names.plugin(name)]):
+            told = [f"from plugins: {', '.join(more)}"]
+        meaning = item.metadata["meaning"] + "".join(f" ({text})" for text in told)
+        table.add_row(kebab(item.name), str(item.default), escape(meaning))
     console.print(table)
+    for plugin, things in loaded().items():
+        console.print(f"{plugin.name}: {', '.join(things)}", soft_wrap=True, highlight=False, markup=False)
 
 
 Jobs = Annotated[int | None, typer.Option(help="runs at a time; default: one a core")]

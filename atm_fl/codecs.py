@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import ClassVar, TypeVar
 
 import numpy as np
@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from atm_fl.blocks import BLOCK, empty, parts, ranked_magnitudes
-from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.errors import SettingError
 from atm_fl.merging.spectral import svd
+from atm_fl.plugins import Registry
 from atm_fl.vectors import Layout
 
 Arrays = dict[str, np.ndarray]
@@ -97,7 +98,7 @@ class Codec(ABC):
 
 
 Made = TypeVar("Made", bound=type[Codec])
-CODECS: dict[str, type[Codec]] = {}
+CODECS: Registry[type[Codec]] = Registry("codec")
 
 
 def codec(name: str) -> Callable[[Made], Made]:
@@ -114,10 +115,8 @@ def codec(name: str) -> Callable[[Made], Made]:
 def make_codec(text: str, setting: str = "codec") -> Codec:
     """The codec that `text` says: a name, or name:number. SettingError, naming `setting`, if there is no such codec."""
     name, colon, number = text.partition(":")
-    if name not in CODECS:
-        raise SettingError(f"{setting}={text!r}: codec {name!r} is unknown{did_you_mean(name, CODECS)}")
-    made = CODECS[name]
-    options = fields(made)  # type: ignore[arg-type]
+    made = CODECS.find(name, f"{setting}={text!r}: codec {name!r}")
+    options = fields(made) if is_dataclass(made) else ()
     if not colon:
         return made()
     if not options:
@@ -129,7 +128,7 @@ def make_codec(text: str, setting: str = "codec") -> Codec:
         wanted = "a whole number" if kind is int else "a number"
         raise SettingError(f"{setting}={text!r}: the {options[0].name} after the colon must be {wanted}") from None
     try:
-        return made(value)  # type: ignore[call-arg]
+        return made(value)
     except ValueError as error:
         raise SettingError(f"{setting}={text!r}: {error}") from None
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from atm_fl.errors import SettingError, did_you_mean
-from atm_fl.models import Backbone, Head, family
+from atm_fl.models import Backbone, Head, HeadSource, family, head
 
 RANDOM, PRETRAINED = "random", "pretrained"
 
@@ -84,6 +84,12 @@ def zero_shot(name: str, weights: str, prompts: Sequence[Sequence[str]]) -> Head
     ]
     weight = torch.cat(columns, 1).T.contiguous()
     return Head(weight, torch.zeros(len(weight)), float(clip.logit_scale.detach().exp()))
+
+
+@head("zero-shot")
+def zero_shot_head(source: HeadSource) -> Head:
+    """CLIP's text tower on the class names; no image is looked at."""
+    return zero_shot(source.model, source.weights, source.prompts)
 
 
 def check_timm(name: str, weights: str) -> None:

@@ -13,8 +13,8 @@ Those of open_clip and timm go by their own names: see hub.py.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.plugins import Registry
 from atm_fl.tasks import Split
 from atm_fl.tasks.photos import package_dir
 
@@ -96,15 +97,15 @@ class Head(nn.Module):
         return self.scale * functional.linear(functional.normalize(features, dim=-1), self.weight) + self.bias
 
 
-_registry: dict[str, Callable[[], Backbone]] = {}
-_families: dict[str, tuple[Callable[[str, str], Backbone], Callable[[str, str], object]]] = {}
+BACKBONES: Registry[Callable[[], Backbone]] = Registry("model")
+_families: Registry[tuple[Callable[[str, str], Backbone], Callable[[str, str], object]]] = Registry("model library")
 
 
 def backbone(name: str) -> Callable[[Callable[[], Backbone]], Callable[[], Backbone]]:
     """Register the decorated function as the maker of the backbone `name`."""
 
     def register(make: Callable[[], Backbone]) -> Callable[[], Backbone]:
-        _registry[name] = make
+        BACKBONES[name] = make
         return make
 
     return register
@@ -112,7 +113,7 @@ def backbone(name: str) -> Callable[[Callable[[], Backbone]], Callable[[], Backb
 
 def backbones() -> list[str]:
     """The names of all backbones."""
-    return sorted(_registry)
+    return sorted(BACKBONES)
 
 
 def family(
@@ -131,7 +132,6 @@ def family(
 
 
 def _family(name: str) -> tuple[Callable[[str, str], Backbone], Callable[[str, str], object]] | None:
-    importlib.import_module("atm_fl.hub")
     return _families.get(name.partition("/")[0]) if "/" in name else None
 
 
@@ -139,8 +139,8 @@ def check_backbone(name: str, weights: str = "pretrained") -> None:
     """SettingError, with the nearest known name, if there is no backbone `name` or there are no such weights of it."""
     if found := _family(name):
         found[1](name.partition("/")[2], weights)
-    elif name not in _registry:
-        raise SettingError(f"model={name!r} is unknown{did_you_mean(name, [*_registry, 'open_clip/…', 'timm/…'])}")
+    elif name not in BACKBONES:
+        raise SettingError(f"model={name!r} is unknown{did_you_mean(name, [*BACKBONES, 'open_clip/…', 'timm/…'])}")
     elif weights != "pretrained":
         raise SettingError(f"weights={weights!r}: model={name!r} has weights of its own; leave it at 'pretrained'")
 
@@ -152,7 +152,7 @@ def load_backbone(name: str, weights: str = "pretrained") -> Backbone:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         found = _family(name)
-        return (found[0](name.partition("/")[2], weights) if found else _registry[name]()).eval()
+        return (found[0](name.partition("/")[2], weights) if found else BACKBONES[name]()).eval()
 
 
 def vit(image_size: int, patch_size: int, width: int, depth: int, heads: int, **more: object) -> nn.Module:
@@ -259,6 +259,34 @@ def _dinov2_state(file: Path, depth: int, grid: int) -> dict[str, Tensor]:
     return state
 
 
+@dataclass(frozen=True)
+class HeadSource:
+    """All that a party makes its head of.
+
+    backbone: the pretrained one; model, weights: the settings that name it. data: images that may be used; prompts:
+    each class's sentences; shots: the setting; seed: of what is drawn at random; workers: processes that decode images.
+    """
+
+    backbone: Backbone
+    data: Split
+    classes: tuple[str, ...]
+    prompts: Sequence[Sequence[str]]
+    model: str
+    weights: str
+    shots: int
+    seed: int
+    workers: int = 0
+
+
+MakeHead = Callable[[HeadSource], Head]
+HEADS: Registry[MakeHead] = Registry("head")
+
+
+def head(name: str) -> Callable[[MakeHead], MakeHead]:
+    """Register the decorated function as the maker of the heads `name`."""
+    return HEADS.register(name)
+
+
 @torch.inference_mode()
 def features(model: Backbone, data: Split, workers: int = 0) -> Tensor:
     """Features [n, d] of the images of `data`, in batches, on the CPU; `workers` processes decode image files."""
@@ -290,3 +318,15 @@ def linear_probe(model: Backbone, data: Split, classes: int, workers: int = 0) -
     if classes == 2:  # scikit-learn returns one row for two classes
         weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
     return Head(weight, bias)
+
+
+@head("prototypes")
+def prototype_head(source: HeadSource) -> Head:
+    """Class means of a few images a class."""
+    return prototypes(source.backbone, source.data, len(source.classes), source.shots, source.seed)
+
+
+@head("linear-probe")
+def linear_probe_head(source: HeadSource) -> Head:
+    """Logistic regression on all images."""
+    return linear_probe(source.backbone, source.data, len(source.classes), source.workers)

@@ -287,21 +287,26 @@ class Party:
         seed = derive_seed(settings.seed, "head", self.task)
         made_by = [inspect.getsource(made) for made in (models.Head, models.prototypes, models.linear_probe, zero_shot)]
         machine = str(model.device), settings.threads, torch.__version__
-        content: tuple[object, ...] = (model.digest, data.classes)
-        if settings.head == "zero-shot":
-            content += (settings.model, settings.weights, data.prompts())
-        else:
-            content += (*source.digests, settings.shots, seed)
-        key = derive_seed(settings.head, content, made_by, machine)
+        content = model.digest, data.classes, source.digests, settings.shots, seed
+        named = settings.model, settings.weights, data.prompts()
+        plugin = str(models.HEADS.plugin(settings.head) or "")
+        key = derive_seed(settings.head, content, named, made_by, plugin, machine)
         path = tasks.cache_dir() / "heads" / f"{key:016x}.safetensors"
         if not path.exists():
             model.load(model.pretrained)
-            if settings.head == "zero-shot":
-                made = zero_shot(settings.model, settings.weights, data.prompts())
-            elif settings.head == "prototypes":
-                made = models.prototypes(model.module, source, len(data.classes), settings.shots, seed)
-            else:
-                made = models.linear_probe(model.module, source, len(data.classes), settings.workers)
+            made = models.HEADS[settings.head](
+                models.HeadSource(
+                    model.module,
+                    source,
+                    data.classes,
+                    data.prompts(),
+                    settings.model,
+                    settings.weights,
+                    settings.shots,
+                    seed,
+                    settings.workers,
+                )
+            )
             with atomic_write(path, private=True) as part:
                 save_file(made.state(), str(part))
         # Tensors out of a file are not aligned as torch's own are, and with that a product's last bits may differ.

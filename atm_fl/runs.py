@@ -4,7 +4,7 @@ config.json       the settings and versions that decide the result, and the run'
 metrics.jsonl     one JSON object a line, see `Run.record`
 checkpoint/       round-00007.safetensors: the base after 7 rounds; the last `keep-checkpoints` are kept, and the best
 set-aside/        what `resume-from` went back behind, and metrics.jsonl files with damaged lines
-tensorboard/      the same metrics as TensorBoard events
+tensorboard/      the same metrics as TensorBoard events, of the metric sink `tensorboard`
 report.html       written when the run ends
 """
 
@@ -37,6 +37,7 @@ from atm_fl.models import load_backbone
 from atm_fl.scaling import check_layer_scaling
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
+from atm_fl.sinks import SINKS
 from atm_fl.tensor_files import save_vectors
 from atm_fl.trainable import set_trainable
 
@@ -66,9 +67,6 @@ class Run:
         self.optimizer = settings.make_server_optimizer()
         check_layer_scaling(settings.layer_scalings, self.layout)
         self._begin = time.time()
-        self._board: Any = None
-        self._accuracies: dict[tuple[str, int], dict[str, float]] = {}
-        """Of the evaluations that are not complete, by split and round."""
         self._lock = lock(self.directory)
         warnings: list[str] = []
         if settings.resume:
@@ -89,11 +87,14 @@ class Run:
         if settings.resume_from:
             self._set_aside([path for path in checkpoints(self.directory) if rounds_of(path) > self.rounds_done])
         self._keep_metrics(warnings)
+        self._sinks = [SINKS[name]() for name in settings.sinks]
+        for sink in self._sinks:
+            sink.started(self.directory, settings.as_config(), self.rounds_done)
         for text in warnings:
             self.record("warning", self.rounds_done, text=text)
 
     def record(self, kind: str, round_number: int, **values: Any) -> None:
-        """Append a line to metrics.jsonl and the same numbers to TensorBoard.
+        """Append a line to metrics.jsonl and hand it to the `metric-sinks`.
 
         kind "evaluation" (task, validation, test; bytes_down if nothing else was asked of the client): accuracy of the
         base after `round_number` rounds; "tuning" (task, loss, steps, images, norm, alignment, seconds_…, bytes_up,
@@ -106,23 +107,8 @@ class Run:
         with open(self.directory / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         self._note(line)
-        prefix = f"{kind}/{values['task']}" if "task" in values else kind
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._tensorboard().add_scalar(f"{prefix}/{name}", value, round_number)
-        if kind == "evaluation":
-            self._add_means(round_number, values)
-
-    def _add_means(self, round_number: int, values: dict[str, Any]) -> None:
-        """The mean over tasks for TensorBoard, of an evaluation that everyone has sent."""
-        for split in ("validation", "test"):
-            if split in values:
-                accuracies = self._accuracies.setdefault((split, round_number), {})
-                accuracies[values["task"]] = values[split]
-                if len(accuracies) == len(self.settings.party_names):
-                    mean = sum(accuracies.values()) / len(accuracies)
-                    self._tensorboard().add_scalar(f"evaluation/mean/{split}", mean, round_number)
-                    del self._accuracies[split, round_number]
+        for sink in self._sinks:
+            sink.line(line)
 
     def _note(self, line: dict[str, Any]) -> None:
         """Remember a validation accuracy: {rounds done: {client: accuracy}}."""
@@ -185,17 +171,12 @@ class Run:
         return self.base.nbytes if self.delta is None else size_of(self.delta)
 
     def close(self) -> None:
-        """Flush TensorBoard's file and let others have the directory."""
-        if self._board is not None:
-            self._board.close()
-        self._lock.close()
-
-    def _tensorboard(self) -> Any:
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.rounds_done + 1)
-        return self._board
+        """Close the sinks and let others have the directory."""
+        try:
+            for sink in self._sinks:
+                sink.closed()
+        finally:
+            self._lock.close()
 
     def _known_id(self) -> str:
         """The id of the run that is resumed."""
@@ -207,6 +188,7 @@ class Run:
             "run": self.id,
             "settings": self.settings.decisive(),
             "rounds": self.settings.rounds,
+            **({"plugins": plugins} if (plugins := self.settings.plugins()) else {}),
             "layout": self.layout.digest,
             "elements": self.layout.size,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
@@ -275,12 +257,20 @@ def check_run_dir(settings: Settings) -> None:
     if not config.exists():
         raise SettingError(f"run-dir={str(directory)!r} holds checkpoints but no config.json; choose another run-dir")
     # A run from before a setting was there ran with its default.
-    theirs, ours = Settings().decisive() | json.loads(config.read_text())["settings"], settings.decisive()
+    known = json.loads(config.read_text())
+    theirs, ours = Settings().decisive() | known["settings"], settings.decisive()
     other = next((key for key in ours if theirs[key] != ours[key]), None)
     if other:
         raise SettingError(
             f"run-dir={str(directory)!r} holds a run with {other}={theirs.get(other)!r}, not {ours[other]!r}; choose "
             "another run-dir"
+        )
+    before, now = known.get("plugins", {}), settings.plugins()
+    changed = next((thing for thing in {**before, **now} if before.get(thing) != now.get(thing)), None)
+    if changed:
+        raise SettingError(
+            f"run-dir={str(directory)!r} holds a run whose {changed} was {before.get(changed, 'no plugin')}, not "
+            f"{now.get(changed, 'no plugin')}; bring back that file, or choose another run-dir"
         )
     if not settings.resume:
         raise SettingError(

@@ -14,25 +14,40 @@ as an optimizer treats a gradient. Δ is the merged vector of this round, η `se
                                     v ← v − (1 − β₂) Δ² sgn(v − Δ²)
 
 m and v start at 0. The adaptive three move every element by about η: an η of 1e-4 to 1e-3 is the right order for them,
-1 for the others, or 1 − β₁ with momentum.
+1 for the others, or 1 − β₁ with momentum. Each is a function of the optimizer, Δ and k that returns the step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-NAMES = ("none", "momentum", "nesterov", "adam", "yogi", "adagrad")
+from atm_fl.plugins import Registry
 
-STATE = {
-    "none": (),
-    "momentum": ("first",),
-    "nesterov": ("first",),
-    "adam": ("first", "second"),
-    "yogi": ("first", "second"),
-    "adagrad": ("second",),
-}
-"""Which moments each keeps: `first` is m, `second` is v."""
+Step = Callable[["ServerOptimizer", Tensor, int], Tensor]
+
+
+class Rule(NamedTuple):
+    """A server optimizer: the names of the moments that it keeps (`first` is m, `second` is v), and its step."""
+
+    moments: tuple[str, ...]
+    step: Step
+
+
+SERVER_OPTIMIZERS: Registry[Rule] = Registry("server-optimizer")
+
+
+def server_optimizer(name: str, *moments: str) -> Callable[[Step], Step]:
+    """Register the decorated (optimizer, Δ float32 [n], round) → step [n]; `optimizer.state` holds its `moments`."""
+
+    def register(step: Step) -> Step:
+        SERVER_OPTIMIZERS[name] = Rule(moments, step)
+        return step
+
+    return register
 
 
 class ServerOptimizer:
@@ -48,25 +63,55 @@ class ServerOptimizer:
 
     def step(self, merged: Tensor, round_number: int) -> Tensor:
         """What to add to the base in round `round_number` (from 1), float32 [n]. `merged` may be changed."""
+        rule = SERVER_OPTIMIZERS.find(self.name)
         if not self.state:
-            self.state = {moment: torch.zeros_like(merged) for moment in STATE[self.name]}
-        rate, beta1, beta2 = self.learning_rate, self.momentum, self.beta2
-        first, second = self.state.get("first"), self.state.get("second")
-        if self.name in ("momentum", "nesterov"):
-            assert first is not None
-            first.mul_(beta1).add_(merged)
-            return (merged.add_(first, alpha=beta1) if self.name == "nesterov" else first) * rate
-        if second is None:
-            return merged.mul_(rate)
-        if self.name == "adagrad":
-            second.addcmul_(merged, merged)
-            return merged.div_(second.sqrt().add_(self.epsilon)).mul_(rate)
-        assert first is not None
-        first.lerp_(merged, 1 - beta1)
-        square = merged.square_()
-        if self.name == "adam":
-            second.lerp_(square, 1 - beta2)
-            corrected = first / (1 - beta1**round_number)
-            return corrected.div_((second / (1 - beta2**round_number)).sqrt_().add_(self.epsilon)).mul_(rate)
-        second.addcmul_(square, torch.sign(second - square), value=beta2 - 1)
-        return (first / second.sqrt().add_(self.epsilon)).mul_(rate)
+            self.state = {moment: torch.zeros_like(merged) for moment in rule.moments}
+        return rule.step(self, merged, round_number)
+
+
+@server_optimizer("none")
+def none(optimizer: ServerOptimizer, merged: Tensor, round_number: int) -> Tensor:
+    """The merged vector times the rate."""
+    return merged.mul_(optimizer.learning_rate)
+
+
+@server_optimizer("momentum", "first")
+def momentum(optimizer: ServerOptimizer, merged: Tensor, round_number: int) -> Tensor:
+    """FedAvgM."""
+    return optimizer.state["first"].mul_(optimizer.momentum).add_(merged) * optimizer.learning_rate
+
+
+@server_optimizer("nesterov", "first")
+def nesterov(optimizer: ServerOptimizer, merged: Tensor, round_number: int) -> Tensor:
+    """Momentum that looks ahead."""
+    first = optimizer.state["first"].mul_(optimizer.momentum).add_(merged)
+    return merged.add_(first, alpha=optimizer.momentum) * optimizer.learning_rate
+
+
+@server_optimizer("adam", "first", "second")
+def adam(optimizer: ServerOptimizer, merged: Tensor, round_number: int) -> Tensor:
+    """FedAdam with the correction of the start."""
+    first, second = optimizer.state["first"], optimizer.state["second"]
+    beta1, beta2 = optimizer.momentum, optimizer.beta2
+    first.lerp_(merged, 1 - beta1)
+    second.lerp_(merged.square_(), 1 - beta2)
+    corrected = first / (1 - beta1**round_number)
+    root = (second / (1 - beta2**round_number)).sqrt_()
+    return corrected.div_(root.add_(optimizer.epsilon)).mul_(optimizer.learning_rate)
+
+
+@server_optimizer("yogi", "first", "second")
+def yogi(optimizer: ServerOptimizer, merged: Tensor, round_number: int) -> Tensor:
+    """FedYogi."""
+    first, second = optimizer.state["first"], optimizer.state["second"]
+    first.lerp_(merged, 1 - optimizer.momentum)
+    square = merged.square_()
+    second.addcmul_(square, torch.sign(second - square), value=optimizer.beta2 - 1)
+    return (first / second.sqrt().add_(optimizer.epsilon)).mul_(optimizer.learning_rate)
+
+
+@server_optimizer("adagrad", "second")
+def adagrad(optimizer: ServerOptimizer, merged: Tensor, round_number: int) -> Tensor:
+    """FedAdagrad."""
+    second = optimizer.state["second"].addcmul_(merged, merged)
+    return merged.div_(second.sqrt().add_(optimizer.epsilon)).mul_(optimizer.learning_rate)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 
-from atm_fl import models, server_optimizer, tasks
-from atm_fl.codecs import Codec, make_codec
+from atm_fl import merging, models, tasks
+from atm_fl.codecs import CODECS, Codec, make_codec
 from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.merging import Merge, find_merge, make_merge, merges_of_sum
+from atm_fl.optimizers import OPTIMIZERS
 from atm_fl.participation import check_participation, read_participation
+from atm_fl.plugins import Registry
 from atm_fl.privacy.ring import Ring
 from atm_fl.scaling import check_task_scaling, read_factors, read_table
 from atm_fl.seeds import derive_seed
-from atm_fl.server_optimizer import ServerOptimizer
+from atm_fl.server_optimizer import SERVER_OPTIMIZERS, ServerOptimizer
+from atm_fl.sinks import SINKS
 from atm_fl.trainable import check_trainable
 from atm_fl.vectors import Layout
 
@@ -25,9 +28,21 @@ OF_DEPLOYMENT = {"codec-up": "int4", "codec-down": "int4"}
 """What runs of the runtime `deployment`, whose bottleneck is the wire, take if neither file nor `-c` says otherwise."""
 
 
-def setting(default: Any, meaning: str, *, decides: bool = True, choices: tuple[str, ...] = ()) -> Any:
-    """A setting with its default and a line of documentation. `decides`: whether it can change a run's weights."""
-    return field(default=default, metadata={"meaning": meaning, "decides": decides, "choices": choices})
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    decides: bool = True,
+    choices: Iterable[str] = (),
+    names: Registry[Any] | None = None,
+) -> Any:
+    """A setting with its default and a line of documentation. `decides`: whether it can change a run's weights.
+
+    names: what it names things of, several with commas, or with something after a colon, where it has no `choices`.
+    """
+    names = choices if isinstance(choices, Registry) else names
+    metadata = {"meaning": meaning, "decides": decides, "choices": choices, "names": names}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -38,15 +53,20 @@ class Settings:
         "solar,bluemarble,icons,strokes,scripts,radicals,mnist,digits",
         "the parties' tasks in order, separated by commas; one with a slash is a folder of images, and folders of one "
         "name are several parties of one task",
+        names=tasks.tasks(),
     )
-    model: str = setting("vit_micro", "the shared backbone; also open_clip/ViT-B-16, timm/vit_small_patch16_224, …")
+    model: str = setting(
+        "vit_micro",
+        "the shared backbone; also open_clip/ViT-B-16, timm/vit_small_patch16_224, …",
+        names=models.BACKBONES,
+    )
     weights: str = setting(
         "pretrained", "of an open_clip or timm model: pretrained, a tag of open_clip's, a file, random"
     )
     trainable: str = setting("all", "what is tuned and merged: all, attention, last-K (blocks), lora")
     lora_rank: int = setting(8, "the rank r of lora")
     lora_alpha: float = setting(16.0, "its α: updates are α / r times B A")
-    head: str = setting("prototypes", "how a party makes its head", choices=("prototypes", "linear-probe", "zero-shot"))
+    head: str = setting("prototypes", "how a party makes its head", choices=models.HEADS)
     shots: int = setting(5, "images a class behind a prototype")
     start: str = setting("pretrained", "first base: 'pretrained', or a run directory whose merged model to go on from")
     rounds: int = setting(10, "rounds K of tuning and merging", decides=False)
@@ -62,7 +82,7 @@ class Settings:
     )
     replay: float = setting(0.0, "part of its data on which a task whose last round is past still tunes each round")
     fraction: float = setting(1.0, "part of the tasks whose turn it is that take part in a round, drawn for each round")
-    merge: str = setting("mean", "how the task vectors become one step; see `atm-fl merges`")
+    merge: str = setting("mean", "how the task vectors become one step; see `atm-fl merges`", names=merging.MERGES)
     merge_options: str = setting("", "options of the merge, as 'density=0.1, agreement=3'")
     scaling: float = setting(
         0.0, "factor on the merged vector (λ; the mean's is T times the paper's α); 0: the merge's own"
@@ -72,7 +92,7 @@ class Settings:
         "", "factors on the merged vector's entries, as '*.mlp.*=1.5, *norm*=0.5'; first match"
     )
     server_optimizer: str = setting(
-        "none", "what the server makes of the merged vectors of all rounds", choices=server_optimizer.NAMES
+        "none", "what the server makes of the merged vectors of all rounds", choices=SERVER_OPTIMIZERS
     )
     server_learning_rate: float = setting(1.0, "its factor on the step; about 1e-3 for adam, yogi and adagrad")
     server_momentum: float = setting(0.9, "its β₁, of all but none and adagrad")
@@ -82,13 +102,15 @@ class Settings:
         "fp32",
         "how task vectors travel: fp32, fp16, bf16, int8, int4, topk:0.01, low-rank:8, …; in a deployment "
         f"{OF_DEPLOYMENT['codec-up']} if not said; see docs/wire.md",
+        names=CODECS,
     )
     codec_down: str = setting(
         "fp32",
         "how the base's step travels after round 1, and so how far it goes; fp32: the whole base travels; in a "
         f"deployment {OF_DEPLOYMENT['codec-down']} if not said",
+        names=CODECS,
     )
-    optimizer: str = setting("adamw", "the clients' optimizer", choices=("adamw", "sgd"))
+    optimizer: str = setting("adamw", "the clients' optimizer", choices=OPTIMIZERS)
     keep_optimizer: bool = setting(
         False, "keep its state (AdamW's moments) on the party's disk from round to round; false: new every round"
     )
@@ -146,6 +168,9 @@ class Settings:
     )
     run_dir: str = setting("runs/latest", "the run's directory", decides=False)
     keep_checkpoints: int = setting(2, "checkpoints that stay in run-dir, the newest; 0: all", decides=False)
+    metric_sinks: str = setting(
+        "tensorboard", "where metrics go besides metrics.jsonl, separated by commas", decides=False, names=SINKS
+    )
     resume: bool = setting(False, "go on from the last checkpoint in run-dir", decides=False)
     resume_from: int = setting(
         0, "of resume: go back to the checkpoint after so many rounds; 0: the newest", decides=False
@@ -209,6 +234,11 @@ class Settings:
         kept = ["model", "weights", "trainable", "lora_rank", "lora_alpha", "device", "precision"]
         kept += ["gradient_checkpointing", "channels_last", "compile"]
         return Settings(**{name: getattr(self, name) for name in kept})
+
+    @property
+    def sinks(self) -> tuple[str, ...]:
+        """The names in `metric-sinks`."""
+        return tuple(name.strip() for name in self.metric_sinks.split(",") if name.strip())
 
     @property
     def needed(self) -> int:
@@ -307,6 +337,19 @@ class Settings:
         """The settings that decide a run's weights, by kebab-case key."""
         return {kebab(f.name): getattr(self, f.name) for f in fields(self) if f.metadata["decides"]}
 
+    def plugins(self) -> dict[str, str]:
+        """What decides a run's weights and comes from plugins: "codec 'sign'" → its file's name and digest."""
+        found = {}
+        for item in fields(self):
+            registry = item.metadata["names"]
+            for text in (
+                getattr(self, item.name).split(",") if registry is not None and item.metadata["decides"] else ()
+            ):
+                name = text.strip().partition(":")[0]
+                if plugin := registry.plugin(name):
+                    found[f"{registry.kind} {name!r}"] = str(plugin)
+        return found
+
     def as_config(self) -> dict[str, Any]:
         """All settings by kebab-case key, as `parse` takes them."""
         return {kebab(name): value for name, value in asdict(self).items()}
@@ -397,6 +440,8 @@ class Settings:
                 )
         for name in self.task_names:
             tasks.check(name)
+        for name in self.sinks:
+            SINKS.find(name, f"metric-sinks={self.metric_sinks!r}: metric sink {name!r}")
         self._check_secure()
         if self.min_successful > len(self.task_names):
             raise SettingError(

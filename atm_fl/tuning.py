@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atm_fl.models import EVALUATION_BATCH
+from atm_fl.optimizers import OPTIMIZERS
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
 
@@ -28,17 +29,7 @@ State = dict[str, Tensor]
 
 def make_optimizer(parameter: nn.Parameter, settings: Settings, state: State | None = None) -> torch.optim.Optimizer:
     """The optimizer that the settings name, on one flat parameter, going on from `state`."""
-    optimizer: torch.optim.Optimizer
-    if settings.optimizer == "sgd":
-        optimizer = torch.optim.SGD(
-            [parameter], lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
-    else:
-        # The fused kernel is one pass over memory; it has no float64 on some devices, where only tests go.
-        fused = parameter.dtype == torch.float32
-        optimizer = torch.optim.AdamW(
-            [parameter], settings.learning_rate, weight_decay=settings.weight_decay, fused=fused
-        )
+    optimizer = OPTIMIZERS[settings.optimizer](parameter, settings)
     if state:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: state}})
     return optimizer

@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from atm_fl.errors import RunError, SettingError
+from atm_fl.plugins import absolute
 from atm_fl.settings import Settings
 
 QUIET = {
@@ -96,7 +97,7 @@ def failure(log: Path) -> str:
 def environment(home: Path) -> dict[str, str]:
     """The variables under which Flower's programs are found, keep quiet, and read `home`/config.toml."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, **QUIET, "FLWR_HOME": str(home.resolve()), "PATH": path}
+    return {**os.environ, **absolute(), **QUIET, "FLWR_HOME": str(home.resolve()), "PATH": path}
 
 
 @contextmanager

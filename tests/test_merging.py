@@ -947,7 +947,7 @@ def test_a_task_cannot_be_added_twice_to_a_joint_merge() -> None:
 def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone afterwards."""
     merges()
-    monkeypatch.setattr(merging, "_registry", dict(merging._registry))
+    monkeypatch.setattr(merging, "MERGES", dict(merging.MERGES))
 
 
 IMPORTS = """

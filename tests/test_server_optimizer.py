@@ -16,7 +16,7 @@ from torch import Tensor
 from atm_fl.errors import RunError, SettingError
 from atm_fl.loop import run_loop
 from atm_fl.runs import Run
-from atm_fl.server_optimizer import NAMES, ServerOptimizer
+from atm_fl.server_optimizer import SERVER_OPTIMIZERS, ServerOptimizer
 from atm_fl.settings import Settings
 from atm_fl.vectors import digest
 
@@ -70,7 +70,7 @@ def test_yogi_equals_flowers(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(ours("yogi"), torch.from_numpy(base), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
 def test_a_resumed_run_equals_an_unbroken_one(name: str, config: dict[str, Any], tmp_path: Path) -> None:
     config |= {"server-optimizer": name, "server-learning-rate": 0.01, "rounds": 3}
     whole = digest(run_loop(Settings.parse(config)).base)

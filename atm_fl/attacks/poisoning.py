@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +26,59 @@ import torch
 from torch import Tensor
 
 from atm_fl.blocks import gram
-from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.errors import SettingError
 from atm_fl.files import atomic_write
 from atm_fl.loop import run_loop
 from atm_fl.merging.kinds import Combination
 from atm_fl.merging.robust import Median, TrimmedMean
 from atm_fl.party import Party, Update
+from atm_fl.plugins import Registry
 from atm_fl.runs import read_metrics
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
 
-STRENGTHS = {
-    "none": 0.0,
-    "sign-flip": 4.0,
-    "scale": 8.0,
-    "gaussian": 4.0,
-    "alie": 1.0,
-    "ipm": 4.0,
-    "backdoor": 4.0,
-    "free-ride": 1.0,
-    "counts": 1.0,
-}
-"""The attacks and the strengths at which they are measured."""
+
+@dataclass(frozen=True)
+class Sight:
+    """What an attacker has before it sends: vectors float32 [n].
+
+    own: what it has tuned; honest: what the honest parties sent in this round; parties: how many there are, all told;
+    step: the base's last one, None in round 1; seed: of what is drawn at random.
+    """
+
+    own: Tensor
+    strength: float
+    honest: Sequence[Tensor]
+    parties: int
+    step: Tensor | None
+    seed: int
+
+
+Forge = Callable[[Sight], Tensor]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack: the vector [n] sent instead of the attacker's own, and the strength at which it is measured."""
+
+    forge: Forge
+    strength: float
+
+
+ATTACKS: Registry[Attack] = Registry("attack")
+
+
+def attack(name: str, strength: float = 1.0) -> Callable[[Forge], Forge]:
+    """Register the decorated function as the attack `name`."""
+
+    def register(forge: Forge) -> Forge:
+        ATTACKS[name] = Attack(forge, strength)
+        return forge
+
+    return register
+
+
 TARGET = 0
 """The class of its own task that an attacker's trigger stands for."""
 SAMPLE = 100_000
@@ -90,21 +121,54 @@ def forge(
 
     honest: what the honest parties sent in this round; step: the base's last one, None in round 1.
     """
-    if attack == "sign-flip":
-        return own * -strength
-    if attack in ("scale", "backdoor"):
-        return own * strength
-    if attack == "gaussian":
-        noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed))
-        return noise * (strength * own.norm() / noise.norm())
-    if attack == "free-ride":
-        return torch.zeros_like(own) if step is None else step.clone()
-    if attack == "ipm":
-        return torch.stack(list(honest)).mean(0) * -strength
-    if attack == "alie":
-        stack = torch.stack(list(honest))
-        return stack.mean(0) - strength * alie_factor(parties, parties - len(honest)) * stack.std(0)
-    return own
+    return ATTACKS[attack].forge(Sight(own, strength, honest, parties, step, seed))
+
+
+@attack("none", strength=0.0)
+@attack("counts")
+def as_tuned(sight: Sight) -> Tensor:
+    """The attacker's own."""
+    return sight.own
+
+
+@attack("sign-flip", strength=4.0)
+def sign_flip(sight: Sight) -> Tensor:
+    """The opposite."""
+    return sight.own * -sight.strength
+
+
+@attack("scale", strength=8.0)
+@attack("backdoor", strength=4.0)
+def scale(sight: Sight) -> Tensor:
+    """More of it."""
+    return sight.own * sight.strength
+
+
+@attack("gaussian", strength=4.0)
+def gaussian(sight: Sight) -> Tensor:
+    """Noise."""
+    noise = torch.randn(sight.own.shape, generator=torch.Generator().manual_seed(sight.seed))
+    return noise * (sight.strength * sight.own.norm() / noise.norm())
+
+
+@attack("alie")
+def alie(sight: Sight) -> Tensor:
+    """A little is enough."""
+    stack = torch.stack(list(sight.honest))
+    factor = alie_factor(sight.parties, sight.parties - len(sight.honest))
+    return stack.mean(0) - sight.strength * factor * stack.std(0)
+
+
+@attack("ipm", strength=4.0)
+def ipm(sight: Sight) -> Tensor:
+    """Inner-product manipulation."""
+    return torch.stack(list(sight.honest)).mean(0) * -sight.strength
+
+
+@attack("free-ride")
+def free_ride(sight: Sight) -> Tensor:
+    """The base's last step."""
+    return torch.zeros_like(sight.own) if sight.step is None else sight.step.clone()
 
 
 class Scene:
@@ -182,8 +246,7 @@ def kept_shares(merge: Any, vectors: dict[str, Tensor]) -> dict[str, float]:
 
 def check(settings: Settings, attack: str, attackers: Sequence[str]) -> None:
     """SettingError if the attack cannot be run."""
-    if attack not in STRENGTHS:
-        raise SettingError(f"--attack {attack}: it is unknown{did_you_mean(attack, STRENGTHS)}")
+    ATTACKS.find(attack, f"--attack {attack}: it")
     for task in attackers:
         if task not in settings.party_names:
             raise SettingError(f"--attackers {task}: it is not in tasks={settings.tasks!r}")
@@ -205,7 +268,7 @@ def study(settings: Settings, attack: str, attackers: Sequence[str]) -> dict[str
     path = Path(settings.run_dir)
     if (known := result_in(path)) is not None:
         return known
-    scene = Scene(settings, attack, STRENGTHS[attack], attackers)
+    scene = Scene(settings, attack, ATTACKS[attack].strength, attackers)
     players = [
         Player(settings, name, scene, attacks and attack != "none")
         for attacks in (False, True)

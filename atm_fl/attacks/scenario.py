@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from atm_fl import models
 from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.optimizers import OPTIMIZERS
 from atm_fl.party import Party
 from atm_fl.privacy.accounting import Spent, epsilon
 from atm_fl.privacy.dp_sgd import sampling_rate, steps_per_round
@@ -82,6 +83,8 @@ class Scenario:
         settings = self.settings
         if settings.dp_epsilon:
             raise SettingError("dp-epsilon is of a whole run; an attack on one vector wants dp-noise")
+        if OPTIMIZERS.plugin(self.settings.optimizer):
+            raise SettingError(f"optimizer={self.settings.optimizer!r}: the attacks know adamw and sgd alone")
         if self.attack == "dlg" and settings.optimizer != "sgd":
             raise SettingError("attack='dlg' reads a gradient off the vector: optimizer='sgd', or another attack")
         if self.attack == "simulation" and (settings.private or settings.trainable == "lora"):

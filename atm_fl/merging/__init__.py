@@ -21,9 +21,7 @@ it goes with secure aggregation, where there is only the sum, and with client-le
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -32,6 +30,7 @@ from typing import Any, ClassVar, TypeVar, dataclass_transform
 from torch import Tensor
 
 from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.plugins import Registry
 from atm_fl.vectors import Layout
 
 
@@ -125,7 +124,7 @@ class Merge(ABC):
             )
 
 
-_registry: dict[str, type[Merge]] = {}
+MERGES: Registry[type[Merge]] = Registry("merge")
 _Class = TypeVar("_Class", bound=type[Merge])
 
 
@@ -135,7 +134,7 @@ def merge(name: str) -> Callable[[_Class], _Class]:
 
     def register(found: _Class) -> _Class:
         found.name = name
-        _registry[name] = dataclass(kw_only=True)(found)
+        MERGES[name] = dataclass(kw_only=True)(found)
         return found
 
     return register
@@ -143,9 +142,7 @@ def merge(name: str) -> Callable[[_Class], _Class]:
 
 def merges() -> dict[str, type[Merge]]:
     """All merges by name, sorted."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-    return dict(sorted(_registry.items()))
+    return dict(sorted(MERGES.items()))
 
 
 def merges_of_sum() -> list[str]:

@@ -14,10 +14,8 @@ Every module of this package is imported when the registry is first asked, so th
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import os
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from torch import Tensor
 from atm_fl import vectors
 from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.files import atomic_write
+from atm_fl.plugins import Registry
 from atm_fl.tasks.images import ImageFiles, decode_batches
 
 IMAGE_SIZE = 32
@@ -170,7 +169,7 @@ class Embedded(Task):
             return _dataset(self.name, dict(stored))
 
 
-_registry: dict[str, Task] = {}
+_registry: Registry[Task] = Registry("task")
 
 
 def task(name: str, *, licence: str, source: str) -> Callable[[Callable[[], Source]], Callable[[], Source]]:
@@ -188,10 +187,8 @@ def add(task: Task) -> None:
     _registry[task.name] = task
 
 
-def tasks() -> dict[str, Task]:
+def tasks() -> Registry[Task]:
     """All registered tasks by name."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
     return _registry
 
 

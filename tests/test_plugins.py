@@ -1,0 +1,282 @@
+"""Plugins: the page's examples from a scratch folder, in real runs; what is broken or unknown is one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_cli import call
+
+from atm_fl import plugins
+from atm_fl.attacks import poisoning
+from atm_fl.attacks.scenario import Scenario
+from atm_fl.codecs import CODECS
+from atm_fl.errors import SettingError
+from atm_fl.loop import run_loop
+from atm_fl.runs import Run, read_metrics
+from atm_fl.settings import Settings
+from clients.app import app as client_app
+from server.app import serve
+from server.grid import InProcessGrid
+
+ROOT = Path(__file__).parents[1]
+PAGE = re.findall(r"## (.+?)\n.*?```python\n(.*?)```", (ROOT / "docs" / "plugins.md").read_text(), re.DOTALL)
+Folder = Callable[..., Path]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
+    """Write files, by name, into a folder that ATM_FL_PLUGINS names for the test."""
+
+    def write(**files: str) -> Path:
+        home = tmp_path / "plugins"
+        home.mkdir(exist_ok=True)
+        for name, text in files.items():
+            (home / f"{name}.py").write_text(textwrap.dedent(text))
+        monkeypatch.setenv(plugins.VARIABLE, str(home))
+        return home
+
+    return write
+
+
+@pytest.fixture
+def page(folder: Folder) -> Path:
+    """Each example of the page in a file of its own."""
+    return folder(**{re.sub(r"\W+", "_", title): code for title, code in PAGE})
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch):
+    yield
+    monkeypatch.delenv(plugins.VARIABLE, raising=False)
+    plugins.load()
+
+
+def test_the_page_has_one_short_example_of_each_kind(page: Path) -> None:
+    added = [thing.split(" '")[0] for things in plugins.loaded().values() for thing in things]
+    assert sorted(added) == sorted(set(plugins.BUILT_IN) - {"model library"})
+    for title, code in PAGE:
+        assert len([line for line in code.splitlines() if line.strip()]) <= 12, title
+
+
+def run(config: dict[str, Any], where: str, **changed: Any) -> tuple[Run, Run]:
+    """The same settings as a plain loop and through Flower's apps."""
+    runs = []
+    for runtime in ("plain", "grid"):
+        settings = Settings.parse({**config, "run-dir": f"{config['run-dir']}-{where}-{runtime}", **changed})
+        grid = InProcessGrid(client_app, len(settings.task_names), settings.as_config())
+        runs.append(run_loop(settings) if runtime == "plain" else serve(grid, settings))
+    return runs[0], runs[1]
+
+
+CHOICES = {
+    "a codec": {"codec-up": "sign"},
+    "a step's codec": {"codec-down": "sign"},
+    "a defence": {"merge": "sign-mean", "merge-options": "size=0.02"},
+    "a head": {"head": "random"},
+    "a local optimizer": {"optimizer": "adagrad"},
+    "a server optimizer": {"server-optimizer": "lazy"},
+    "a model": {"model": "smaller"},
+}
+
+
+@pytest.mark.usefixtures("page")
+def test_each_changes_what_a_run_makes_alike_with_and_without_flower(config: dict[str, Any]) -> None:
+    config["rounds"] = 2
+    without = {"plain": run(config, "without")[0].base}
+    for place, (what, chosen) in enumerate(CHOICES.items()):
+        plain, flower = run(config, str(place), **chosen)
+        assert torch.equal(plain.base, flower.base), what
+        assert not any(plain.base.equal(base) for base in without.values()), what
+        without[what] = plain.base
+        noted = json.loads((plain.directory / "config.json").read_text())["plugins"]
+        (thing,), value = noted, next(iter(chosen.values()))
+        assert repr(value) in thing
+        assert re.fullmatch(r"\w+\.py [0-9a-f]{16}", noted[thing])
+
+
+@pytest.mark.usefixtures("page")
+def test_a_published_task_is_a_party(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATM_FL_DATA", str(tmp_path))
+    random = np.random.default_rng(0)
+    images = {
+        part: random.integers(0, 255, (n, 16, 16, 3), dtype=np.uint8) for part, n in (("train", 20), ("test", 10))
+    }
+    np.savez(tmp_path / "flat.npz", **images)
+    plain, flower = run(config, "task", tasks=f"{config['tasks']},flat", rounds=1)
+    assert torch.equal(plain.base, flower.base)
+    told = {line["task"] for line in read_metrics(plain.directory) if line["kind"] == "tuning"}
+    assert "flat" in told
+
+
+@pytest.mark.usefixtures("page")
+def test_a_sink_gets_every_line_and_tensorboard_only_when_it_is_asked_for(config: dict[str, Any]) -> None:
+    for made in run(config, "sink", **{"metric-sinks": "lines", "rounds": 1}):
+        lines = [f"{line['round']} {line['kind']}" for line in read_metrics(made.directory)]
+        assert (made.directory / "lines.txt").read_text().splitlines() == lines
+        assert not (made.directory / "tensorboard").exists()
+
+
+@pytest.mark.usefixtures("page")
+def test_an_attack_is_measured_against_a_defence(config: dict[str, Any], tmp_path: Path) -> None:
+    settings = Settings.parse({**config, "rounds": 1})
+    chosen = ["mean", "sign-mean:size=0.001"]
+    results = poisoning.studies(settings, ["none", "echo"], chosen, ["red"], tmp_path / "poison", lambda text: None)
+    told = {(row["attack"], row["merge"]) for row in results}
+    assert told == {(a, m) for a in ("none", "echo") for m in ("mean", "sign-mean size=0.001")}
+    norms = {
+        name: next(line["norm"] for line in read_metrics(tmp_path / "poison" / name) if line["kind"] == "merge")
+        for name in ("none-mean", "echo-mean", "echo-sign-mean", "none-sign-mean")
+    }
+    assert norms["echo-mean"] != norms["none-mean"]
+    size = len(Run(Settings.parse({**config, "run-dir": str(tmp_path / "size")})).base)
+    assert norms["echo-sign-mean"] <= 0.001 * size**0.5 * 1.0001  # whatever an attacker sends
+
+
+def test_the_command_line_runs_with_them_in_a_process_of_its_own(
+    page: Path, config: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "run.toml"
+    config |= {"model": "smaller", "rounds": 1, "codec-up": "sign", "metric-sinks": "lines"}
+    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
+    command = [sys.executable, "-c", "from atm_fl.cli import main; main()", "run", str(file), "--runtime", "in-process"]
+    variables = {**os.environ, plugins.VARIABLE: page.name, "PYTHONPATH": str(ROOT)}  # a relative folder
+    done = subprocess.run(command, cwd=page.parent, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (Path(config["run-dir"]) / "lines.txt").read_text().count("tuning") == 3
+
+
+def test_another_file_under_the_same_name_does_not_resume(folder: Folder, config: dict[str, Any]) -> None:
+    code = dict(PAGE)["A codec"]
+    folder(sign=code)
+    config |= {"codec-up": "sign", "rounds": 1}
+    run_loop(Settings.parse(config))
+    config |= {"rounds": 2, "resume": True}
+    home = folder(other="pass")
+    Run(Settings.parse(config)).close()  # what decides nothing may change
+    (home / "sign.py").rename(home / "gone")
+    folder(renamed=code + "# another")
+    (home / "moved").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(plugins.VARIABLE, os.pathsep.join([str(home), str(home / "moved")]))
+        with pytest.raises(SettingError, match=r"whose codec 'sign' was sign\.py \w+, not renamed\.py \w+; bring back"):
+            Run(Settings.parse(config))
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("x = 1\nimport nothing_of_the_kind", r"bad\.py, line 2: ModuleNotFoundError: No module named"),
+        ("def", r"bad\.py: SyntaxError: invalid syntax"),
+        ("raise SystemExit('no')", r"bad\.py, line 1: SystemExit: no"),
+        *[
+            (code, r"bad\.py, line \d+: the " + words + " is there already; rename it")
+            for code, words in (
+                ("from atm_fl.codecs import codec\ncodec('int8')(type('C', (), {}))", "codec 'int8'"),
+                (
+                    "from atm_fl.merging import *\nfrom atm_fl.merging import merge\nmerge('ties')(type('C', (), {}))",
+                    "merge 'ties'",
+                ),
+                ("from atm_fl.models import head\nhead('zero-shot')(len)", "head 'zero-shot'"),
+                ("from atm_fl.models import backbone\nbackbone('vit_micro')(len)", "model 'vit_micro'"),
+                ("from atm_fl.optimizers import optimizer\noptimizer('sgd')(len)", "optimizer 'sgd'"),
+                (
+                    "from atm_fl.server_optimizer import server_optimizer as s\ns('adam')(len)",
+                    "server-optimizer 'adam'",
+                ),
+                ("from atm_fl.sinks import sink\nsink('tensorboard')(len)", "metric sink 'tensorboard'"),
+                ("from atm_fl.attacks.poisoning import attack\nattack('alie')(len)", "attack 'alie'"),
+                ("from atm_fl.tasks import task\ntask('mnist', licence='', source='')(len)", "task 'mnist'"),
+            )
+        ],
+    ],
+)
+def test_a_broken_file_or_a_name_that_is_taken_is_one_line_and_leaves_nothing(
+    code: str, words: str, folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    home = folder(a="from atm_fl.codecs import codec, Fp32\ncodec('fine')(type('Fine', (Fp32,), {}))", bad=code)
+    for _ in range(2):  # it stays an error
+        assert call(monkeypatch, "settings") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(words, line), line
+    (home / "bad.py").write_text("")
+    assert call(monkeypatch, "settings") == 0
+    assert "codec 'fine'" in capsys.readouterr().out
+    assert CODECS["int8"].__module__ == "atm_fl.codecs"
+
+
+@pytest.mark.usefixtures("page")
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"codec-up": "sing"}, "codec 'sing' is unknown; did you mean 'sign'?"),
+        ({"model": "smaler"}, "model='smaler' is unknown; did you mean 'smaller'?"),
+        ({"merge": "sign-meen"}, "merge='sign-meen' is unknown; did you mean 'sign-mean'?"),
+        ({"tasks": "flatt"}, "task 'flatt' is unknown; did you mean 'flat'?"),
+        ({"head": "chance"}, "it takes one of prototypes, linear-probe, zero-shot, random"),
+        ({"optimizer": "adam"}, "it takes one of adamw, sgd, adagrad"),
+        ({"server-optimizer": "x"}, "it takes one of none, momentum, nesterov, adam, yogi, adagrad, lazy"),
+        ({"metric-sinks": "line"}, "metric sink 'line' is unknown; did you mean 'lines'?"),
+    ],
+)
+def test_an_unknown_name_is_told_those_of_plugins(wrong: dict[str, Any], words: str, config: dict[str, Any]) -> None:
+    with pytest.raises(SettingError) as error:
+        Settings.parse({**config, **wrong})
+    assert words in str(error.value)
+
+
+def test_lists_show_them(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("atm_fl.cli.console.width", 250)
+    for command, words in (
+        ("merges", ["sign-mean", "size=0.01"]),
+        ("tasks", ["flat", "made up"]),
+        ("settings", ["adamw | sgd | adagrad", "from plugins: sign", f"{page / 'An_attack.py'}: attack 'echo'"]),
+    ):
+        call(monkeypatch, command)
+        out = capsys.readouterr().out
+        assert all(word in out for word in words), command
+
+
+def test_an_entry_point_is_loaded_and_its_error_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pointed_at.py").write_text(dict(PAGE)["A defence, which is a merge"].replace("sign-mean", "pointed"))
+    monkeypatch.syspath_prepend(tmp_path)
+    good, bad = (EntryPoint(name, name, plugins.GROUP) for name in ("pointed_at", "not_there"))
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [good, bad])
+    monkeypatch.setattr(plugins._loader, "named", None)
+    with pytest.raises(SettingError, match="plugin entry point not_there = not_there: ModuleNotFoundError"):
+        plugins.load()
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [good])
+    assert "pointed" in repr(plugins.loaded())
+    (plugin,) = (plugin for plugin in plugins.loaded() if "pointed_at" in plugin.name)
+    assert len(plugin.digest) == 16
+    plugins._forget(plugin)
+
+
+def test_a_folder_that_is_none_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plugins.VARIABLE, str(tmp_path / "nowhere"))
+    with pytest.raises(SettingError, match="ATM_FL_PLUGINS: .*nowhere is not a folder"):
+        Settings.parse({})
+    monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("page")
+def test_a_reconstruction_that_does_not_know_the_optimizer_is_refused() -> None:
+    with pytest.raises(SettingError, match="optimizer='adagrad': the attacks know adamw and sgd alone"):
+        Scenario.parse({"optimizer": "adagrad", "tasks": "mnist"})
+
+
+def test_without_any_nothing_is_noted(config: dict[str, Any]) -> None:
+    made = Run(Settings.parse(config))
+    made.close()
+    assert "plugins" not in json.loads((made.directory / "config.json").read_text())
