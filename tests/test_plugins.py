@@ -129,7 +129,7 @@ def test_a_sink_gets_every_line_and_tensorboard_only_when_it_is_asked_for(config
 
 
 @pytest.mark.usefixtures("page")
-def test_an_attack_is_measured_against_a_defence(config: dict[str, Any], tmp_path: Path) -> None:
+def test_an_attack_is_measured_against_a_defence(config: dict[str, Any], tmp_path: Path, page: Path) -> None:
     settings = Settings.parse({**config, "rounds": 1})
     chosen = ["mean", "sign-mean:size=0.001"]
     results = poisoning.studies(settings, ["none", "echo"], chosen, ["red"], tmp_path / "poison", lambda text: None)
@@ -142,6 +142,15 @@ def test_an_attack_is_measured_against_a_defence(config: dict[str, Any], tmp_pat
     assert norms["echo-mean"] != norms["none-mean"]
     size = len(Run(Settings.parse({**config, "run-dir": str(tmp_path / "size")})).base)
     assert norms["echo-sign-mean"] <= 0.001 * size**0.5 * 1.0001  # whatever an attacker sends
+    changed = page.parent / "changed"
+    changed.mkdir()
+    (changed / "echo.py").write_text((page / "An_attack.py").read_text() + "# another")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(plugins.VARIABLE, str(changed))
+        with pytest.raises(
+            SettingError, match=r"the attack 'echo' of An_attack\.py \w+, not echo\.py \w+; choose another"
+        ):
+            poisoning.studies(settings, ["echo"], ["mean"], ["red"], tmp_path / "poison", lambda text: None)
 
 
 def test_the_command_line_runs_with_them_in_a_process_of_its_own(

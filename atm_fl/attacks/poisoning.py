@@ -266,7 +266,13 @@ def study(settings: Settings, attack: str, attackers: Sequence[str]) -> dict[str
     """
     check(settings, attack, attackers)
     path = Path(settings.run_dir)
+    plugin = str(ATTACKS.plugin(attack) or "")
     if (known := result_in(path)) is not None:
+        if known.get("plugin", "") != plugin:
+            raise SettingError(
+                f"{path} holds the attack {attack!r} of {known.get('plugin') or 'no plugin'}, not "
+                f"{plugin or 'no plugin'}; choose another --folder"
+            )
         return known
     scene = Scene(settings, attack, ATTACKS[attack].strength, attackers)
     players = [
@@ -282,6 +288,7 @@ def study(settings: Settings, attack: str, attackers: Sequence[str]) -> dict[str
     triggered = {player.task: _triggered(player, run.base) for player in players}
     result = {
         "attack": attack,
+        **({"plugin": plugin} if plugin else {}),
         "merge": f"{settings.merge} {settings.merge_options}".strip(),
         "mean": sum(honest.values()) / len(honest),
         "worst": min(honest.values()),
