@@ -427,8 +427,8 @@ def told_if_full(directory: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) not in FULL and "os error 28" not in str(error):
             raise
-        mend = "go on with resume=true" if checkpoints(directory) else "start it again: no round was finished"
-        raise RunError(f"the disk of run-dir={str(directory)!r} is full; make room and {mend}") from error
+        remedy = "go on with resume=true" if checkpoints(directory) else "start it again: no round was finished"
+        raise RunError(f"the disk of run-dir={str(directory)!r} is full; make room and {remedy}") from error
 
 
 def processor() -> str:
