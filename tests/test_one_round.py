@@ -14,7 +14,9 @@ from test_runs import final, same
 
 from atm_fl import vectors
 from atm_fl.attacks import membership, poisoning
+from atm_fl.attacks.scenario import Scenario
 from atm_fl.errors import SettingError
+from atm_fl.experiments.privacy import HEAD, Line
 from atm_fl.loop import run_loop
 from atm_fl.party import Party
 from atm_fl.privacy.budget import Budget
@@ -220,3 +222,16 @@ def test_an_attack_on_a_run_where_parties_are_away_is_refused(five: dict[str, An
     for changed, told in (({"participation": "a=1-1"}, "participation=a=1-1"), ({"fraction": 0.5}, "fraction=0.5")):
         with pytest.raises(SettingError, match=f"{told}: an attack is measured with all tasks in every round"):
             poisoning.study(Settings.parse(five | changed), "sign-flip", ["b"])
+
+
+def test_no_images_are_sought_in_a_vector_that_nobody_sees(five: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match="secure-aggregation=true: the server sees no single vector"):
+        Scenario.parse(five | SECURE)
+
+
+def test_a_row_without_local_models_has_a_place_in_the_privacy_table() -> None:
+    merged = [{"round": 1, "model": "merged", "attack": "RMIA", "leak": {"tpr": {"0.01": 0.25}}}]
+    line = Line("secure", [], None, None, None, None, merged, None)
+    assert line.members_found is None
+    cells = dict(zip(HEAD, line.cells(), strict=True))
+    assert list(cells.values()).count("25.0%") == 1

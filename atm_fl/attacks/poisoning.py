@@ -11,7 +11,7 @@ strength, n parties of which m attack; attackers act last and have seen what the
     ipm         −s · mean of the honest vectors    Xie et al. 2020 (arXiv:1903.03936)
     backdoor    s τ, of data half of which carries a trigger and the label of one class
     free-ride   the base's last step, nothing in round 1     Fraboni et al. 2021 (arXiv:2006.11901)
-    counts      τ, said to come from 10⁹ images
+    counts      τ, said to come from 10⁹ images, by which a task's several clients are weighed
 
 Under secure aggregation attackers are given the honest vectors too, which makes them stronger than they can be there. A
 forged vector then travels as any party's does, within ±secure-range, and the server, which adds words up unseen, can
