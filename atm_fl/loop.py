@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from statistics import median
@@ -211,6 +211,19 @@ def mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
     return result
 
 
+def play_round(run: Run, updates: Iterable[tuple[str, Update]]) -> None:
+    """One round of a run from its clients' updates, by client, which may be made as they are asked for.
+
+    RunError if an unmasked sum is out of proportion.
+    """
+    current = Round(run)
+    for client, update in updates:
+        current.add(client, update, run.bytes_down)
+    if run.settings.secure_aggregation:
+        current.check_sum()
+    current.close()
+
+
 def run_loop(settings: Settings, parties: Sequence[Party] | None = None) -> Run:
     """Run the settings to their end in this process and write the report. Returns the finished run.
 
@@ -220,12 +233,8 @@ def run_loop(settings: Settings, parties: Sequence[Party] | None = None) -> Run:
         named = zip(settings.party_names, settings.task_names, strict=True)
         parties = parties or [Party(settings, task, client=client) for client, task in named]
         while run.rounds_done < settings.rounds:
-            current = Round(run)
-            for party in parties:
-                current.add(party.client, party.train(run.base, current.number, run.id), run.bytes_down)
-            if settings.secure_aggregation:
-                current.check_sum()
-            current.close()
+            number = run.rounds_done + 1
+            play_round(run, ((party.client, party.train(run.base, number, run.id)) for party in parties))
         for party in parties:
             accuracies = party.evaluate(run.base, ("validation", "test"))
             run.record("evaluation", run.rounds_done, task=party.client, **accuracies, bytes_down=run.bytes_down)

@@ -2,7 +2,8 @@
 
 The attacker is the strongest of its kind: it knows the party's head, the images in question with their labels, and all
 other parties' vectors, and it looks at the local model (base + the party's vector, which an honest-but-curious server
-sees) or at the merged one (which every peer sees). It tunes models of its own on random halves of the images in
+sees, but for secure aggregation) or at the merged one (which every peer sees). The rounds are the run's own
+(`loop.play_round`). It tunes models of its own on random halves of the images in
 question, from the same pretrained base by the same settings, and compares:
 
 - loss: Yeom et al. 2018 (arXiv:1709.01604), the confidence alone;
@@ -17,23 +18,29 @@ A confidence is φ = log(p / (1 − p)), p the model's probability of the right 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from atm_fl import models, tasks
 from atm_fl.errors import SettingError
 from atm_fl.files import atomic_write
+from atm_fl.loop import play_round
 from atm_fl.models import EVALUATION_BATCH
-from atm_fl.party import Party
+from atm_fl.party import Party, Update, shared_model
 from atm_fl.privacy.budget import Budget
-from atm_fl.scaling import scale_layers
+from atm_fl.runs import Run
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
@@ -43,6 +50,9 @@ RATES = (0.01, 0.001)
 RESAMPLES = 200
 POPULATION = 500
 """Images, at most, with which RMIA compares."""
+FORMAT = 2
+"""Of a study's files. Those of format 1 followed a round without codec-down, client-level DP and secure aggregation."""
+UNSEEN = "No local model: with secure-aggregation=true the server sees the sum of the vectors, and no single one."
 GAMMA = 2.0
 """RMIA's threshold on the likelihood ratio, the paper's default."""
 
@@ -196,7 +206,7 @@ def question(settings: Settings, task: str, members: int) -> Question:
             f"--members {members}: {task} has {len(everything)} images, too few for twice as many, a head and a "
             "population; ask for fewer"
         )
-    model = Party(settings, task).model
+    model = shared_model(settings.of_model())
     model.load(model.pretrained)
     head = models.prototypes(model.module, rest.take(shots), classes, settings.shots, settings.seed)
     return Question(task, asked, rest.take(population[:POPULATION]), head)
@@ -206,39 +216,68 @@ def trajectory(
     settings: Settings,
     asked: Question,
     number: int,
-    others: Callable[[int, Tensor], dict[str, Tensor]],
+    others: Callable[[int, Tensor], Iterator[tuple[str, Update]]],
     run: str,
-    ledgers: Path,
+    folder: Path,
 ) -> Tensor:
-    """Follow a run in which the task tunes on the half `number`: φ, float32 [rounds, 2, n + population].
+    """Follow a run in which the task tunes on the half `number`: φ, float32 [rounds, models, n + population].
 
-    Of each round's local model, and of its merged one. others: (round, base) → the other parties' vectors by task.
-    run: under which the party keeps residuals; ledgers: where it notes what DP-SGD spends.
+    Of the `models_seen` in each round. others: (round, base) → the other clients' updates by client. run: under which
+    the party keeps residuals; folder: of its ledger, and for the run's directory, which is deleted at the end.
     """
     chosen = replace(settings, seed=derive_seed(settings.seed, "reference", number) if number else settings.seed)
-    party = Party(chosen, asked.task)
+    ledgers, place = folder / "privacy", folder / "followed"
+    party = Party(chosen, asked.task, ledgers=ledgers)
     party.tuned_on = asked.images.take(asked.half(settings, number).nonzero()[:, 0]).to(party.model.device)
     party.head = asked.head.to(party.model.device)
     party.budget = Budget(chosen, asked.task, party.tuned_on, ledgers)
-    layout, optimizer, scalings = party.model.layout, settings.make_server_optimizer(), settings.task_scalings
-    base, found = party.model.pretrained.clone(), []
-    for round_number in range(1, settings.rounds + 1):
-        vectors = others(round_number, base)
-        local, update = base, party.train(base, round_number, run)
+    data = [split.to(party.model.device) for split in (asked.images, asked.population)]
+
+    def answers(model: Tensor) -> Tensor:
+        party.model.load(model)
+        return torch.cat([confidences(party.model.module, party.head, split) for split in data])
+
+    followed = []
+    shutil.rmtree(place, ignore_errors=True)
+    with closing(Run(replace(settings, run_dir=str(place), resume=False, resume_from=0))) as server:
+        while server.rounds_done < settings.rounds:
+            round_number = server.rounds_done + 1
+            sent, update = others(round_number, server.base), party.train(server.base, round_number, run)
+            if not settings.secure_aggregation:
+                local = server.base
+                if update.arrays is not None:
+                    local = server.base + settings.uplink.decode(update.arrays, server.layout)
+                followed.append(answers(local))
+            play_round(server, chain(sent, [(asked.task, update)]))
+            followed.append(answers(server.base))
+    shutil.rmtree(place)
+    return torch.stack(followed).view(settings.rounds, len(models_seen(settings)), -1)
+
+
+def models_seen(settings: Settings) -> tuple[str, ...]:
+    """The models of a round that an attacker may see: "local", but for secure aggregation, and "merged"."""
+    return ("merged",) if settings.secure_aggregation else ("local", "merged")
+
+
+def save_updates(path: Path, updates: dict[str, Update]) -> None:
+    """Keep clients' updates as they travel, with what they say of their tuning."""
+    arrays: dict[str, np.ndarray] = {}
+    told: dict[str, str] = {}
+    for client, update in updates.items():
         if update.arrays is not None:
-            vectors[asked.task] = settings.uplink.decode(update.arrays, layout)
-            local = base + vectors[asked.task]
-        ordered = {name: vectors[name] * scalings.get(name, 1.0) for name in settings.party_names if name in vectors}
-        merged = scale_layers(
-            settings.make_merge(layout, round_number).combine(ordered), layout, settings.layer_scalings
-        )
-        base = base + optimizer.step(merged, round_number)
-        for model in (local, base):
-            party.model.load(model)
-            parts = asked.images, asked.population
-            data = [part.to(party.model.device) for part in parts]
-            found.append(torch.cat([confidences(party.model.module, party.head, part) for part in data]))
-    return torch.stack(found).view(settings.rounds, 2, -1)
+            arrays |= {f"{client}/{name}": array for name, array in update.arrays.items()}
+            told[client] = json.dumps(update.tuning)
+    with atomic_write(path) as part:
+        save_arrays(arrays, part, told)
+
+
+def load_updates(path: Path) -> Iterator[tuple[str, Update]]:
+    """The kept updates by client; of those who took no part there are none."""
+    with safe_open(str(path), "np") as file:
+        names = [tuple(name.rsplit("/", 1)) for name in file.keys()]  # noqa: SIM118 (no dictionary)
+        for client, tuning in (file.metadata() or {}).items():
+            arrays = {name: file.get_tensor(f"{client}/{name}") for owner, name in names if owner == client}
+            yield client, Update(arrays, {}, json.loads(tuning))
 
 
 def study(
@@ -249,13 +288,15 @@ def study(
     count: int = 16,
     say: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
-    """Attack one task of a run of `settings`: {"rows": [{"round", "model", "attack", "leak", "roc"}, …]}.
+    """Attack one task of a run of `settings`: {"rows": [{"round", "model", "attack", "leak", "roc"}, …], "note": …}.
 
-    model: "local" or "merged"; roc: some 200 points of the curve, false-positive rates and true-positive ones.
+    model: "local" or "merged"; roc: some 200 points of the curve, false-positive rates and true-positive ones; note:
+    why a model is not there, or "".
 
     `count` runs are followed, each with a half of 2 · `members` images of its own; each is attacked with the others as
-    its references. In the first all parties tune; their vectors stay in `folder` and are what the other parties send in
-    the others. Runs that are finished there are not followed again. SettingError if it holds a study of other settings.
+    its references. In the first all parties tune; what they send stays in `folder` and is what the other parties send
+    in the others. Runs that are finished there are not followed again. SettingError if it holds a study of other
+    settings.
     """
     if task not in settings.party_names:
         raise SettingError(f"--task {task}: it is not in tasks={settings.tasks!r}")
@@ -264,49 +305,44 @@ def study(
     if settings.start != "pretrained":
         raise SettingError(f"start={settings.start!r}: the attack follows runs from the pretrained weights only")
     about = {"settings": settings.decisive(), "rounds": settings.rounds, "task": task, "members": members}
+    about["format"] = FORMAT
     config = folder / "config.json"
     if config.exists() and json.loads(config.read_text()) != about:
         raise SettingError(f"--folder {folder} holds a study of other settings; choose another")
     asked = question(settings, task, members)
     with atomic_write(config) as part:
         part.write_text(json.dumps(about, indent=2) + "\n")
-    parties = [name for name in settings.task_names if name != task]
-    run, ledgers = f"{derive_seed(str(folder.resolve()), about):016x}", folder / "privacy"
+    named = [pair for pair in zip(settings.party_names, settings.task_names, strict=True) if pair[0] != task]
+    run = f"{derive_seed(str(folder.resolve()), about):016x}"
 
-    def others(round_number: int, base: Tensor) -> dict[str, Tensor]:
+    def others(round_number: int, base: Tensor) -> Iterator[tuple[str, Update]]:
         path = folder / f"others-{round_number:05d}.safetensors"
         if not path.exists():
-            sent = {}
-            for party in (Party(settings, name, ledgers=ledgers) for name in parties):
-                update = party.train(base, round_number, run)
-                if update.arrays is not None:
-                    sent[party.task] = settings.uplink.decode(update.arrays, party.model.layout)
-            with atomic_write(path) as part:
-                save_file(sent, str(part))
-        return load_file(str(path))
+            parties = (Party(settings, name, client=client, ledgers=folder / "privacy") for client, name in named)
+            save_updates(path, {party.client: party.train(base, round_number, run) for party in parties})
+        return load_updates(path)
 
     found = []
     for number in range(count):
         path = folder / f"run-{number:03d}.safetensors"
         if not path.exists():
-            followed = trajectory(settings, asked, number, others, f"{derive_seed(run, number):016x}", ledgers)
+            followed = trajectory(settings, asked, number, others, f"{derive_seed(run, number):016x}", folder)
             with atomic_write(path) as part:
                 save_file({"confidences": followed}, str(part))
             say(f"run {number + 1} of {count}")
         found.append(load_file(str(path))["confidences"])
     confidence, halves = torch.stack(found), torch.stack([asked.half(settings, number) for number in range(count)])
     asks = halves.shape[1]
-    rows = []
-    for place, which in ((r, w) for r in range(settings.rounds) for w in range(2)):
+    rows, models = [], models_seen(settings)
+    for place, which in ((r, w) for r in range(settings.rounds) for w in range(len(models))):
         seen, population = confidence[:, place, which, :asks], confidence[:, place, which, asks:]
         for attack, scores in attacks(seen, halves, population).items():
             leak = measure(scores, halves)
             false, true = Curve(scores, halves).rates()
             kept = np.unique(np.geomspace(1, len(false), 200).astype(int)) - 1
             points = [[float(f"{value:.6g}") for value in axis[kept]] for axis in (false, true)]
-            model = "merged" if which else "local"
-            rows.append({"round": place + 1, "model": model, "attack": attack, "leak": leak, "roc": points})
-    return {"rows": rows}
+            rows.append({"round": place + 1, "model": models[which], "attack": attack, "leak": leak, "roc": points})
+    return {"rows": rows, "note": "" if "local" in models else UNSEEN}
 
 
 def attacks(seen: Tensor, halves: Tensor, population: Tensor) -> dict[str, Tensor]:
@@ -324,7 +360,7 @@ def attacks(seen: Tensor, halves: Tensor, population: Tensor) -> dict[str, Tenso
 
 
 def table(result: dict[str, Any]) -> str:
-    """A study's numbers as a Markdown table, with 95 % intervals."""
+    """A study's numbers as a Markdown table, with 95 % intervals, and its note below."""
     lines = [
         "| round | model | attack | AUC | " + " | ".join(f"TPR at {rate:.1%} FPR" for rate in RATES) + " |",
         "|---" * (4 + len(RATES)) + "|",
@@ -336,7 +372,7 @@ def table(result: dict[str, Any]) -> str:
             low, high = leak.tpr_interval[rate]
             cells.append(f"{leak.tpr[rate]:.2%} ({low:.2%}–{high:.2%})")
         lines.append("| " + " | ".join([str(row["round"]), row["model"], row["attack"], *cells]) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", result["note"]] if result["note"] else lines)
 
 
 def write(result: dict[str, Any], folder: Path) -> str:
@@ -347,8 +383,9 @@ def write(result: dict[str, Any], folder: Path) -> str:
     (folder / "table.md").write_text(text + "\n")
     (folder / "result.json").write_text(json.dumps(result, default=vars, indent=1))
     last = max(row["round"] for row in result["rows"])
-    picture = Figure(figsize=(9, 4.5), layout="constrained")
-    for axes, model in zip(picture.subplots(1, 2, sharey=True), ("local", "merged"), strict=True):
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    picture = Figure(figsize=(4.5 * len(models), 4.5), layout="constrained")
+    for axes, model in zip(picture.subplots(1, len(models), sharey=True, squeeze=False)[0], models, strict=True):
         for row in result["rows"]:
             if row["round"] == last and row["model"] == model:
                 axes.loglog(*row["roc"], label=f"{row['attack']}, AUC {row['leak'].auc:.3f}")

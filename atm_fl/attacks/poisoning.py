@@ -11,7 +11,11 @@ strength, n parties of which m attack; attackers act last and have seen what the
     ipm         −s · mean of the honest vectors    Xie et al. 2020 (arXiv:1903.03936)
     backdoor    s τ, of data half of which carries a trigger and the label of one class
     free-ride   the base's last step, nothing in round 1     Fraboni et al. 2021 (arXiv:2006.11901)
-    counts      τ, said to come from 10⁹ images
+    counts      τ, said to come from 10⁹ images, by which a task's several clients are weighed
+
+Under secure aggregation attackers are given the honest vectors too, which makes them stronger than they can be there. A
+forged vector then travels as any party's does, within ±secure-range, and the server, which adds words up unseen, can
+not clip it: dp-client-clip binds honest parties only.
 """
 
 from __future__ import annotations
@@ -26,9 +30,10 @@ import torch
 from torch import Tensor
 
 from atm_fl.blocks import gram
+from atm_fl.codecs import Arrays
 from atm_fl.errors import SettingError
 from atm_fl.files import atomic_write
-from atm_fl.loop import run_loop
+from atm_fl.loop import mean, run_loop
 from atm_fl.merging.kinds import Combination
 from atm_fl.merging.robust import Median, TrimmedMean
 from atm_fl.party import Party, Update
@@ -85,6 +90,7 @@ SAMPLE = 100_000
 """Elements on which the shares of an elementwise merge are counted."""
 RESULT = "poisoning.json"
 """The file in a run directory."""
+UNSEEN = "Discarded: not seen, for with secure-aggregation=true the server merges a sum of vectors that nobody knows."
 
 
 def stamp(images: Tensor) -> Tensor:
@@ -178,49 +184,75 @@ class Scene:
         self.settings, self.attack, self.strength = settings, attack, strength
         self.honest = len(settings.party_names) - len(attackers)
         self.sent: dict[str, Tensor] = {}
+        self.images: dict[str, float] = {}
         self.bases: list[Tensor] = []
         """The last two that were received."""
-        self.shares: dict[str, list[float]] = {task: [] for task in settings.party_names}
+        self.shares: dict[str, list[float]] = {client: [] for client in settings.party_names}
+        """Of each round. None under secure aggregation, whose server can't tell one vector from another."""
 
     def receive(self, base: Tensor) -> None:
         """Begin a round, once for all parties."""
         if not self.bases or not torch.equal(self.bases[-1], base):
             self.bases = [*self.bases[-1:], base]
 
-    def send(self, task: str, vector: Tensor, party: Party, round_number: int) -> None:
+    def send(self, vector: Tensor, images: float, party: Party, round_number: int) -> None:
         """Note what a party sends; the last one of a round ends it."""
-        self.sent[task] = vector
-        if len(self.sent) == len(self.settings.party_names):
-            merge = self.settings.make_merge(party.model.layout, round_number)
-            for name, share in kept_shares(merge, self.sent).items():
-                self.shares[name].append(share)
-            self.sent = {}
+        settings = self.settings
+        self.sent[party.client], self.images[party.client] = vector, images
+        if len(self.sent) < len(settings.party_names):
+            return
+        if not settings.secure_aggregation:
+            clients: dict[str, list[str]] = {task: [] for task in settings.held_tasks}
+            for client in settings.party_names:
+                clients[settings.task_of[client]].append(client)
+            merged = {
+                task: mean([self.sent[name] for name in names], [self.images[name] for name in names])
+                * settings.task_scalings.get(task, 1.0)
+                for task, names in clients.items()
+            }
+            kept = kept_shares(settings.make_merge(party.model.layout, round_number), merged)
+            for client, shares in self.shares.items():
+                shares.append(kept[settings.task_of[client]])
+        self.sent = {}
 
 
 class Player(Party):
     """A party of a scene: honest, or with `attacks` an attacker."""
 
-    def __init__(self, settings: Settings, task: str, scene: Scene, attacks: bool) -> None:
-        super().__init__(settings, task, ledgers=Path(settings.run_dir) / "privacy")
+    def __init__(self, settings: Settings, client: str, task: str, scene: Scene, attacks: bool) -> None:
+        super().__init__(settings, task, client=client, ledgers=Path(settings.run_dir) / "privacy")
         self.scene, self.attacks = scene, attacks
         if attacks and scene.attack == "backdoor":
             self.tuned_on = poisoned(self.tuned_on)
 
     def train(self, base: Tensor, round_number: int, run: str = "") -> Update:
-        scene, codec, layout = self.scene, self.settings.uplink, self.model.layout
+        scene = self.scene
         scene.receive(base)
         update = super().train(base, round_number, run)
         assert update.arrays is not None
-        vector = codec.decode(dict(update.arrays), layout).clone()
+        vector = self._read(update.arrays)
         if self.attacks:
             step = scene.bases[-1] - scene.bases[-2] if len(scene.bases) == 2 else None
-            seed = derive_seed(self.settings.seed, "attack", self.task, round_number)
+            seed = derive_seed(self.settings.seed, "attack", self.client, round_number)
             honest, parties = list(scene.sent.values())[: scene.honest], len(self.settings.party_names)
             vector = forge(scene.attack, scene.strength, vector, honest, parties, step, seed)
             told = update.tuning | ({"images": 1e9} if scene.attack == "counts" else {})
-            update = Update(codec.encode(vector.clone(), layout, seed), update.evaluation, told)
-        scene.send(self.task, vector, self, round_number)
+            update = Update(self._write(vector, seed), update.evaluation, told)
+        scene.send(vector, update.tuning.get("images", 0.0), self, round_number)
         return update
+
+    def _read(self, arrays: Arrays) -> Tensor:
+        """The vector that travels, a copy; under secure aggregation as it is before it is masked."""
+        if self.settings.secure_aggregation:
+            return self.settings.ring.decode(arrays["words"])
+        return self.settings.uplink.decode(dict(arrays), self.model.layout).clone()
+
+    def _write(self, vector: Tensor, seed: int) -> Arrays:
+        """A forged vector as it travels: within the ring's reach, and not clipped, under secure aggregation."""
+        if self.settings.secure_aggregation:
+            ring = self.settings.ring
+            return {"words": ring.encode(vector.clamp(-ring.reach, ring.reach))}
+        return self.settings.uplink.encode(vector.clone(), self.model.layout, seed)
 
 
 def kept_shares(merge: Any, vectors: dict[str, Tensor]) -> dict[str, float]:
@@ -252,17 +284,19 @@ def check(settings: Settings, attack: str, attackers: Sequence[str]) -> None:
             raise SettingError(f"--attackers {task}: it is not in tasks={settings.tasks!r}")
     if 2 * len(attackers) >= len(settings.task_names):
         raise SettingError(f"--attackers {','.join(attackers)}: they must be fewer than half of the tasks")
-    if settings.participation:
-        raise SettingError("participation: an attack is measured with all tasks in every round")
+    for name in ("participation", "fraction"):
+        if getattr(settings, name) != getattr(Settings, name):
+            raise SettingError(f"{name}={getattr(settings, name)}: an attack is measured with all tasks in every round")
 
 
 def study(settings: Settings, attack: str, attackers: Sequence[str]) -> dict[str, Any]:
     """Run `settings` with `attackers` among the parties, and measure the final model; kept in the run directory.
 
-    Result: test accuracy of every honest `tasks`, their `mean`, the `worst` of them; which share of each vector the
-    merge `kept`, mean over the rounds; `trigger`: how often it makes the attackers' own task say the target class, of
-    test images of the others; `trigger_elsewhere`: accuracy that stamping costs honest tasks, mean. Attackers should be
-    named for "none" too: they are honest then, but the same tasks are counted.
+    Result: test accuracy of every honest `tasks`, by client, their `mean`, the `worst` of them; which share of each
+    vector the merge `kept`, mean over the rounds, None where the server sees no single vector; `trigger`: how often it
+    makes the attackers' own task say the target class, of test images of the others; `trigger_elsewhere`: accuracy that
+    stamping costs honest tasks, mean. Attackers should be named for "none" too: they are honest then, but the same
+    tasks are counted.
     """
     check(settings, attack, attackers)
     path = Path(settings.run_dir)
@@ -276,16 +310,16 @@ def study(settings: Settings, attack: str, attackers: Sequence[str]) -> dict[str
         return known
     scene = Scene(settings, attack, ATTACKS[attack].strength, attackers)
     players = [
-        Player(settings, name, scene, attacks and attack != "none")
+        Player(settings, client, task, scene, attacks and attack != "none")
         for attacks in (False, True)
-        for name in settings.task_names
-        if (name.rstrip("/").rsplit("/", 1)[-1] in attackers) == attacks
+        for client, task in zip(settings.party_names, settings.task_names, strict=True)
+        if (client in attackers) == attacks
     ]
     run = run_loop(settings, players)
     lines = [line for line in read_metrics(run.directory) if line["kind"] == "evaluation"]
     tests = {line["task"]: line["test"] for line in lines if line["round"] == settings.rounds}
     honest = {task: accuracy for task, accuracy in tests.items() if task not in attackers}
-    triggered = {player.task: _triggered(player, run.base) for player in players}
+    triggered = {player.client: _triggered(player, run.base) for player in players}
     result = {
         "attack": attack,
         **({"plugin": plugin} if plugin else {}),
@@ -293,7 +327,9 @@ def study(settings: Settings, attack: str, attackers: Sequence[str]) -> dict[str
         "mean": sum(honest.values()) / len(honest),
         "worst": min(honest.values()),
         "tasks": honest,
-        "kept": {task: sum(shares) / len(shares) for task, shares in scene.shares.items()},
+        "kept": None
+        if settings.secure_aggregation
+        else {client: sum(shares) / len(shares) for client, shares in scene.shares.items()},
         "trigger": sum(triggered[task][0] for task in attackers) / len(attackers),
         "trigger_elsewhere": sum(honest[task] - triggered[task][1] for task in honest) / len(honest),
     }
@@ -363,10 +399,14 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     lines.append("|---" * 8 + "|")
     for row in results:
         worst = min(row["tasks"], key=row["tasks"].get)
-        lost = {task: 1 - row["kept"][task] for task in row["tasks"]}
-        most = max(lost, key=lambda task: lost[task])
         cells = [row["attack"], row["merge"], f"{row['mean']:.3f}", f"{row['worst']:.3f} ({worst})"]
-        cells += [f"{sum(lost.values()) / len(lost):.0%}", f"{lost[most]:.0%} ({most})" if lost[most] > 0.005 else "–"]
+        if row["kept"] is None:
+            cells += ["not seen", "not seen"]
+        else:
+            lost = {task: 1 - row["kept"][task] for task in row["tasks"]}
+            most = max(lost, key=lambda task: lost[task])
+            cells.append(f"{sum(lost.values()) / len(lost):.0%}")
+            cells.append(f"{lost[most]:.0%} ({most})" if lost[most] > 0.005 else "–")
         cells += [f"{row['trigger']:.1%}", f"{row['trigger_elsewhere']:+.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", UNSEEN] if any(row["kept"] is None for row in results) else lines)

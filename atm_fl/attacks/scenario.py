@@ -81,6 +81,8 @@ class Scenario:
         if self.step_size <= 0 or self.smoothness < 0:
             raise SettingError("step-size must be positive and smoothness 0 or more")
         settings = self.settings
+        if settings.secure_aggregation:
+            raise SettingError("secure-aggregation=true: the server sees no single vector that could be attacked")
         if settings.dp_epsilon:
             raise SettingError("dp-epsilon is of a whole run; an attack on one vector wants dp-noise")
         if OPTIMIZERS.plugin(self.settings.optimizer):

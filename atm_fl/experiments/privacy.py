@@ -243,8 +243,8 @@ class Line:
 
     @property
     def members_found(self) -> float | None:
-        """%, in the local model of the last round."""
-        return 100 * self.rates("local")[-1][1] if self.members else None
+        """%, in the local model of the last round; None under secure aggregation, which shows none."""
+        return 100 * rates[-1][1] if (rates := self.rates("local")) else None
 
     @property
     def backdoor(self) -> float | None:
@@ -270,7 +270,7 @@ class Line:
         cells = [self.name, str(len(self.means)), mean, pages.told(self.worst, ".1f"), pages.told(self.epsilon)]
         cells.append(f"{found['psnr']:.1f} ± {found['psnr_error']:.1f}" if found else "none" if images else "–")
         cells += [f"{images['mean image']['psnr']:.1f}" if images else "–", *likeness]
-        last = [self.rates(model)[-1][1] if self.members else None for model in ("local", "merged")]
+        last = [rates[-1][1] if (rates := self.rates(model)) else None for model in ("local", "merged")]
         cells += [pages.told(rate, ".1%") for rate in last]
         cells += [pages.told(run["trigger"], ".0%") for run in reversed(self.poisoned)] if self.poisoned else ["–", "–"]
         return cells + ([f"{self.cost[0] / 1e6:,.0f}", f"{self.cost[1]:,.0f}"] if self.cost else ["–", "–"])
