@@ -105,12 +105,12 @@ def run(
     from atm_fl.settings import OF_DEPLOYMENT
 
     settings = read_config(config, override or [], OF_DEPLOYMENT if runtime is Runtime.DEPLOYMENT else {})
-    with told_if_full(Path(settings.run_dir)):
+    folder = Path(settings.run_dir)
+    with _terminated_as_exit(), swept_if_failed(folder), told_if_full(folder):
         check_run_dir(settings)
     console.print(
         f"{config.name}: {len(settings.task_names)} tasks, {settings.rounds} rounds → {escape(settings.run_dir)}"
     )
-    folder = Path(settings.run_dir)
     with _terminated_as_exit(), swept_if_failed(folder), told_if_full(folder), progress(settings, console):
         if runtime is Runtime.RAY:
             from server.simulation import simulate
@@ -222,11 +222,10 @@ def ledger(delta: Annotated[float, typer.Option(help="the δ at which ε is told
     from atm_fl.privacy.ledger import Ledger, ledger_path
 
     path = ledger_path()
-    table = Table("source", "runs", "releases", "last", "ε", box=SIMPLE)
     for source, runs, releases, last, history in Ledger(path).sources() if path.exists() else ():
         day = time.strftime("%Y-%m-%d %H:%M", time.localtime(last))
-        table.add_row(escape(source), str(runs), str(releases), day, f"{epsilon(history, delta):.3f}")
-    console.print(table)
+        line = f"{source}: ε {epsilon(history, delta):.3f}, runs {runs}, releases {releases}, last {day}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"ε at δ = {delta:g}, of each source's latest records; {path}", soft_wrap=True, highlight=False)
 
 

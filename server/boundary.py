@@ -116,8 +116,11 @@ def accuracies(reply: Message) -> dict[str, float]:
     return {name.removeprefix("evaluation."): value for name, value in _numbers(numbers, due).items()}
 
 
-def secrets(reply: Message, name: str, parties: int) -> dict[str, bytes | list[str]]:
-    """The record `name` of a reply of secure aggregation among so many parties: bytes, or lists of names."""
+def secrets(reply: Message, name: str, parties: int) -> dict[str, Any]:
+    """The record `name` of a reply of secure aggregation among so many parties, none of it too long.
+
+    Of what kind its entries are is the protocol's to check, which knows whose fault another is.
+    """
     if not reply.has_content():
         raise Refused("a reply without content")
     record = reply.content.config_records.get(name)
@@ -126,10 +129,14 @@ def secrets(reply: Message, name: str, parties: int) -> dict[str, bytes | list[s
     if len(record) > parties:
         raise Refused(f"{name} with {len(record)} entries, among {parties} parties")
     for key, value in record.items():
-        names = isinstance(value, list) and len(value) <= parties and all(isinstance(entry, str) for entry in value)
-        if not names and not (isinstance(value, bytes) and len(value) <= SECRET_BYTES):
-            raise Refused(f"{name} {shown(key)} that is neither names nor at most {SECRET_BYTES} bytes")
-    return dict(record)  # type: ignore[arg-type]
+        entries = value if isinstance(value, list) else [value]
+        if len(entries) > parties or any(_length(entry) > SECRET_BYTES for entry in entries):
+            raise Refused(f"{name} {shown(key)} that is longer than any such thing")
+    return dict(record)
+
+
+def _length(value: object) -> int:
+    return len(value) if isinstance(value, (bytes, str)) else 8
 
 
 def _numbers(record: Mapping[str, Any], bounds: Mapping[str, tuple[float, float]]) -> dict[str, float]:

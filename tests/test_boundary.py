@@ -376,7 +376,7 @@ def test_secrets_that_are_no_bytes_are_a_dropout(two: dict[str, Any], kind: str)
         Settings.parse({**two, "secure-aggregation": True, "rounds": 1}), tampered(strings, "green", f"query.{kind}")
     )
     lines = list(read_metrics(run.directory))
-    assert f"green: refused: {kind} '" in " ".join(line.get("text", "") for line in lines)
+    assert "green: refused: " in " ".join(line.get("text", "") for line in lines)
 
 
 def check_a_run(two: dict[str, Any], change: Callable[[RecordDict], None], monkeypatch: pytest.MonkeyPatch) -> None:

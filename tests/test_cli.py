@@ -235,6 +235,7 @@ def test_a_failed_run_keeps_a_folder_that_was_there(
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
+    party.shared_model.cache_clear()
     monkeypatch.setattr(party, "find_device", _no_device)
     assert call(monkeypatch, "run", str(file), "--runtime", "plain") == 2
     assert (folder / "notes.txt").read_text() == "mine"

@@ -164,7 +164,7 @@ def test_joint_training_of_one_task_is_plain_fine_tuning(config: dict[str, Any],
             "[rows]\na = {}\n[landscape]\nrow = 'a'\none-shot = 'b'",
             "landscape: one-shot='b' is no row of kind one-shot",
         ),
-        ("[rowz]\na = {}", "is not such a study: "),
+        ("[rowz]\na = {}", "is not a study, which has "),
     ],
 )
 def test_a_contest_that_cannot_work_is_said_before_any_work(

@@ -172,10 +172,13 @@ def test_a_bad_host_or_folder_is_one_clear_error(checkout: Path, tmp_path_factor
 def test_a_party_is_told_its_task_or_where_its_data_are() -> None:
     parties = "mnist, birds=/srv/birds, published:cars=/srv/published, ./pets=/srv/pets"
     plain, folder, published, named_alike = read_parties(parties)
-    assert (plain.node_config, plain.inside) == ('task="mnist"', "")
-    assert (folder.node_config, folder.inside) == ('data="/data/birds"', "/data/birds")
-    assert (published.node_config, published.inside) == ('task="cars"', "/data")
-    assert (named_alike.node_config, named_alike.inside) == ('data="/data/pets"', "/data/pets")
+    assert (plain.node_config, plain.inside) == ('task="mnist" policy="/etc/atm-fl/policy.toml"', "")
+    assert (folder.node_config, folder.inside) == ('data="/data/birds" policy="/etc/atm-fl/policy.toml"', "/data/birds")
+    assert (published.node_config, published.inside) == ('task="cars" policy="/etc/atm-fl/policy.toml"', "/data")
+    assert (named_alike.node_config, named_alike.inside) == (
+        'data="/data/pets" policy="/etc/atm-fl/policy.toml"',
+        "/data/pets",
+    )
 
 
 def test_the_compose_files_give_each_role_no_more_than_it_needs(checkout: Path) -> None:
@@ -219,10 +222,13 @@ def test_a_later_call_leaves_the_port_as_parties_elsewhere_know_it(checkout: Pat
 
 def test_a_party_elsewhere_gets_a_folder_that_is_enough(checkout: Path) -> None:
     [folder] = lay_out(checkout, "birds=/srv/birds", host="fl.example.org", port=8443)
-    assert {path.name for path in folder.iterdir()} == {"README.md", "ca.crt", "docker-compose.yml", "join", "key"}
+    assert {path.name for path in folder.iterdir()} == {
+        *("README.md", "ca.crt", "docker-compose.yml", "join", "key", "policy.toml")
+    }
     service = yaml.safe_load((folder / "docker-compose.yml").read_text())["services"]["birds"]
     assert "--superlink=fl.example.org:8443" in service["command"]
     assert service["volumes"][:2] == ["./ca.crt:/etc/atm-fl/ca.crt:ro", "./key:/etc/atm-fl/key:ro"]
+    assert service["volumes"][2] == "./policy.toml:/etc/atm-fl/policy.toml:ro"
     subprocess.run(["sh", "-n", str(folder / "join")], check=True)
     assert "--data /data/birds" in (folder / "join").read_text()
     for file in folder.iterdir():

@@ -54,7 +54,7 @@ def test_a_study_of_merges_tunes_each_and_keeps_what_came_to_nothing(
 
 def test_a_study_that_cannot_work_is_named(tmp_path: Path, merges: Path) -> None:
     (tmp_path / "other.toml").write_text('folder = "x"\nseed = [1]\n')
-    with pytest.raises(SettingError, match=r"other.toml is not such a study"):
+    with pytest.raises(SettingError, match=r"other.toml is not a study"):
         read_study(tmp_path / "other.toml", merge_table)
     merges.write_text(merges.read_text().replace('reference = "mean"', 'reference = "men"'))
     with pytest.raises(SettingError, match="reference='men' is none of the study's rows"):
