@@ -9,7 +9,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from enum import StrEnum
 from functools import cache
@@ -106,12 +106,12 @@ def run(
 
     settings = read_config(config, override or [], OF_DEPLOYMENT if runtime is Runtime.DEPLOYMENT else {})
     folder = Path(settings.run_dir)
-    with _terminated_as_exit(), swept_if_failed(folder), told_if_full(folder):
+    with _terminated_as_exit(), swept_if_failed(folder), told_if_full(folder), ExitStack() as running:
         check_run_dir(settings)
-    console.print(
-        f"{config.name}: {len(settings.task_names)} tasks, {settings.rounds} rounds → {escape(settings.run_dir)}"
-    )
-    with _terminated_as_exit(), swept_if_failed(folder), told_if_full(folder), progress(settings, console):
+        console.print(
+            f"{config.name}: {len(settings.task_names)} tasks, {settings.rounds} rounds → {escape(settings.run_dir)}"
+        )
+        running.enter_context(progress(settings, console))
         if runtime is Runtime.RAY:
             from server.simulation import simulate
 

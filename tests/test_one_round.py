@@ -187,7 +187,7 @@ def test_several_clients_of_a_task_are_played_and_one_of_them_can_attack(five: d
         assert same(final(plain.directory), final(played.run_dir)) == (attack == "none")
 
 
-@pytest.mark.parametrize("attack", [name for name in poisoning.STRENGTHS if name != "none"])
+@pytest.mark.parametrize("attack", [name for name in poisoning.ATTACKS if name != "none"])
 def test_every_attack_runs_under_secure_aggregation(five: dict[str, Any], attack: str, tmp_path: Path) -> None:
     """Also one whose vector is beyond the ring's reach: it is sent as far as words go."""
     settings = Settings.parse(five | SECURE | {"secure-range": 0.02})
