@@ -111,11 +111,20 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
     found = {client: queues[task].pop(0) for client, task in settings.task_of.items() if queues[task]}
     missing = [client for client in wanted if client not in found]
     if missing:
-        told = "; ".join([f"roll call: no party holds {', '.join(missing)}", *dict.fromkeys(map(str, failures))])
+        told = "; ".join([f"roll call: no party holds {', '.join(missing)}", *_once(failures, missing)])
         if len(found) < settings.needed:
             raise RunError(told)
         log(WARNING, "%s", told)
     return {node: client for client, node in found.items()}
+
+
+def _once(failures: list[str], clients: list[str]) -> list[str]:
+    """Each reason once, with the names before it of all whose it is."""
+    whose: dict[str, list[str]] = {}
+    for failure in failures:
+        name = next((client for client in clients if failure.startswith(f"{client}: ")), "")
+        whose.setdefault(failure.removeprefix(f"{name}: "), []).append(name)
+    return [": ".join(filter(None, [", ".join(filter(None, names)), reason])) for reason, names in whose.items()]
 
 
 def _check_name(task: str, name: str, settings: Settings) -> None:
