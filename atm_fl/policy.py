@@ -17,8 +17,9 @@ from typing import Any
 from atm_fl.errors import RunError, SettingError, did_you_mean
 from atm_fl.settings import Settings, kebab
 
-TELL = ("validation", "test", "loss", "norm", "counts")
-"""What a party may tell beside its vector: accuracies, the training loss, its vector's norm, numbers of images."""
+TELL = ("validation", "test", "loss", "norm", "alignment", "counts")
+"""What a party may tell beside its vector: accuracies, the training loss, its vector's norm and alignment, numbers of
+images."""
 COUNTS = ("images", "steps")
 
 
@@ -47,9 +48,9 @@ class Policy:
         0.0, "the most δ, and the δ at which lifetime-epsilon is counted (1e-5 if not said)", "dp-delta"
     )
     noise: float = rule(0.0, "the least noise multiplier σ of a run that says dp-noise", "dp-noise")
-    clip: float = rule(0.0, "the greatest norm to which records' gradients are clipped", "dp-clip")
+    clip: float = rule(0.0, "the greatest norm to which records' gradients are clipped", "dp-clip, privacy")
     lifetime_epsilon: float = rule(
-        0.0, "the most ε of these data over all runs; runs without dp-sgd are refused", "privacy"
+        0.0, "the most ε of the training records over all runs, of split=train and dp-sgd alone", "privacy, split"
     )
     secure_aggregation: bool = rule(False, "only sums of vectors may be sent", "secure-aggregation")
     least_parties: int = rule(0, "parties that a sum must be of at least", "tasks, secure-threshold")
@@ -124,6 +125,8 @@ def _typed(value: Any, item: Any) -> Any:
         wrong = next((entry for entry in value if choices and entry not in choices), None)
         if wrong is not None:
             raise ValueError(f"it takes {', '.join(choices)}{did_you_mean(wrong, choices)}")
+        if not value and item.name == "splits":
+            raise ValueError("it must name one at least")
         return tuple(value)
     if isinstance(default, bool | str):
         if type(value) is not type(default):
@@ -165,9 +168,19 @@ _BROKEN: dict[str, Callable[[Any, Settings, str], str]] = {
     "noise": lambda value, run, task: (
         "" if run.dp_epsilon or run.dp_noise >= value else f"the run has dp-noise={run.dp_noise:g}"
     ),
-    "clip": lambda value, run, task: "" if run.dp_clip <= value else f"the run has dp-clip={run.dp_clip:g}",
+    "clip": lambda value, run, task: (
+        f"the run has privacy={run.privacy!r}, which clips no record's"
+        if not run.private
+        else ""
+        if run.dp_clip <= value
+        else f"the run has dp-clip={run.dp_clip:g}"
+    ),
     "lifetime_epsilon": lambda value, run, task: (
-        "" if run.privacy == "dp-sgd" else f"the run has privacy={run.privacy!r}, whose ε is infinite"
+        f"the run has privacy={run.privacy!r}, whose ε is infinite"
+        if run.privacy != "dp-sgd"
+        else f"the run has split={run.split!r}, of whose records other runs' heads and accuracies tell without noise"
+        if run.split != "train"
+        else ""
     ),
     "secure_aggregation": lambda value, run, task: (
         "" if run.secure_aggregation else "the run has secure-aggregation=false"

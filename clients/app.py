@@ -109,6 +109,11 @@ def received_base(message: Message, party: Party, limit: float = 0.0) -> Tensor 
         sent_before = party.model.pretrained if held is None else held
         try:
             check_base(party.task, base, limit, sent_before, "pretrained one" if held is None else "one before")
+            # Else many small steps, in messages that are no rounds, would lead anywhere. The share is for rounding.
+            most = limit * party.settings.rounds * (1 + 1e-6)
+            check_base(
+                party.task, base, most, party.model.pretrained, f"pretrained one after {party.settings.rounds} rounds"
+            )
         except RunError as error:
             log(WARNING, "%s", error)
             raise
@@ -200,12 +205,15 @@ def secured(
 def train(message: Message, context: Context) -> Message:
     """Evaluate the received base, tune it, and return the task vector."""
     party, info = party_of(context), message.content.config_records["info"]
+    number = int(info["round"])  # type: ignore[arg-type]
+    if not 1 <= number <= party.settings.rounds:
+        raise RunError(f"{party.task} refuses round {number} of a run of rounds={party.settings.rounds}")
     begin = time.perf_counter()
     base = received_base(message, party, update_limit(party.settings, context))
     if base is None:
         return reply(message, context, party, {}, needs_base=True)
     seconds = time.perf_counter() - begin
-    update = party.train(base, int(info["round"]), str(info["run"]))  # type: ignore[arg-type]
+    update = party.train(base, number, str(info["run"]))
     if party.settings.secure_aggregation and update.arrays:
         secure.mask(message, party, secure.trusted(context), update.arrays["words"])
     metrics = {f"evaluation.{name}": value for name, value in update.evaluation.items()}

@@ -94,7 +94,10 @@ def test_a_node_that_is_told_nonsense_says_so_before_the_first_round(config: dic
 def test_a_server_that_lies_about_rounds_moves_the_base_no_further(
     settings: Settings, tmp_path_factory: pytest.TempPathFactory, moves: list[tuple[int, float]]
 ) -> None:
-    """Whatever round the server says it is, each message may move the base that was taken before by the limit."""
+    """Whatever round the server says it is, each message may move the base that was taken before by the limit.
+
+    And all of them together by no more than the run's three rounds could.
+    """
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("ATM_FL_CACHE", str(tmp_path_factory.mktemp("cache")))
         party = Party(settings, settings.task_names[0])
@@ -103,12 +106,34 @@ def test_a_server_that_lies_about_rounds_moves_the_base_no_further(
         held = party.model.pretrained
         for number, length in moves:
             base = held + length * direction
-            if float((base - held).double().norm()) <= 1.0:
+            moved, drifted = (float((base - before).double().norm()) for before in (held, party.model.pretrained))
+            if moved <= 1.0 and drifted <= 3.0:
                 assert torch.equal(received(party, base, number), base)
                 held = base
             else:
                 with pytest.raises(RunError, match="red refuses the server's base"):
                     received(party, base, number)
+
+
+def test_small_steps_lead_no_further_than_the_runs_rounds(settings: Settings) -> None:
+    party = Party(settings, settings.task_names[0])
+    step = torch.zeros(party.model.layout.size)
+    step[0] = 0.9
+    base = party.model.pretrained
+    for _ in range(3):
+        base = base + step
+        received(party, base, 1)
+    with pytest.raises(RunError, match="from the pretrained one after 3 rounds"):
+        received(party, base + step, 1)
+
+
+@pytest.mark.parametrize("number", [0, -1, 4, 10**6])
+def test_no_round_is_served_that_the_run_does_not_have(config: dict[str, Any], number: int) -> None:
+    settings = Settings.parse(config)
+    grid = InProcessGrid(client_app, 3, settings.as_config())
+    content = RecordDict({"info": ConfigRecord({"round": number, "run": "0" * 16})})
+    (answer,) = grid.send_and_receive([Message(content, 1, "train")])
+    assert answer.error.reason == f"red refuses round {number} of a run of rounds=3"
 
 
 def received(party: Party, base: torch.Tensor, number: int) -> torch.Tensor:

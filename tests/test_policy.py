@@ -41,6 +41,13 @@ RULES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("noise = 2", NOISE, NOISE | {"dp-noise": 2.0}, "noise=2.0: the run has dp-noise=1"),
     ("noise = 2", {}, NOISE | {"dp-noise": 2.0}, "noise=2.0: the run has dp-noise=0"),
     ("clip = 0.5", DP, DP | {"dp-clip": 0.5}, "clip=0.5: the run has dp-clip=1"),
+    ("clip = 0.5", {}, DP | {"dp-clip": 0.5}, "clip=0.5: the run has privacy='none', which clips no record's"),
+    (
+        "lifetime-epsilon = 9",
+        DP | {"split": "validation"},
+        DP,
+        "lifetime-epsilon=9.0: the run has split='validation', of whose records other runs' heads and accuracies tell",
+    ),
     ("lifetime-epsilon = 9", {}, DP, "lifetime-epsilon=9.0: the run has privacy='none', whose ε is infinite"),
     (
         "secure-aggregation = true",
@@ -131,11 +138,11 @@ def test_a_lifetime_ends_a_run_and_any_later_one(config: dict[str, Any], tmp_pat
         serve(grid, settings)
 
 
-@pytest.mark.parametrize("tell", [(), ("validation",), ("test", "norm"), ("loss", "counts"), TELL])
+@pytest.mark.parametrize("tell", [(), ("validation",), ("test", "norm"), ("loss", "counts"), ("alignment",), TELL])
 def test_what_a_party_does_not_tell_is_sent_nowhere_and_the_run_completes(
     config: dict[str, Any], tmp_path: Path, tell: tuple[str, ...]
 ) -> None:
-    grid, settings = grid_with(config, tmp_path, f"tell = {list(tell)}")
+    grid, settings = grid_with({**config, "alignment": True}, tmp_path, f"tell = {list(tell)}")
     run = serve(grid, settings)
     sent = {
         name
@@ -148,6 +155,7 @@ def test_what_a_party_does_not_tell_is_sent_nowhere_and_the_run_completes(
         "test": {"test"},
         "loss": {"loss"},
         "norm": {"norm"},
+        "alignment": {"alignment"},
         "counts": {"images", "steps"},
     }
     for kind, names in of.items():
@@ -176,7 +184,8 @@ def test_the_partys_bound_goes_before_the_runs(config: dict[str, Any], tmp_path:
         ('privacy = "dp"', "privacy='dp': it takes one of none, dp-sgd"),
         ("privacy = 3", "privacy=3: it must be a string"),
         ('secure-aggregation = "yes"', "secure-aggregation='yes': it must be true or false"),
-        ('tell = ["validatio"]', "it takes validation, test, loss, norm, counts"),
+        ('tell = ["validatio"]', "it takes validation, test, loss, norm, alignment, counts"),
+        ("splits = []", "splits=[]: it must name one at least"),
         ('models = "tiny"', "models='tiny': it must be a list of strings"),
         ("epsilon == 3", "is no TOML"),
     ],

@@ -16,7 +16,7 @@ from atm_fl.errors import RunError, SettingError
 from atm_fl.loop import run_loop
 from atm_fl.party import Party, Update
 from atm_fl.privacy.accounting import Spent, calibrate, epsilon
-from atm_fl.privacy.dp_sgd import record_gradients
+from atm_fl.privacy.dp_sgd import clipped_sum, record_gradients
 from atm_fl.privacy.noise import party_secret
 from atm_fl.runs import checkpoints, read_metrics
 from atm_fl.settings import Settings
@@ -225,3 +225,19 @@ def test_low_rank_updates_train_privately_too(config: dict[str, Any]) -> None:
     settings = Settings.parse({**config, **DP, "trainable": "lora", "rounds": 1})
     party = Party(settings, settings.task_names[0])
     assert float(vector_of(party.train(party.model.pretrained, 1)).norm()) > 0
+
+
+def test_a_record_on_which_a_crafted_base_overflows_does_not_show() -> None:
+    """No noise hides a NaN: a gradient that is not finite counts as zero, and the others' sum is as without it."""
+    gradients = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    without = clipped_sum(gradients[:2].clone(), 1.0)
+    gradients[2, 0], gradients[3, 1], gradients[4] = float("nan"), float("inf"), 3e38
+    total = clipped_sum(gradients, 1.0)
+    assert float((total - without).norm()) <= 1.0 + 1e-6
+
+
+def test_half_a_secret_is_none(tmp_path: Path) -> None:
+    """What a crash left would be a key that anybody can guess."""
+    (tmp_path / "secret").write_text("")
+    with pytest.raises(RunError, match="holds no secret of 32 bytes"):
+        party_secret(tmp_path)

@@ -56,10 +56,10 @@ class Budget:
     ) -> None:
         self.settings, self.task, self.client = settings, task, client or task
         self.lifetime, self.lifetime_delta = lifetime, lifetime_delta
-        rounds = sum(settings.part_taken(task, number) > 0 for number in range(1, settings.rounds + 1))
         self._rate, self._steps = sampling_rate(len(data), settings), steps_per_round(len(data), settings)
         self.noise = settings.dp_noise
         if settings.dp_epsilon:
+            rounds = sum(settings.part_taken(task, number) > 0 for number in range(1, settings.rounds + 1))
             self.noise = calibrate(settings.dp_epsilon, settings.dp_delta, self._rate, self._steps * rounds)
         self._data = data.digests
         self.holding = Holding.of(source or task, data)

@@ -60,6 +60,16 @@ def clip_factors(gradients: Tensor, norm: float) -> Tensor:
     return (norm / gradients.norm(dim=1)).clamp_max(1.0)
 
 
+def clipped_sum(gradients: Tensor, norm: float) -> Tensor:
+    """The sum of gradients [k, n], each scaled down to at most `norm`, [n]. `gradients` may be changed.
+
+    One that is not finite counts as zero: a base can be made that overflows on one kind of image alone, and no noise
+    hides a NaN.
+    """
+    gradients[~gradients.isfinite().all(dim=1)] = 0.0
+    return clip_factors(gradients, norm) @ gradients
+
+
 def tune_privately(
     model: nn.Module,
     head: nn.Module,
@@ -88,7 +98,7 @@ def tune_privately(
         parts = data.batches(chosen.to(data.labels.device), size, settings.workers)
         for images, labels in parts if len(chosen) else ():
             gradients = record_gradients(model, head, layout, flat, images, labels)
-            flat.grad.add_(clip_factors(gradients, settings.dp_clip) @ gradients)
+            flat.grad.add_(clipped_sum(gradients, settings.dp_clip))
         if noise.multiplier:
             add_noise(flat.grad, noise.multiplier * settings.dp_clip, random)
         flat.grad.div_(min(settings.batch_size, len(data)))

@@ -15,6 +15,7 @@ import hmac
 import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from randomgen import ChaCha
 from torch import Tensor
 
 from atm_fl.blocks import parts
+from atm_fl.errors import RunError
 from atm_fl.files import private_folder
 
 GRID = 2.0**-20
@@ -67,11 +69,20 @@ def add_noise(vector: Tensor, deviation: float, random: np.random.Generator) -> 
 
 def party_secret(folder: Path) -> str:
     """32 random bytes of this machine, hexadecimal, made once and kept in `folder` for its owner's eyes only."""
-    path = folder / "secret"
-    private_folder(folder)
-    try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(os.urandom(32).hex())
-    except FileExistsError:
-        pass
-    return path.read_text()
+    path = private_folder(folder) / "secret"
+    if not path.exists():
+        # Written whole before it has its name: half of one, after a crash or in a race, could be guessed.
+        fresh = path.with_name(f".secret.{os.urandom(4).hex()}")
+        try:
+            with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(os.urandom(32).hex())
+                file.flush()
+                os.fsync(file.fileno())
+            with suppress(FileExistsError):  # another process was first
+                os.link(fresh, path)
+        finally:
+            fresh.unlink(missing_ok=True)
+    secret = path.read_text()
+    if len(secret) != 64:
+        raise RunError(f"{path} holds no secret of 32 bytes; delete it, and a new one is made")
+    return secret
