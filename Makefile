@@ -18,14 +18,15 @@ demo: install
 	rm -rf $(RUN)
 	$(BIN)/atm-fl run configs/demo.toml -c run-dir=$(RUN)
 
-# Lint, types and the fast tests; `make test PYTEST="-m slow"` for the slow ones.
+# Lint, types, who may import whom, and the fast tests; `make test PYTEST="-m slow -n 0"` for the slow ones.
 test: check
-	$(BIN)/pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile $(PYTEST)
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The documentation as a site in site/, strictly; needs no network once installed.
 docs: $(VENV)/docs

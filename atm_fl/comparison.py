@@ -11,10 +11,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from atm_fl import pages
 from atm_fl.errors import RunError
 from atm_fl.files import atomic_write
-from atm_fl.report import Record, result_text
+from atm_fl.runs import pages
+from atm_fl.runs.report import Record, result_text
 from atm_fl.settings import defaults
 
 HEADINGS = ("run", "merge", "rounds", "accuracy %", "worst task", "ε", "bytes", "state")

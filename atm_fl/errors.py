@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class SettingError(ValueError):
-    """A setting, file or argument is wrong. The message names it, its value and the mend; it is shown as it is."""
+    """A setting, file or argument is wrong. The message names it, its value and the fix; it is shown as it is."""
 
 
 class RunError(RuntimeError):

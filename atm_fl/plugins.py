@@ -31,12 +31,12 @@ GROUP = "atm_fl.plugins"
 BUILT_IN = {
     "task": ("atm_fl.tasks",),
     "model": ("atm_fl.models",),
-    "model library": ("atm_fl.hub",),
-    "head": ("atm_fl.models", "atm_fl.hub"),
+    "model library": ("atm_fl.models.hubs",),
+    "head": ("atm_fl.models", "atm_fl.models.hubs"),
     "merge": ("atm_fl.merging",),
     "codec": ("atm_fl.codecs",),
     "optimizer": ("atm_fl.optimizers",),
-    "server-optimizer": ("atm_fl.server_optimizer",),
+    "server-optimizer": ("atm_fl.merging.server_optimizer",),
     "metric sink": ("atm_fl.sinks",),
     "attack": ("atm_fl.attacks.poisoning",),
 }

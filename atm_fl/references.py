@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from atm_fl.errors import RunError
-from atm_fl.evaluation import mean_accuracy
-from atm_fl.runs import read_metrics
+from atm_fl.runs.metrics import read_metrics
 from atm_fl.settings import defaults
+from atm_fl.training.evaluation import mean_accuracy
 
 SHARED = ("tasks", "model", "weights", "head", "shots", "trainable", "seed")
 """The settings in which a run and its references must agree."""

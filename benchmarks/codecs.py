@@ -22,7 +22,7 @@ from merging import image_tower
 from torch import Tensor
 
 from atm_fl.codecs import make_codec, size_of
-from atm_fl.runs import processor
+from atm_fl.runs.run import processor
 from atm_fl.vectors import Layout
 
 CODECS = "fp32,fp16,bf16,int8,int8-nearest,int4,int4-nearest,ternary,topk:0.1,topk:0.01,low-rank:32,low-rank:8"

@@ -17,8 +17,8 @@ import open_clip
 import torch
 
 from atm_fl import tasks
-from atm_fl.cli import read_config
-from atm_fl.flops import operations
+from atm_fl.cli.terminal import read_config
+from atm_fl.models.flops import operations
 from atm_fl.tasks.published import find_published, validation_count
 
 SPEED = {"fp32 on an A100, 10 TFLOP/s sustained": 10e12, "bf16 on an A100, 100 TFLOP/s sustained": 100e12}

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from atm_fl.merging import make_merge, merges
 from atm_fl.merging.kinds import Streaming
-from atm_fl.runs import processor
+from atm_fl.runs.run import processor
 from atm_fl.vectors import Layout, digest
 
 SCALES = {"full": (768, 12, 512), "small": (384, 12, 384), "tiny": (192, 6, 128), "warm-up": (64, 1, 64)}
@@ -311,7 +311,7 @@ def copy_seconds(size: int) -> float:
     return best
 
 
-def measure(case: Case, repeats: int, folder: Path) -> dict[str, Any]:
+def measure_case(case: Case, repeats: int, folder: Path) -> dict[str, Any]:
     """Seconds of each repeat, peak memory in vectors, and how far the result is from ours."""
     layout = image_tower(case.scale)
     if case.by == "floor":
@@ -501,7 +501,7 @@ def main() -> None:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.measure:
-        print("\n" + json.dumps(measure(Case(**json.loads(args.measure)), args.repeats, args.folder)))
+        print("\n" + json.dumps(measure_case(Case(**json.loads(args.measure)), args.repeats, args.folder)))
         return
     if wrong := [name for name in args.methods if name not in merges()]:
         parser.error(f"--methods: no {', '.join(wrong)}; there are {', '.join(merges())}")

@@ -18,7 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from atm_fl.runs import processor, read_metrics
+from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.run import processor
 from atm_fl.settings import defaults
 
 ROOT = Path(__file__).parents[1]

@@ -16,9 +16,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from atm_fl.privacy.ring import WORD, Ring
 from atm_fl.privacy.secure_aggregation import Member, unmask
-from atm_fl.runs import processor
+from atm_fl.runs.run import processor
+from atm_fl.vectors.ring import WORD, Ring
 
 Result = TypeVar("Result")
 SECONDS: dict[str, list[float]] = {}

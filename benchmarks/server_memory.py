@@ -23,11 +23,11 @@ from flwr.clientapp import ClientApp
 
 from atm_fl import models
 from atm_fl.codecs import Fp32
-from atm_fl.runs import Run
+from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
 from atm_fl.vectors import Layout
 from server.grid import InProcessGrid, StreamingGrid
-from server.strategy import Atm
+from server.strategy import AtmStrategy
 
 COUNTS = (4, 16)
 
@@ -77,7 +77,7 @@ def peak(clients: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tasks = ",".join(f"./task{node}" for node in range(1, clients + 1))
         run = Run(Settings.parse({"model": "twenty_million", "tasks": tasks, "rounds": 2, "run-dir": folder}))
-        strategy = Atm(run, dict(enumerate(run.settings.party_names, 1)))
+        strategy = AtmStrategy(run, dict(enumerate(run.settings.party_names, 1)))
         strategy.start(StreamingGrid(InProcessGrid(app, clients, {})), strategy.arrays(), 2)
     watch.ended.set()
     watch.join()

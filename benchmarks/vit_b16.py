@@ -21,9 +21,10 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from atm_fl.runs import processor, read_metrics
+from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.run import processor
 from atm_fl.settings import Settings
-from server.simulation import simulate
+from server.simulation import run_simulation
 
 CLASSES = 2
 ROOT = Path(__file__).parents[1]
@@ -84,7 +85,7 @@ def main() -> None:
         )
         watch, begin = Watch(), time.monotonic()
         watch.start()
-        simulate(settings, ROOT, cpus=args.threads)
+        run_simulation(settings, ROOT, cpus=args.threads)
         seconds = time.monotonic() - begin
         watch.ended.set()
         lines = list(read_metrics(folder / "run"))

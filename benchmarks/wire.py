@@ -43,7 +43,7 @@ from merging import SCALES, image_tower, made_up
 
 from atm_fl import models
 from atm_fl.deployment.keys import make_authority, make_certificate, make_key_pair
-from atm_fl.runs import processor
+from atm_fl.runs.run import processor
 from atm_fl.settings import Settings
 from server.deployment import register
 from server.simulation import environment, flower_run
@@ -54,7 +54,7 @@ ROWS = "stock,stock-evaluate,fp32,fp16,bf16,int8,int4,topk:0.01/int8"
 
 
 @dataclass(frozen=True)
-class Row:
+class WireRow:
     """What was measured of one row; lists have an entry a round."""
 
     seconds: list[float]
@@ -247,7 +247,7 @@ class Config:
         return self.values
 
 
-def measure(name: str, folder: Path, scale: str, clients: int, rounds: int) -> Row:
+def measure_row(name: str, folder: Path, scale: str, clients: int, rounds: int) -> WireRow:
     """One row, in a folder of its own."""
     prepare(folder, scale, clients)
     whose = "stock" if name.startswith("stock") else "ours"
@@ -284,7 +284,7 @@ def measure(name: str, folder: Path, scale: str, clients: int, rounds: int) -> R
         events = marks[begin:end] if name == "stock-evaluate" else marks[begin : begin + 2]
         spans.append((float(marks[begin][1]), float(events[-1][1])))
     told = [(watch.at(begin), watch.at(end)) for begin, end in spans]
-    return Row(
+    return WireRow(
         [end - begin for begin, end in spans],
         *([after[n] - before[n] for before, after in told] for n in range(4)),  # type: ignore[arg-type]
         **watch.peaks,
@@ -306,7 +306,7 @@ def main() -> None:
     )
     head = "| | first round s | round s | SuperLink CPU s | CPU s | up MB | down MB | ServerApp MiB | SuperLink MiB |"
     print(head, "|---" * (head.count("|") - 1) + "|", sep="\n")
-    stock: Row | None = None
+    stock: WireRow | None = None
     for name in args.rows.split(","):
         with ExitStack() as stack:
             if args.keep:
@@ -314,7 +314,7 @@ def main() -> None:
                 folder.mkdir(parents=True)
             else:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            row = measure(name, folder.resolve(), args.scale, args.clients, args.rounds)
+            row = measure_row(name, folder.resolve(), args.scale, args.clients, args.rounds)
         stock = stock or row
         columns = [name, f"{row.seconds[0]:.1f}"]
         for column, unit in (("seconds", 1), ("cpu", 1), ("all_cpu", 1), ("up", 1e6), ("down", 1e6)):

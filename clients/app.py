@@ -13,12 +13,12 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from atm_fl import vectors
-from atm_fl.bounds import check_base
 from atm_fl.codecs import Arrays, make_codec
 from atm_fl.errors import RunError, SettingError
-from atm_fl.kept import Kept
+from atm_fl.federation.bounds import check_base
+from atm_fl.federation.client import Party
+from atm_fl.federation.client_state import ClientState
 from atm_fl.npy import read_arrays
-from atm_fl.party import Party
 from atm_fl.policy import Policy, policy_of
 from atm_fl.settings import Settings
 from clients import secure
@@ -60,7 +60,7 @@ def party_of(context: Context) -> Party:
     partition, names = int(node["partition-id"]), settings.task_names
     if partition >= len(names):
         raise SettingError(f"partition {partition} has no task: tasks={settings.tasks!r} names only {len(names)}")
-    policy.check(settings, settings.held_tasks[partition])
+    policy.check(settings, settings.client_tasks[partition])
     return _party(settings, policy, names[partition], "", settings.party_names[partition])
 
 
@@ -89,7 +89,7 @@ def received_base(message: Message, party: Party, limit: float = 0.0) -> Tensor 
         raise ValueError(f"the server's base came by codec {info['codec']!s}, not {expected}")
     contents = {name: array.data for name, array in message.content.array_records["arrays"].items()}
     arrays = read_arrays(contents, model.layout.size)
-    kept = Kept(str(info["run"]), party.client)
+    kept = ClientState(str(info["run"]), party.client)
     if not before:
         base = make_codec(expected).decode(arrays, model.layout)
     else:
@@ -140,7 +140,7 @@ def reply(
     """
     metrics = policy_of(context.node_config).told(metrics)
     base = message.content.config_records["info"].get("base", "")
-    info = {"task": party.task, "codec": party.settings.travels, "layout": party.model.layout.digest, "base": base}
+    info = {"task": party.task, "codec": party.settings.uplink_name, "layout": party.model.layout.digest, "base": base}
     content = RecordDict(
         {
             "metrics": MetricRecord(metrics),  # type: ignore[arg-type]

@@ -14,8 +14,8 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message
 
 from atm_fl.errors import RunError, SettingError
-from atm_fl.kept import Kept
-from atm_fl.party import Party
+from atm_fl.federation.client import Party
+from atm_fl.federation.client_state import ClientState
 from atm_fl.policy import policy_of
 from atm_fl.privacy.identity import Identity, party_key, read_trusted
 from atm_fl.privacy.secure_aggregation import Member, session_of
@@ -105,8 +105,8 @@ def _round(message: Message) -> tuple[str, int]:
     return str(info["run"]), int(info["round"])  # type: ignore[arg-type]
 
 
-def _kept(message: Message, party: Party) -> Kept:
-    return Kept(_round(message)[0], party.client)
+def _kept(message: Message, party: Party) -> ClientState:
+    return ClientState(_round(message)[0], party.client)
 
 
 def _bytes(message: Message, name: str) -> dict[str, bytes]:

@@ -68,7 +68,7 @@ def _broke_off(error: Exception) -> bool:
 def main() -> None:
     """Run flower-supernode, its arguments unchanged."""
     pace.set_variables()
-    start_client_internal.time = pace.ShortNaps  # type: ignore[assignment]
+    start_client_internal.time = pace.CappedSleep  # type: ignore[assignment]
     start_client_internal.subprocess = OurSuperExec  # type: ignore[assignment]
     nodestate_factory.InMemoryNodeState = PatientState  # type: ignore[misc]
     fleet_http_connection.make_simple_http_retry_invoker = patient_invoker

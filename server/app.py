@@ -14,12 +14,12 @@ from flwr.common.logger import FLOWER_LOGGER, log
 from flwr.serverapp import Grid, ServerApp
 
 from atm_fl.errors import RunError, printable
-from atm_fl.report import write_report
-from atm_fl.runs import Run, told_if_full
+from atm_fl.runs.report import write_report
+from atm_fl.runs.run import Run, told_if_full
 from atm_fl.settings import Settings
 from server import boundary
 from server.grid import LOST, StreamingGrid, await_return
-from server.strategy import Atm
+from server.strategy import AtmStrategy
 
 app = ServerApp()
 
@@ -48,7 +48,7 @@ def serve(grid: Grid, settings: Settings) -> Run:
     """Run `settings` with the parties on `grid`; returns the finished run. RunError if it could not finish."""
     grid = StreamingGrid(grid)
     with told_if_full(Path(settings.run_dir)), closing(Run(settings)) as run:
-        strategy = Atm(run, roll_call(grid, settings))
+        strategy = AtmStrategy(run, roll_call(grid, settings))
         if run.rounds_done < settings.rounds:
             strategy.start(grid, strategy.arrays(), settings.rounds - run.rounds_done, settings.round_timeout)
         else:
@@ -78,7 +78,7 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
             )
         time.sleep(0.2)
     names = {node.node_id: node.name for node in grid.get_nodes()}
-    holders: dict[str, list[int]] = {task: [] for task in settings.held_tasks}
+    holders: dict[str, list[int]] = {task: [] for task in settings.client_tasks}
     failures, skip = [], settings.on_failure == "skip"
     for reply in _answers(grid, settings, nodes):
         node = reply.metadata.src_node_id
@@ -100,7 +100,7 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
             continue
         holders[task].append(node)
     for task, those in holders.items():
-        if len(those) > settings.held_tasks.count(task):
+        if len(those) > settings.client_tasks.count(task):
             told = f"nodes {' and '.join(map(str, sorted(those)))} both hold task {task!r}"
             told += "; tasks names it once for each that should"
             if not skip:

@@ -14,8 +14,8 @@ from flwr.app import ArrayRecord, Message
 
 from atm_fl.codecs import Arrays
 from atm_fl.errors import printable
+from atm_fl.federation.client import Update
 from atm_fl.npy import read_arrays
-from atm_fl.party import Update
 
 MOST = 2**53
 """The largest count that a float holds to the unit."""

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from atm_fl.errors import RunError
 from atm_fl.privacy.secure_aggregation import SEALED_BYTES, check_keys, duplicates, session_of, settle, unmask
-from atm_fl.runs import Run
+from atm_fl.runs.run import Run
 from server import boundary
 
 
@@ -26,129 +26,132 @@ class SecureExchange:
 
     def __init__(self, run: Run, grid: Grid, nodes: Mapping[int, str], round_number: int, deadline: float) -> None:
         self._run, self._grid, self._round, self._deadline = run, grid, round_number, deadline
-        self._nodes = {task: node for node, task in nodes.items()}
+        self._nodes = {client: node for node, client in nodes.items()}
         self._keys: dict[str, bytes] = {}
         self._sealed: dict[str, dict[str, bytes]] = {}
         """By sender: what it sealed, by recipient."""
         self.clients: list[str] = []
         """Those that mask their vectors for each other."""
         self.failures: dict[str, str] = {}
-        """Tasks that dropped out, with the reason."""
+        """Clients that dropped out, with the reason."""
         self.seconds = 0.0
         """Spent here so far."""
 
     def advertise(self) -> None:
         """Collect the parties' public keys; what no party could use is not passed on."""
-        for task, record in self._ask("keys", {task: {} for task in self._nodes}):
+        for client, record in self._ask("keys", {client: {} for client in self._nodes}):
             try:
                 check_keys(key := _content(record, "keys", bytes))
-                self._keys[task] = key
+                self._keys[client] = key
             except ValueError as error:
-                self._drop(task, str(error))
-        for task in duplicates(self._keys):
-            del self._keys[task]
-            self._drop(task, "keys that another has too")
+                self._drop(client, str(error))
+        for client in duplicates(self._keys):
+            del self._keys[client]
+            self._drop(client, "keys that another has too")
 
     def share(self) -> None:
         """Hand the keys out, and collect the sealed shares of everyone's secrets."""
-        for task, record in self._ask("shares", {task: {"keys": self._keys} for task in self._keys}):
+        for client, record in self._ask("shares", {client: {"keys": self._keys} for client in self._keys}):
             sealed = {
                 other: value
                 for other, value in record.items()
                 if other in self._keys and isinstance(value, bytes) and len(value) == SEALED_BYTES
             }
             if len(sealed) == len(record):
-                self._sealed[task] = sealed
+                self._sealed[client] = sealed
             else:
-                self._drop(task, f"{len(record) - len(sealed)} of its shares are none")
+                self._drop(client, f"{len(record) - len(sealed)} of its shares are none")
         self._settle(self._sealed, "keys")
 
     def confirm(self) -> None:
         """Pass the sealed shares on, and hear whose open."""
-        here = [task for task in self._sealed if task not in self.failures]
+        here = [client for client in self._sealed if client not in self.failures]
         sent = {
-            task: {"sealed": {other: self._sealed[other][task] for other in here if other != task}} for task in here
+            client: {"sealed": {other: self._sealed[other][client] for other in here if other != client}}
+            for client in here
         }
         opened: dict[str, list[str]] = {}
-        for task, record in self._ask("confirm", sent):
+        for client, record in self._ask("confirm", sent):
             try:
-                opened[task] = _content(record, "opened", list)
+                opened[client] = _content(record, "opened", list)
             except ValueError as error:
-                self._drop(task, str(error))
+                self._drop(client, str(error))
         self._settle(opened, "shares")
-        self.clients = [task for task in self._run.settings.party_names if task in opened.keys() - self.failures.keys()]
+        self.clients = [
+            client for client in self._run.settings.party_names if client in opened.keys() - self.failures.keys()
+        ]
 
     def unmask(self, words: np.ndarray, summed: list[str]) -> str:
         """Take the masks off the sum of `summed`, in place. Returns who did not help; RunError if too few did."""
         settings, failures, self.failures = self._run.settings, self.failures, {}
         what: dict[str, dict[str, Any]] = {"summed": {"clients": summed}}
         signatures, revealed = {}, {}
-        for task, record in self._ask("sign", dict.fromkeys(summed, what)):
+        for client, record in self._ask("sign", dict.fromkeys(summed, what)):
             try:
-                signatures[task] = _content(record, "signature", bytes)
+                signatures[client] = _content(record, "signature", bytes)
             except ValueError as error:
-                self._drop(task, str(error))
-        for task, record in self._ask("unmask", {task: what | {"signatures": signatures} for task in signatures}):
+                self._drop(client, str(error))
+        for client, record in self._ask("unmask", {client: what | {"signatures": signatures} for client in signatures}):
             if set(record) == set(self.clients) and all(isinstance(share, bytes) for share in record.values()):
-                revealed[task] = record
+                revealed[client] = record
             else:
-                self._drop(task, "not the shares that it was asked for")
+                self._drop(client, "not the shares that it was asked for")
         silent, self.failures = self.failures, failures
-        begin, keys = time.perf_counter(), {task: self._keys[task] for task in self.clients}
+        begin, keys = time.perf_counter(), {client: self._keys[client] for client in self.clients}
         try:
             wrong = unmask(words, self._session, settings.party_names, settings.threshold, keys, summed, revealed)
         except RunError as error:
             raise RunError(
-                "; ".join([str(error), *(f"{task}: {reason}" for task, reason in silent.items())])
+                "; ".join([str(error), *(f"{client}: {reason}" for client, reason in silent.items())])
             ) from error
         silent |= dict.fromkeys(sorted(wrong), "refused: it revealed wrong shares")
         self.seconds += time.perf_counter() - begin
-        return "; ".join(f"{task}: {reason}" for task, reason in silent.items())
+        return "; ".join(f"{client}: {reason}" for client, reason in silent.items())
 
     @property
     def _session(self) -> str:
         return session_of(self._run.id, self._round)
 
-    def _drop(self, task: str, why: str) -> None:
-        self.failures[task] = f"refused: {why}"
+    def _drop(self, client: str, why: str) -> None:
+        self.failures[client] = f"refused: {why}"
 
     def _settle(self, accepted: Mapping[str, Collection[str]], what: str) -> None:
         """Drop whoever stands between the others, by whom each accepts."""
         settings = self._run.settings
-        for task, why in settle(accepted, len(settings.party_names) - settings.threshold).items():
-            self._drop(task, f"{what} {why}" if why.startswith("refused") else f"{why}: their {what}")
+        for client, why in settle(accepted, len(settings.party_names) - settings.threshold).items():
+            self._drop(client, f"{what} {why}" if why.startswith("refused") else f"{why}: their {what}")
 
     def _ask(self, what: str, contents: Mapping[str, Mapping[str, Mapping]]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Send each task its records and yield (task, the record `what` of its reply); failures are noted."""
+        """Send each client its records and yield (client, the record `what` of its reply); failures are noted."""
         begin, timeout = time.perf_counter(), max(0.0, self._deadline - time.monotonic())
         info = ConfigRecord({"run": self._run.id, "round": self._round})
         messages = [
             Message(
                 RecordDict({"info": info, **{name: ConfigRecord(dict(record)) for name, record in records.items()}}),
-                self._nodes[task],
+                self._nodes[client],
                 f"query.{what}",
                 group_id=str(self._round),
             )
-            for task, records in contents.items()
+            for client, records in contents.items()
         ]
-        tasks = {node: task for task, node in self._nodes.items()}
+        tasks = {node: client for client, node in self._nodes.items()}
         self.failures |= dict.fromkeys(contents, f"no {what} within {self._run.settings.round_timeout:g} s")
         for reply in self._grid.send_and_receive(messages, timeout=timeout):
-            task = tasks[reply.metadata.src_node_id]
+            client = tasks[reply.metadata.src_node_id]
             if reply.has_error():
-                self.failures[task] = boundary.reason(reply)
+                self.failures[client] = boundary.reason(reply)
                 continue
             try:
                 record = boundary.secrets(reply, what, len(self._nodes))
             except boundary.Refused as error:
-                self.failures[task] = f"refused: {error}"
+                self.failures[client] = f"refused: {error}"
             else:
-                del self.failures[task]
-                yield task, record
+                del self.failures[client]
+                yield client, record
         self.seconds += time.perf_counter() - begin
-        for task in contents:
-            if task in self.failures:
-                log(WARNING, "%s dropped out at %s: %s", task, what, self.failures[task])
+        for client in contents:
+            if client in self.failures:
+                log(WARNING, "%s dropped out at %s: %s", client, what, self.failures[client])
 
 
 def _content(record: Mapping[str, Any], name: str, kind: type) -> Any:

@@ -35,7 +35,7 @@ QUIET = {
 START_TIMEOUT = 60.0
 
 
-def simulate(settings: Settings, app: Path, cpus: float = 1, gpus: float = 0) -> None:
+def run_simulation(settings: Settings, app: Path, cpus: float = 1, gpus: float = 0) -> None:
     """Run `settings` with one virtual SuperNode a task. Logs go to flower.log in the run directory.
 
     app: the folder with pyproject.toml; cpus, gpus: what Ray reserves for one client. RunError, with the ServerApp's

@@ -13,9 +13,9 @@ from flwr.serverapp.strategy import Strategy
 
 from atm_fl import codecs
 from atm_fl.errors import RunError
-from atm_fl.loop import Round
-from atm_fl.party import evaluated_splits
-from atm_fl.runs import Run
+from atm_fl.federation.client import evaluated_splits
+from atm_fl.federation.server_round import ServerRound
+from atm_fl.runs.run import Run
 from server import boundary
 from server.grid import LOST, await_return
 from server.secure import SecureExchange
@@ -24,7 +24,7 @@ WHOLE = codecs.Fp32()
 """The codec of a whole base."""
 
 
-class Atm(Strategy):
+class AtmStrategy(Strategy):
     """Send the base, fold the task vectors into the merge as they come, move the base, write the checkpoint.
 
     The base is evaluated by the clients before they tune it, so that a round is one exchange; one evaluate round closes
@@ -53,7 +53,7 @@ class Atm(Strategy):
         self._gone: set[int] = set()
         """Nodes that did not come back; nobody waits for them again before they answer."""
         self._asked: set[str] = set()
-        """Tasks whose clients asked for the whole base in this round."""
+        """Clients that asked for the whole base in this round."""
         self._exchange: SecureExchange | None = None
         """Of this round, under secure aggregation."""
 
@@ -80,21 +80,21 @@ class Atm(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        current, failures, exchange = Round(self.run), self._unheard(), self._exchange
+        current, failures, exchange = ServerRound(self.run), self._unheard(), self._exchange
         failures |= exchange.failures if exchange else {}
         takers = self._takers(current.number)
         splits = evaluated_splits(self.run.settings, current.number - 1)
-        for task, reply in self._successes(replies, failures):
+        for client, reply in self._successes(replies, failures):
             try:
-                update = boundary.update(reply, self.run.layout.size, task in takers, splits)
+                update = boundary.update(reply, self.run.layout.size, client in takers, splits)
                 del reply
-                current.add(task, update, self._bytes_down(task))
+                current.add(client, update, self._bytes_down(client))
             except ValueError as error:
-                failures[task] = f"refused: {error}"
+                failures[client] = f"refused: {error}"
         failures |= self._out_of_proportion(current)
         self._enforce(failures, takers, f"round {current.number}")
         if exchange:
-            silent = exchange.unmask(current.vectors.words, current.vectors.tasks)
+            silent = exchange.unmask(current.vectors.words, current.vectors.clients)
             if silent:
                 self._warn(f"round {current.number}: its sum was unmasked without {silent}")
             current.check_sum()
@@ -112,13 +112,13 @@ class Atm(Strategy):
         if self.run.rounds_done < self.run.settings.rounds:
             return None
         failures, accuracies = self._unheard(), {}
-        for task, reply in self._successes(replies, failures):
+        for client, reply in self._successes(replies, failures):
             try:
-                found = boundary.accuracies(reply) | {"bytes_down": self._bytes_down(task)}
-                self.run.record("evaluation", self.run.rounds_done, task=task, **found)
-                accuracies[task] = found
+                found = boundary.accuracies(reply) | {"bytes_down": self._bytes_down(client)}
+                self.run.record("evaluation", self.run.rounds_done, task=client, **found)
+                accuracies[client] = found
             except boundary.Refused as error:
-                failures[task] = f"refused: {error}"
+                failures[client] = f"refused: {error}"
         self._enforce(failures, self._due(), "the final evaluation")
         return _flower_metrics(accuracies)
 
@@ -134,7 +134,7 @@ class Atm(Strategy):
     def _exchanged(self, grid: Grid, round_number: int) -> list[str]:
         """Exchange keys and shares; the clients that are still there. RunError if they are too few."""
         self._exchange = exchange = SecureExchange(self.run, grid, self.nodes, round_number, self._deadline)
-        absent = {task: reason for task, reason in self._unheard().items() if task not in self.nodes.values()}
+        absent = {client: reason for client, reason in self._unheard().items() if client not in self.nodes.values()}
         for step in (exchange.advertise, exchange.share, exchange.confirm):
             step()
             self._enough(absent | exchange.failures, self._takers(round_number), f"round {round_number}")
@@ -199,9 +199,9 @@ class Atm(Strategy):
             log(INFO, "%s is asked again", self.nodes[node])
         return sorted(online)
 
-    def _bytes_down(self, task: str) -> int:
-        """Bytes that were sent to a task's client in this round."""
-        return self.run.bytes_down + (self.run.base.nbytes if task in self._asked else 0)
+    def _bytes_down(self, client: str) -> int:
+        """Bytes that were sent to a client in this round."""
+        return self.run.bytes_down + (self.run.base.nbytes if client in self._asked else 0)
 
     def _unheard(self) -> dict[str, str]:
         """Every client that is due with the reason that counts until its reply is taken in."""
@@ -210,21 +210,21 @@ class Atm(Strategy):
         return {client: silent if client in here else "no party at the roll call" for client in self._due()}
 
     def _successes(self, replies: Iterable[Message], failures: dict[str, str]) -> Iterator[tuple[str, Message]]:
-        """(task, reply) of the replies that belong; the others' reasons go into `failures`."""
-        codec = self.run.settings.travels
+        """(client, reply) of the replies that belong; the others' reasons go into `failures`."""
+        codec = self.run.settings.uplink_name
         expected = {"codec": codec, "layout": self.run.layout.digest, "base": self._digest, "needs-base": False}
         for reply in self._answers(replies):
-            task = self.nodes[reply.metadata.src_node_id]
+            client = self.nodes[reply.metadata.src_node_id]
             if reply.has_error():
-                failures[task] = boundary.reason(reply)
+                failures[client] = boundary.reason(reply)
                 continue
             try:
-                boundary.check_info(reply, {"task": self.run.settings.task_of[task], **expected})
+                boundary.check_info(reply, {"task": self.run.settings.task_of[client], **expected})
             except boundary.Refused as error:
-                failures[task] = f"refused: {error}"
+                failures[client] = f"refused: {error}"
             else:
-                del failures[task]
-                yield task, reply
+                del failures[client]
+                yield client, reply
 
     def _enforce(self, failures: dict[str, str], counted: list[str], when: str) -> None:
         """RunError, naming clients and reasons, if the failures are more than the policy allows; a warning if not.
@@ -244,7 +244,7 @@ class Atm(Strategy):
             of = f"{succeeded} of {len(counted)} clients succeeded, {min(needed, len(counted))} needed"
             raise RunError(f"{when}: {of}. {_told(failures)}")
 
-    def _out_of_proportion(self, current: Round) -> dict[str, str]:
+    def _out_of_proportion(self, current: ServerRound) -> dict[str, str]:
         """Leave vectors out of the round whose norms are out of proportion: client → the figures."""
         found = current.out_of_proportion()
         for client, told in found.items():

@@ -23,7 +23,7 @@ import psutil
 
 from atm_fl.deployment.federation import lay_out
 from atm_fl.errors import RunError
-from atm_fl.runs import checkpoints
+from atm_fl.runs.checkpoints import checkpoints
 from atm_fl.settings import Settings
 from server.deployment import register
 from server.simulation import QUIET, plain

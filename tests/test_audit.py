@@ -15,7 +15,7 @@ from scipy.stats import binom
 from typer.testing import CliRunner
 
 from atm_fl.attacks.audit import audit, inclusion, lower_bound, p_value
-from atm_fl.cli import app
+from atm_fl.cli.terminal import app
 from atm_fl.errors import SettingError
 from atm_fl.privacy.noise import Noise
 from atm_fl.settings import Settings

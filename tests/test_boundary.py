@@ -22,12 +22,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_runs import final, in_process, same, tampered
 
-from atm_fl.bounds import too_long
 from atm_fl.errors import RunError, SettingError, printable
-from atm_fl.loop import run_loop
+from atm_fl.federation.bounds import too_long
+from atm_fl.federation.loop import run_loop
 from atm_fl.npy import read_array, read_arrays
-from atm_fl.runs import Run, checkpoints, read_metrics, told_if_full
+from atm_fl.runs.checkpoints import checkpoints
+from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.run import Run, told_if_full
 from atm_fl.settings import Settings
+from atm_fl.settings.rules import fewest_tasks
 from clients.app import app as client_app
 from server import boundary
 from server.app import serve
@@ -600,9 +603,9 @@ def test_the_fewest_of_all_rounds_are_those_of_a_walk(
     settings = Settings(
         tasks="mnist,digits,icons", participation=text, rounds=rounds, fraction=fraction, replay=0.5 * replay
     )
-    counts = [sum(settings.part_taken(task, n) > 0 for task in settings.held_tasks) for n in range(1, rounds + 1)]
+    counts = [sum(settings.part_taken(task, n) > 0 for task in settings.client_tasks) for n in range(1, rounds + 1)]
     if 0 in counts:
         with pytest.raises(SettingError, match=f"no task takes part in round {counts.index(0) + 1}$"):
-            settings._fewest()
+            fewest_tasks(settings)
     else:
-        assert settings._fewest() == min(counts)
+        assert fewest_tasks(settings) == min(counts)

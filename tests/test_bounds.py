@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from test_runs import final, in_process, same
 
 from atm_fl import vectors
-from atm_fl.bounds import check_base
 from atm_fl.errors import RunError, SettingError
-from atm_fl.kept import Kept
-from atm_fl.party import Party
-from atm_fl.runs import Run, read_metrics
+from atm_fl.federation.bounds import check_base
+from atm_fl.federation.client import Party
+from atm_fl.federation.client_state import ClientState
+from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
 from clients.app import app as client_app
 from clients.app import received_base
@@ -161,7 +162,7 @@ def test_a_finished_run_may_be_resumed_under_a_bound(config: dict[str, Any]) -> 
 
 
 def test_a_base_held_is_not_told_if_it_is_damaged() -> None:
-    kept, base = Kept("0" * 16, "red"), torch.arange(5.0)
+    kept, base = ClientState("0" * 16, "red"), torch.arange(5.0)
     assert kept.held() is None
     kept.save_base(base, vectors.digest(base))
     held = kept.held()

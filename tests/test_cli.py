@@ -16,12 +16,14 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from atm_fl import cli, party
+from atm_fl import cli
 from atm_fl import tasks as registry
+from atm_fl.cli import terminal
 from atm_fl.errors import RunError, SettingError
 from atm_fl.experiments import contest, read_study
-from atm_fl.progress import _print_rounds
-from atm_fl.runs import read_metrics
+from atm_fl.federation import shared_model
+from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.progress import _print_rounds
 from atm_fl.settings import Settings, defaults
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +129,7 @@ def test_a_deployment_sends_int4_unless_it_is_told_otherwise(
         where = [str(tmp_path / f"{file}.toml"), "-c", f"run-dir={tmp_path / 'run'}"]
         assert call(monkeypatch, "run", *where, "--runtime", "deployment", *more) == 1
     assert taken == [("int4", "int4"), ("int4", "fp16"), ("fp32", "fp16")]
-    assert cli.read_config(tmp_path / "plain.toml", []).codec_up == "fp32"
+    assert terminal.read_config(tmp_path / "plain.toml", []).codec_up == "fp32"
 
 
 @pytest.mark.parametrize("command", ["tasks", "merges", "settings", "--help"])
@@ -167,7 +169,7 @@ def test_it_says_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_the_tasks_are_listed_whole_at_80_columns_with_their_counts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(cli, "console", Console(width=80))
+    monkeypatch.setattr(terminal, "console", Console(width=80))
     chosen = {name: registry.find(name) for name in ("digits", "pcam")}
     monkeypatch.setattr(registry, "tasks", lambda: chosen)
     assert call(monkeypatch, "tasks") == 0
@@ -216,7 +218,7 @@ def test_what_fails_for_all_parties_is_said_once_and_leaves_no_folder(
     file = tmp_path / "run.toml"
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
     for runtime in ("plain", "in-process"):
-        monkeypatch.setattr(party, "find_device", _no_device)
+        monkeypatch.setattr(shared_model, "find_device", _no_device)
         # a model on the CPU may be left in this process by another test
         assert call(monkeypatch, "run", str(file), "--runtime", runtime, "-c", "device=cuda") in (1, 2)
         said = capsys.readouterr()
@@ -235,8 +237,8 @@ def test_a_failed_run_keeps_a_folder_that_was_there(
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    party.shared_model.cache_clear()
-    monkeypatch.setattr(party, "find_device", _no_device)
+    shared_model.shared_model.cache_clear()
+    monkeypatch.setattr(shared_model, "find_device", _no_device)
     assert call(monkeypatch, "run", str(file), "--runtime", "plain") == 2
     assert (folder / "notes.txt").read_text() == "mine"
 
@@ -284,7 +286,8 @@ def test_a_round_s_line_says_epsilon_and_the_time_left(capsys: pytest.CaptureFix
 
 
 def test_the_library_knows_nothing_of_flower() -> None:
-    code = "import sys, atm_fl.loop, atm_fl.report, atm_fl.experiments.contest; sys.exit('flwr' in sys.modules)"
+    code = "import sys, atm_fl.federation.loop, atm_fl.runs.report, atm_fl.experiments.contest; "
+    code += "sys.exit('flwr' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -297,8 +300,8 @@ def test_the_documentation_lists_the_merges_as_they_are_declared(
 
 SLEEPER = """
 import signal, sys, time
-from atm_fl.cli import _terminated_as_exit
-with _terminated_as_exit():
+from atm_fl.cli.terminal import terminated_as_exit
+with terminated_as_exit():
     try:
         print("at work", flush=True)
         time.sleep(60)

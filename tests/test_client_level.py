@@ -12,11 +12,13 @@ from test_runs import final, in_process, same
 from torch import Tensor
 
 from atm_fl.errors import SettingError
-from atm_fl.loop import Round, run_loop
+from atm_fl.federation.client import Party, Update
+from atm_fl.federation.loop import run_loop
+from atm_fl.federation.server_round import ServerRound
 from atm_fl.merging import make_merge
 from atm_fl.merging.spectral import IsoC
-from atm_fl.party import Party, Update
-from atm_fl.runs import Run, read_metrics
+from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
 
 
@@ -30,7 +32,7 @@ def merged(config: dict[str, Any], vectors: dict[str, Tensor], **more: Any) -> T
     name = config["run-dir"] + str(abs(hash((str(more), *(float(v.sum()) for v in vectors.values())))))
     settings = Settings.parse(config | {"run-dir": name} | {key.replace("_", "-"): more[key] for key in more})
     run = Run(settings)
-    before, current = run.base.clone(), Round(run)
+    before, current = run.base.clone(), ServerRound(run)
     party = Party(settings, settings.task_names[0])
     for task, vector in vectors.items():
         if settings.secure_aggregation:

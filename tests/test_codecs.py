@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as numpy_arrays
 from torch import Tensor
 
-from atm_fl import blocks, codecs
+from atm_fl import codecs
 from atm_fl.codecs import CODECS, Arrays, Codec, make_codec, size_of
 from atm_fl.errors import SettingError
-from atm_fl.kept import Kept
-from atm_fl.vectors import Layout, digest
+from atm_fl.federation.client_state import ClientState
+from atm_fl.vectors import Layout, blocks, digest
 
 ALL = [*CODECS, "int8:2", "int4:6", "topk:0.001", "topk:0.3", "topk:1", "low-rank:1", "low-rank:3"]
 MOST = float(torch.finfo(torch.float32).max)
@@ -265,7 +265,7 @@ def test_bytes_of_low_rank_by_formula() -> None:
     assert size_of(make_codec("low-rank:3").encode(task_vector(MATRICES), MATRICES)) == 2 * sent + 2
 
 
-@pytest.mark.parametrize("text", [text for text in ALL if make_codec(text).feedback])
+@pytest.mark.parametrize("text", [text for text in ALL if make_codec(text).error_feedback])
 def test_with_feedback_nothing_is_lost_for_good(text: str) -> None:
     """What has arrived after some rounds, and the residual, are what was sent."""
     codec, residual = make_codec(text), torch.zeros(MATRICES.size)
@@ -328,7 +328,7 @@ def test_arrays_that_no_encoder_makes_are_refused(text: str, how: str) -> None:
         ("int4", {"largest": np.array([np.nan], np.float32)}, "not finite"),
         (
             "ternary",
-            {"values": codecs.squeezed(torch.tensor([243], dtype=torch.uint8))},
+            {"values": codecs.entropy_encode(torch.tensor([243], dtype=torch.uint8))},
             "a byte of 243, which is no five",
         ),
         ("topk:0.3", {"bitmap": np.array([0b00010000], np.uint8)}, "positions that are not 1 below 3"),
@@ -384,7 +384,7 @@ def test_a_vector_in_pieces_is_the_whole_one_and_can_be_added(text: str, monkeyp
     codec, vector, base = make_codec(text), task_vector(MATRICES), torch.randn(MATRICES.size)
     whole = codec.encode(vector, MATRICES, 3)
     expected = codec.decode(whole, MATRICES)
-    monkeypatch.setattr(codecs, "BLOCK", 512)
+    monkeypatch.setattr("atm_fl.codecs.integers.BLOCK", 512)
     monkeypatch.setattr(blocks, "BLOCK", 512)
     pieces = codec.encode(vector, MATRICES, 3)
     assert all(np.array_equal(pieces[name], array) for name, array in whole.items())
@@ -404,7 +404,7 @@ RUN = "0123456789abcdef"
 
 
 def test_a_client_keeps_one_base_by_its_digest() -> None:
-    kept, base = Kept(RUN, "one-base"), torch.randn(50)
+    kept, base = ClientState(RUN, "one-base"), torch.randn(50)
     assert kept.base("a") is None
     kept.save_base(base, "a")
     found = kept.base("a")
@@ -423,7 +423,7 @@ def test_a_client_keeps_one_base_by_its_digest() -> None:
 
 def test_the_base_in_memory_is_given_away_once_and_counts_only_with_its_file() -> None:
     """A client adds the next step to it in place, and another process may have gone on with the file."""
-    mine, other = Kept(RUN, "mine"), Kept(RUN, "other")
+    mine, other = ClientState(RUN, "mine"), ClientState(RUN, "other")
     mine.save_base(torch.ones(300), "a")
     first, second = mine.base("a"), mine.base("a")
     assert first is not None
@@ -438,7 +438,7 @@ def test_the_base_in_memory_is_given_away_once_and_counts_only_with_its_file() -
 
 
 def test_a_client_keeps_the_residuals_of_three_rounds_and_forgets_an_abandoned_future() -> None:
-    kept = Kept(RUN, "residuals")
+    kept = ClientState(RUN, "residuals")
     for number in (1, 2, 4, 5):
         kept.save("residual", {"vector": torch.full((3,), float(number))}, number)
 
@@ -452,7 +452,7 @@ def test_a_client_keeps_the_residuals_of_three_rounds_and_forgets_an_abandoned_f
 
 
 def test_damaged_files_are_as_if_they_were_not_there() -> None:
-    kept = Kept(RUN, "damaged")
+    kept = ClientState(RUN, "damaged")
     kept.save("residual", {"vector": torch.ones(300)}, 1)
     kept.save_base(torch.ones(300), "a")
     residual, base = kept.folder / "residual-00001.safetensors", kept.folder / "base.safetensors"
@@ -474,4 +474,4 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("run", ["", "../../etc", "0123456789ABCDEF", "0123456789abcdef0"])
 def test_a_run_that_is_no_id_makes_no_path(run: str) -> None:
     with pytest.raises(ValueError, match="is not the id of a run"):
-        Kept(run, "task")
+        ClientState(run, "task")

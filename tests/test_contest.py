@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from atm_fl.errors import SettingError
-from atm_fl.evaluation import mean_accuracy
 from atm_fl.experiments import contest, read_study
 from atm_fl.experiments.joint import run_joint
-from atm_fl.party import Party
-from atm_fl.runs import load_checkpoint
+from atm_fl.federation.client import Party
+from atm_fl.runs.checkpoints import load_checkpoint
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
+from atm_fl.training.evaluation import mean_accuracy
 from atm_fl.vectors import Layout
 
 ROWS = """
@@ -46,16 +46,16 @@ def write(path: Path, config: dict[str, Any], rows: str = ROWS) -> Path:
     return path
 
 
-def run(study: contest.Study) -> list[str]:
+def run(study: contest.Contest) -> list[str]:
     return [contest.run_unit(unit) for units in contest.phases(study) for unit in units]
 
 
 @pytest.fixture
-def study(config: dict[str, Any], tmp_path: Path) -> contest.Study:
+def study(config: dict[str, Any], tmp_path: Path) -> contest.Contest:
     return read_study(write(tmp_path / "contest.toml", config), contest)
 
 
-def test_a_contest_runs_resumes_and_counts(study: contest.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contest_runs_resumes_and_counts(study: contest.Contest, monkeypatch: pytest.MonkeyPatch) -> None:
     told = run(study)
     assert any("not finite" in line for line in told)
     text = contest.table(study)
@@ -104,30 +104,30 @@ def test_a_contest_runs_resumes_and_counts(study: contest.Study, monkeypatch: py
     assert contest.table(study) == text
 
 
-def test_choices_are_made_on_validation(study: contest.Study) -> None:
+def test_choices_are_made_on_validation(study: contest.Contest) -> None:
     run(study)
     ties = next(row for row in study.rows if row.name == "ties")
-    made = json.loads((contest.Unit(study, ties, 1).folder / "results.json").read_text())
+    made = json.loads((contest.ContestUnit(study, ties, 1).folder / "results.json").read_text())
     scores = [mean_accuracy(tried["validation"]) for tried in made["tried"]]
     assert len(scores) == 2
     assert made["choice"] == made["tried"][scores.index(max(scores))]["choice"]
 
 
-def test_an_average_is_what_its_checkpoint_holds_and_where_ph_atm_starts(study: contest.Study) -> None:
+def test_an_average_is_what_its_checkpoint_holds_and_where_ph_atm_starts(study: contest.Contest) -> None:
     run(study)
     average = next(row for row in study.rows if row.name == "average")
     backbone = contest.load_backbone("tiny", "pretrained")
     layout = Layout.of(backbone)
-    _, base, _ = load_checkpoint(contest.Unit(study, average, 1).folder, layout, pytest.fail)
+    _, base, _ = load_checkpoint(contest.ContestUnit(study, average, 1).folder, layout, pytest.fail)
     vectors = contest.single_vectors(study, 1)
     settings = Settings.parse(study.settings)
     assert list(vectors) == list(settings.party_names)
     start = layout.flatten(backbone)
     torch.testing.assert_close(base, start + torch.stack(list(vectors.values())).mean(0))
     refined = next(row for row in study.rows if row.base == "average")
-    lines = list(contest.read_metrics(contest.Unit(study, refined, 1).folder))
+    lines = list(contest.read_metrics(contest.ContestUnit(study, refined, 1).folder))
     before = {line["task"]: line["test"] for line in lines if line["round"] == 0 and line["kind"] == "evaluation"}
-    made = json.loads((contest.Unit(study, average, 1).folder / "results.json").read_text())
+    made = json.loads((contest.ContestUnit(study, average, 1).folder / "results.json").read_text())
     assert before == made["test"]
 
 

@@ -35,7 +35,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from cryptography.x509.verification import PolicyBuilder, Store
 from typer.testing import CliRunner
 
-from atm_fl import cli
+from atm_fl.cli import terminal
 from atm_fl.deployment import checks, keys
 from atm_fl.deployment.checks import Machine
 from atm_fl.deployment.federation import lay_out, read_parties
@@ -322,10 +322,10 @@ def test_a_party_that_can_join_is_told_so(checkout: Path, serve: Callable[..., s
         "--key",
         str(folder / "key"),
     ]
-    good = CliRunner().invoke(cli.app, [*arguments, "--data", str(data), "--memory", "0", "--disk", "0"])
+    good = CliRunner().invoke(terminal.app, [*arguments, "--data", str(data), "--memory", "0", "--disk", "0"])
     assert good.exit_code == 0, good.output
     assert len(good.output.splitlines()) == 7
-    bad = CliRunner().invoke(cli.app, [*arguments, "--task", "mnits", "--memory", "1e9", "--disk", "1e9"])
+    bad = CliRunner().invoke(terminal.app, [*arguments, "--task", "mnits", "--memory", "1e9", "--disk", "1e9"])
     assert bad.exit_code == 1
     assert next(line for line in bad.output.splitlines() if line.startswith("WRONG")) == (
         "WRONG task: task 'mnits' is unknown; did you mean 'mnist'?"
@@ -664,7 +664,7 @@ def test_the_commands_of_the_guide_make_what_it_says(
     assert len(commands) == 3
     monkeypatch.chdir(checkout)
     for command in commands[:2]:
-        done = CliRunner().invoke(cli.app, command)
+        done = CliRunner().invoke(terminal.app, command)
         assert done.exit_code == 0, done.output
     parties = checkout / "federation" / "parties"
     assert {path.name for path in parties.iterdir()} == {"digits", "pets", "mnist"}
@@ -672,7 +672,7 @@ def test_the_commands_of_the_guide_make_what_it_says(
     assert any('data="/data/pets"' in word for word in command)
     removal = next(words for words in lines if words[:2] == ["rm", "-r"])
     subprocess.run(removal, check=True)
-    assert CliRunner().invoke(cli.app, commands[2]).exit_code == 0
+    assert CliRunner().invoke(terminal.app, commands[2]).exit_code == 0
     assert {path.name for path in parties.iterdir()} == {"digits", "pets"}
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from atm_fl import tasks
+from atm_fl.federation.client_state import ClientState
+from atm_fl.federation.loop import run_loop
 from atm_fl.files import atomic_write
-from atm_fl.kept import Kept
-from atm_fl.loop import run_loop
 from atm_fl.settings import Settings
 
 
@@ -31,7 +31,7 @@ def test_what_a_party_keeps_is_its_owners_alone(
     before = os.umask(mask)
     try:
         run_loop(Settings.parse({**config, "rounds": 1, "privacy": "dp-sgd", "dp-noise": 1.0}))
-        kept = Kept("0" * 16, "mnist")
+        kept = ClientState("0" * 16, "mnist")
         kept.save_base(torch.zeros(3), "digest")
         kept.save_secret("secret")
     finally:

@@ -11,12 +11,13 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from atm_fl import hub, models
+from atm_fl import models
 from atm_fl.errors import SettingError
-from atm_fl.loop import run_loop
-from atm_fl.party import Party
+from atm_fl.federation.client import Party
+from atm_fl.federation.loop import run_loop
+from atm_fl.models import hubs
+from atm_fl.models.trainable import set_trainable
 from atm_fl.settings import Settings
-from atm_fl.trainable import set_trainable
 from atm_fl.vectors import Layout, bind
 
 CLASSES = ["a red thing", "a green thing", "a blue thing"]
@@ -73,8 +74,8 @@ def test_random_weights_are_the_same_everywhere_and_disturb_no_other_draws(clip:
 
 
 def test_a_zero_shot_head_is_clips_own_classifier(clip: str) -> None:
-    own = hub.load_clip(clip.removeprefix("open_clip/"), "random")
-    model, head = models.load_backbone(clip, "random"), hub.zero_shot(clip, "random", PROMPTS)
+    own = hubs.load_clip(clip.removeprefix("open_clip/"), "random")
+    model, head = models.load_backbone(clip, "random"), hubs.zero_shot(clip, "random", PROMPTS)
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():
         pixels = (images / 255 - torch.tensor(own.visual.image_mean).view(1, 3, 1, 1)) / torch.tensor(
@@ -93,7 +94,7 @@ def test_a_zero_shot_head_is_clips_own_classifier(clip: str) -> None:
 
 def test_weights_of_a_file_are_loaded(clip: str, tmp_path: Path) -> None:
     name = clip.removeprefix("open_clip/")
-    own = hub.load_clip(name, "random")
+    own = hubs.load_clip(name, "random")
     torch.nn.init.normal_(own.visual.proj)
     torch.save(own.state_dict(), tmp_path / "clip.pt")
     loaded = models.load_backbone(clip, str(tmp_path / "clip.pt"))
@@ -156,8 +157,8 @@ def test_openais_weights_get_the_gelu_they_were_trained_with(monkeypatch: pytest
         return torch.nn.Identity()
 
     monkeypatch.setattr(open_clip, "create_model", create)
-    hub.load_clip("ViT-B-16", "pretrained")
-    hub.load_clip("ViT-B-16", "laion2b_s34b_b88k")
+    hubs.load_clip("ViT-B-16", "pretrained")
+    hubs.load_clip("ViT-B-16", "laion2b_s34b_b88k")
     assert [item["pretrained"] for item in found] == ["openai", "laion2b_s34b_b88k"]
     assert [item["force_quick_gelu"] for item in found] == [True, False]
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from atm_fl import tasks
 from atm_fl.attacks import membership
-from atm_fl.attacks.membership import Curve, Leak, confidences, lira, measure, rmia
+from atm_fl.attacks.membership import Curve, MembershipLeak, confidences, lira, membership_leak, rmia
 from atm_fl.errors import SettingError
-from atm_fl.loop import run_loop
+from atm_fl.federation.loop import run_loop
 from atm_fl.settings import Settings
 from atm_fl.tasks import Source, Split
 
@@ -97,7 +97,7 @@ def test_measures_are_those_of_a_count() -> None:
     scores = torch.randn(2, 1500, generator=random).mul(20).round() + 12 * members  # with ties
     inside, outside = scores[members], scores[~members]
     pairs = (inside[:, None] > outside).double() + 0.5 * (inside[:, None] == outside).double()
-    leak = measure(scores, members)
+    leak = membership_leak(scores, members)
     assert leak.auc == pytest.approx(float(pairs.mean()), abs=1e-9)
     for rate in (0.01, 0.001):
         allowed = [t for t in scores.unique().tolist() if float((outside >= t).double().mean()) <= rate]
@@ -133,7 +133,7 @@ def run(config: dict[str, Any], noise: str) -> dict[str, Any]:
     return config | {"learning-rate": 5e-3, "batch-size": 20, "validate-every": 9}
 
 
-def found(result: dict[str, Any], round_number: int, model: str, attack: str) -> Leak:
+def found(result: dict[str, Any], round_number: int, model: str, attack: str) -> MembershipLeak:
     (row,) = (r for r in result["rows"] if (r["round"], r["model"], r["attack"]) == (round_number, model, attack))
     return row["leak"]
 
@@ -172,18 +172,18 @@ def test_a_private_run_is_attacked_though_its_budget_is_spent(
 
 def test_a_base_that_was_not_tuned_tells_nothing(run: dict[str, Any]) -> None:
     settings = Settings.parse(run)
-    asked = membership.question(settings, "noise", 80)
+    asked = membership.membership_target(settings, "noise", 80)
     party = membership.Party(settings, "noise")
     party.model.load(party.model.pretrained)
     seen = confidences(party.model.module, asked.head, asked.images)
     halves = torch.stack([asked.half(settings, number) for number in range(8)])
     assert [int(half.sum()) for half in halves] == [80] * 8
-    leak = measure(seen.expand(8, -1), halves)
+    leak = membership_leak(seen.expand(8, -1), halves)
     assert leak.auc_interval[0] < 0.5 < leak.auc_interval[1]
 
 
 def test_head_images_and_population_are_nobodys(run: dict[str, Any]) -> None:
-    asked = membership.question(Settings.parse(run), "noise", 80)
+    asked = membership.membership_target(Settings.parse(run), "noise", 80)
     pixels = [{image.numpy().tobytes() for image in split.images} for split in (asked.images, asked.population)]
     assert len(pixels[0]) == 160
     assert len(pixels[1]) == 340 - 160 - 3 * 5

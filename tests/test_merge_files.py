@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from atm_fl import cli, merge_files
+from atm_fl import cli
 from atm_fl.errors import RunError, SettingError
-from atm_fl.merge_files import Checkpoint, task_names
-from atm_fl.merging import make_merge, merges
+from atm_fl.merging import checkpoint_files, make_merge, merges, options
+from atm_fl.merging.checkpoint_files import Checkpoint, task_names
 from atm_fl.vectors import Layout
 
 NAMES = ("a", "b", "c", "d", "e")
@@ -55,7 +55,7 @@ def merge(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors written, and what was said."""
     said: list[str] = []
-    merge_files.merge_files(base, files, out, *arguments, warn=said.append, **more)
+    checkpoint_files.merge_files(base, files, out, *arguments, warn=said.append, **more)
     return load_file(out), said
 
 
@@ -279,7 +279,7 @@ def test_tasks_are_named_by_as_little_as_tells_them_apart() -> None:
 def test_a_caller_who_does_not_listen_is_warned_by_python(base: Path, tmp_path: Path, out: Path) -> None:
     other = write(tmp_path / "a.safetensors", model(1) | {"more": torch.zeros(1)})
     with pytest.warns(UserWarning, match="left out: more"):
-        merge_files.merge_files(base, [other], out)
+        checkpoint_files.merge_files(base, [other], out)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -310,7 +310,7 @@ def test_the_help_shows_every_option_of_every_merge(
     assert call(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
     for found in merges().values():
-        for item in merge_files.options(found):
+        for item in options(found):
             assert f"--{item.name.replace('_', '-')} " in text
 
 

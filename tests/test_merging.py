@@ -20,17 +20,17 @@ from hypothesis.extra.numpy import arrays
 from oracles import ORACLES, dare_mask, distances
 from torch import Tensor
 
-from atm_fl import blocks, merging
-from atm_fl.blocks import gram, ranked_magnitudes, sort_rows
+from atm_fl import merging
 from atm_fl.errors import SettingError
-from atm_fl.merging import Merge, find_merge, make_merge, merges, options, spectral
-from atm_fl.merging.kinds import Joint, Streaming
+from atm_fl.merging import Merge, find_merge, make_merge, merges, options
+from atm_fl.merging.kinds import BatchMerge, Streaming
 from atm_fl.merging.sparse import Mask
-from atm_fl.vectors import Layout
+from atm_fl.vectors import Layout, blocks, linalg
+from atm_fl.vectors.blocks import inner_products, ranked_magnitudes, sort_rows
 
 NAMES = sorted(merges())
 STREAMING = [name for name in NAMES if issubclass(merges()[name], Streaming)]
-JOINT = [name for name in NAMES if issubclass(merges()[name], Joint)]
+JOINT = [name for name in NAMES if issubclass(merges()[name], BatchMerge)]
 RANDOM = ["dare", "dare-ties", "pcgrad"]
 
 LEAST = {"consensus": 2, "model-stock": 2, "multi-krum": 5}
@@ -367,25 +367,25 @@ SPECTRA = {
 @pytest.mark.parametrize("kind", SPECTRA)
 @pytest.mark.parametrize("scale", [1.0, 1e12, 1e-12])
 def test_leading_eigenvectors_are_as_exact_as_is_said(kind: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, eigh = [], spectral.eigh
+    whole, eigh = [], linalg.eigh
 
     def counted(matrix: Tensor) -> tuple[Tensor, Tensor]:
         whole.extend([matrix] if matrix.dtype == torch.float64 and len(matrix) == 400 else [])
         return eigh(matrix)
 
-    monkeypatch.setattr(spectral, "eigh", counted)
+    monkeypatch.setattr(linalg, "eigh", counted)
     columns = torch.from_numpy(scale * spectrum((600, 400), SPECTRA[kind], np.random.default_rng(0)))
-    matrix = spectral.gram(columns)
+    matrix = linalg.gram(columns)
     np.testing.assert_allclose(matrix.numpy(), columns.T @ columns, atol=1e-14 * float(matrix.trace()))
     for rank in (0, 1, 50, 100, 300):
-        values, vectors = spectral.leading(matrix, rank, refined=True)
+        values, vectors = linalg.leading(matrix, rank, refined=True)
         assert vectors.shape == (400, rank)
         assert_near(vectors.T @ vectors, np.eye(rank), 1, 1e-12)
         exact = np.linalg.eigvalsh(matrix.numpy())[400 - rank :]
         rounding = 1e-13 * float(matrix.trace())
-        np.testing.assert_allclose(values.numpy(), exact, rtol=spectral.RESIDUAL, atol=rounding)
+        np.testing.assert_allclose(values.numpy(), exact, rtol=linalg.RESIDUAL, atol=rounding)
         left = (matrix @ vectors - vectors * values).norm(dim=0)
-        assert (left <= spectral.RESIDUAL * values[:1].abs() + rounding).all()
+        assert (left <= linalg.RESIDUAL * values[:1].abs() + rounding).all()
     few = 0 if kind in ("steep", "low rank", "nothing") else 3  # of the ranks were found without all of float64
     assert len(whole) <= 5 - few
 
@@ -828,7 +828,7 @@ def test_inner_products_are_exact_to_rounding(block: int, dtype: torch.dtype, mo
     monkeypatch.setattr(blocks, "BLOCK", block)
     vectors = list(make(normal, 5, 1000, dtype).values())
     stack = np.stack([vector.numpy().astype(np.float64) for vector in vectors])
-    found = gram(vectors)
+    found = inner_products(vectors)
     assert found.dtype == torch.float64
     np.testing.assert_allclose(
         found.numpy(), stack @ stack.T, rtol=1e-5, atol=1e-3 if dtype == torch.float32 else 1e-10

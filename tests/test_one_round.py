@@ -17,12 +17,13 @@ from atm_fl.attacks import membership, poisoning
 from atm_fl.attacks.scenario import Scenario
 from atm_fl.errors import SettingError
 from atm_fl.experiments.privacy import HEAD, Line
-from atm_fl.loop import run_loop
-from atm_fl.party import Party
+from atm_fl.federation.client import Party
+from atm_fl.federation.loop import run_loop
 from atm_fl.privacy.budget import Budget
 from atm_fl.privacy.ledger import ledger_path
 from atm_fl.privacy.noise import Noise
-from atm_fl.runs import checkpoints, load_checkpoint, read_metrics
+from atm_fl.runs.checkpoints import checkpoints, load_checkpoint
+from atm_fl.runs.metrics import read_metrics
 from atm_fl.settings import Settings
 
 CLIENT_LEVEL: dict[str, Any] = {"dp-client-clip": 0.05, "dp-client-noise": 0.5}
@@ -79,7 +80,7 @@ def followed_bases(settings: Settings, folder: Path, monkeypatch: pytest.MonkeyP
 
 def run_bases(settings: Settings, folder: Path) -> list[str]:
     """Digests of the run's own bases, by round, in which the attacked party has the attack's images and head."""
-    asked = membership.question(settings, "noise", 80)
+    asked = membership.membership_target(settings, "noise", 80)
     parties = []
     for client, task in zip(settings.party_names, settings.task_names, strict=True):
         party = Party(settings, task, client=client, ledgers=folder)

@@ -15,9 +15,11 @@ from flwr.clientapp import ClientApp
 from test_runs import final, in_process, same, tampered
 
 from atm_fl.errors import RunError, SettingError
-from atm_fl.loop import mean, run_loop
-from atm_fl.party import Party
-from atm_fl.runs import Run, read_metrics
+from atm_fl.federation.aggregation import mean
+from atm_fl.federation.client import Party
+from atm_fl.federation.loop import run_loop
+from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
 from clients.app import app as client_app
 from server.app import serve

@@ -15,9 +15,9 @@ from atm_fl import tasks
 from atm_fl.attacks import poisoning
 from atm_fl.attacks.poisoning import alie_factor, forge, kept_shares, poisoned, stamp
 from atm_fl.errors import SettingError
-from atm_fl.loop import run_loop
+from atm_fl.federation.loop import run_loop
 from atm_fl.merging import make_merge
-from atm_fl.runs import read_metrics
+from atm_fl.runs.metrics import read_metrics
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
 from atm_fl.vectors import Layout

@@ -13,12 +13,12 @@ from hypothesis import settings as tries
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from atm_fl import party as party_module
-from atm_fl.cli import app
+from atm_fl.cli.terminal import app
 from atm_fl.errors import RunError, SettingError
+from atm_fl.federation import client as party_module
 from atm_fl.policy import _BROKEN, TELL, Policy, policy_of, table, template
 from atm_fl.privacy.accounting import Spent, epsilon
-from atm_fl.runs import read_metrics
+from atm_fl.runs.metrics import read_metrics
 from atm_fl.settings import Settings, kebab
 from clients.app import _party
 from clients.app import app as client_app

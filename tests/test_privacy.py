@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from atm_fl import party as party_module
 from atm_fl.errors import RunError, SettingError
-from atm_fl.loop import run_loop
-from atm_fl.party import Party, Update
+from atm_fl.federation.client import Party, Update
+from atm_fl.federation.loop import run_loop
+from atm_fl.models import heads
 from atm_fl.privacy.accounting import Spent, calibrate, epsilon
 from atm_fl.privacy.dp_sgd import clipped_sum, record_gradients
 from atm_fl.privacy.noise import party_secret
-from atm_fl.runs import checkpoints, read_metrics
+from atm_fl.runs.checkpoints import checkpoints
+from atm_fl.runs.metrics import read_metrics
 from atm_fl.settings import Settings
 from atm_fl.vectors import Layout
 from clients.app import app as client_app
@@ -189,10 +190,8 @@ def test_heads_of_a_private_run_are_made_from_images_that_are_not_tuned_on(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = []
-    make = party_module.models.prototypes
-    monkeypatch.setattr(
-        party_module.models, "prototypes", lambda model, data, *rest: used.append(data) or make(model, data, *rest)
-    )
+    make = heads.prototypes
+    monkeypatch.setattr(heads, "prototypes", lambda model, data, *rest: used.append(data) or make(model, data, *rest))
     for split in ("train", "validation"):
         settings = Settings.parse({**config, **DP, "split": split, "shots": 2, "seed": 7})
         party = Party(settings, settings.task_names[0])

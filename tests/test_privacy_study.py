@@ -10,11 +10,11 @@ import pytest
 from test_membership import noise  # noqa: F401 (a fixture)
 from typer.testing import CliRunner
 
-from atm_fl import cli
+from atm_fl.cli import terminal
 from atm_fl.errors import SettingError
 from atm_fl.experiments import privacy, read_study
 from atm_fl.privacy.accounting import Spent, epsilon
-from atm_fl.runs import read_metrics
+from atm_fl.runs.metrics import read_metrics
 
 STUDY = """
 folder = "{folder}/contest"
@@ -58,7 +58,7 @@ def file(config: dict[str, Any], noise: str, tmp_path: Path) -> Path:  # noqa: F
     return path
 
 
-def run(study: privacy.Study) -> list[str]:
+def run(study: privacy.PrivacyStudy) -> list[str]:
     return [privacy.run_unit(unit) for units in privacy.phases(study) for unit in units]
 
 
@@ -81,7 +81,7 @@ def test_a_study_measures_every_row_and_resumes(file: Path) -> None:
     assert found["frozen"].poisoned[1]["attack"] == "sign-flip"
     assert found["private"].poisoned is None
 
-    told = CliRunner().invoke(cli.app, ["study", "privacy", str(file), "--report"])
+    told = CliRunner().invoke(terminal.app, ["study", "privacy", str(file), "--report"])
     assert told.exit_code == 0, told.output
     table, page = privacy.table(study), study.runs.reports / "report.html"
     assert table in told.output

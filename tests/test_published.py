@@ -23,11 +23,11 @@ from torch import nn
 
 from atm_fl import cli, models, tasks
 from atm_fl.errors import RunError, SettingError
-from atm_fl.evaluation import accuracy
-from atm_fl.party import Party, Update
+from atm_fl.federation.client import Party, Update
 from atm_fl.settings import Settings
 from atm_fl.tasks import leaks, prompts, published
 from atm_fl.tasks.images import ImageFiles, decode
+from atm_fl.training.evaluation import accuracy
 
 ROOT = Path(__file__).parents[1]
 TRAIN, TEST = 20, 6

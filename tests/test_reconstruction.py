@@ -6,6 +6,7 @@ import inspect
 import json
 import pickle
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,18 @@ from torch.nn import functional
 from torchmetrics.functional.image.lpips import _LPIPS
 from typer.testing import CliRunner
 
-from atm_fl import cli, experiments
+from atm_fl import experiments
 from atm_fl.attacks import similarity
 from atm_fl.attacks.labels import class_histogram, histogram_error, recovered_labels
-from atm_fl.attacks.measurement import measure
+from atm_fl.attacks.measurement import measure_reconstruction
 from atm_fl.attacks.reconstruction import NoEquation, closed_form, gradient_of, reconstruct
 from atm_fl.attacks.scenario import Scenario, Victim, victims
 from atm_fl.attacks.similarity import MOST, lpips, paired, psnr, ssim
-from atm_fl.attacks.simulation import simulate
+from atm_fl.attacks.simulation import simulated_vector
+from atm_fl.cli import terminal
 from atm_fl.errors import SettingError
 from atm_fl.experiments import reconstruction
-from atm_fl.party import Party
+from atm_fl.federation.client import Party
 
 SGD = {"optimizer": "sgd", "learning-rate": 0.05}
 
@@ -42,7 +44,7 @@ def first(values: dict[str, Any]) -> Victim:
 
 
 def mean_psnr(values: dict[str, Any]) -> float:
-    return float(measure(Scenario.parse(values))["found"]["psnr"])
+    return float(measure_reconstruction(Scenario.parse(values))["found"]["psnr"])
 
 
 # ------------------------------------------------------------------------------------------------- what is attacked
@@ -73,10 +75,10 @@ def test_simulated_steps_make_the_partys_vector_of_the_true_images(
 ) -> None:
     victim = first(scene | optimizer | {"images": 7, "batch-size": 3, "local-epochs": 2})
     seen = victim.observed
-    ours = simulate(seen, seen.head, victim.images, victim.labels)
+    ours = simulated_vector(seen, seen.head, victim.images, victim.labels)
     assert float((ours - seen.vector).norm() / seen.vector.norm()) < 1e-3
     order = torch.arange(7).roll(1)  # the same images in another order are other batches
-    other = simulate(seen, seen.head, victim.images[order], victim.labels[order])
+    other = simulated_vector(seen, seen.head, victim.images[order], victim.labels[order])
     assert float((other - seen.vector).norm() / seen.vector.norm()) > 1e-2
 
 
@@ -84,7 +86,7 @@ def test_simulated_steps_make_the_partys_vector_of_the_true_images(
 
 
 def test_positive_control_on_the_embedded_vit(scene: dict[str, Any]) -> None:
-    row = measure(Scenario.parse(scene | {"model": "vit_micro"}))
+    row = measure_reconstruction(Scenario.parse(scene | {"model": "vit_micro"}))
     assert row["found"]["psnr"] >= 30
     assert row["found"]["ssim"] > 0.99
     assert row["noise"]["psnr"] < row["mean image"]["psnr"] < 20
@@ -104,7 +106,7 @@ def test_frozen_embeddings_leave_no_equation(scene: dict[str, Any], trainable: s
     values = scene | {"trainable": trainable}
     with pytest.raises(NoEquation, match=f"trainable='{trainable}' the vector does not hold the patch"):
         closed_form(first(values).observed)
-    row = measure(Scenario.parse(values))
+    row = measure_reconstruction(Scenario.parse(values))
     assert row["found"] is None
     assert row["noise"]["psnr"] > 0
 
@@ -112,13 +114,13 @@ def test_frozen_embeddings_leave_no_equation(scene: dict[str, Any], trainable: s
 def test_the_noise_of_dp_sgd_ends_it_and_the_clip_alone_does_not(scene: dict[str, Any]) -> None:
     clipped = scene | {"privacy": "clip-only", "dp-clip": 0.5}
     assert mean_psnr(clipped) >= 30
-    row = measure(Scenario.parse(clipped | {"privacy": "dp-sgd", "dp-noise": 1.0}))
+    row = measure_reconstruction(Scenario.parse(clipped | {"privacy": "dp-sgd", "dp-noise": 1.0}))
     assert row["found"]["psnr"] < row["mean image"]["psnr"]
     assert 0 < row["epsilon"] < 10
 
 
 def test_several_images_are_mixed(scene: dict[str, Any]) -> None:
-    row = measure(Scenario.parse(scene | {"images": 6}))
+    row = measure_reconstruction(Scenario.parse(scene | {"images": 6}))
     assert row["images"] == 18
     assert row["found"]["psnr"] < 30
 
@@ -145,7 +147,7 @@ def test_positive_control_on_open_clips_vit_b_16(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"attack": "inverting"}, {"attack": "simulation", "local-epochs": 2}])
 def test_a_search_finds_images_that_would_send_nearly_the_same(scene: dict[str, Any], change: dict[str, Any]) -> None:
     values = scene | {"victims": 1, "smoothness": 0.05, **change}
-    ends = [measure(Scenario.parse(values | {"iterations": count})) for count in (1, 80)]
+    ends = [measure_reconstruction(Scenario.parse(values | {"iterations": count})) for count in (1, 80)]
     assert ends[1]["distance"] < 0.3 * ends[0]["distance"]
 
 
@@ -153,7 +155,7 @@ def test_a_search_finds_images_that_would_send_nearly_the_same(scene: dict[str, 
 def test_a_search_finds_images_without_the_label_the_head_or_the_embeddings() -> None:
     values = {"tasks": "bluemarble", "victims": 2, "optimizer": "sgd", "learning-rate": 0.1, "trainable": "last-4"}
     searched = {"attack": "inverting", "head-known": False, "labels-known": False}
-    row = measure(Scenario.parse(values | searched))
+    row = measure_reconstruction(Scenario.parse(values | searched))
     assert row["found"]["psnr"] > 2 + max(row[name]["psnr"] for name in ("noise", "mean image", "prior only"))
 
 
@@ -326,8 +328,12 @@ def test_a_study_makes_a_table_and_pictures_and_resumes(
     assert "data:image/png" in text
 
     monkeypatch.setattr(reconstruction, "attacked", lambda _: pytest.fail("done again"))
-    monkeypatch.setattr(cli, "_run_study", lambda found, kind, _: [kind.run_unit(unit) for unit in found.units])
-    shown = CliRunner().invoke(cli.app, ["attack", "reconstruct", str(file)])
+    monkeypatch.setattr(
+        sys.modules["atm_fl.cli.attack"],
+        "run_study",
+        lambda found, kind, _: [kind.run_unit(unit) for unit in found.units],
+    )
+    shown = CliRunner().invoke(terminal.app, ["attack", "reconstruct", str(file)])
     assert shown.exit_code == 0
     assert lines[0] in shown.output
 

@@ -25,8 +25,9 @@ from test_runs import final, in_process, same
 
 from atm_fl.deployment.keys import make_authority, make_key_pair
 from atm_fl.errors import RunError
-from atm_fl.loop import run_loop
-from atm_fl.runs import Run, read_metrics
+from atm_fl.federation.loop import run_loop
+from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
 from clients.app import app as client_app
 from server.app import serve

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from atm_fl import party as party_module
 from atm_fl.errors import SettingError
-from atm_fl.kept import Kept
-from atm_fl.loop import run_loop
-from atm_fl.party import Party, Update, shared_model
-from atm_fl.runs import read_metrics
+from atm_fl.federation import client as party_module
+from atm_fl.federation.client import Party, Update
+from atm_fl.federation.client_state import ClientState
+from atm_fl.federation.loop import run_loop
+from atm_fl.federation.shared_model import shared_model
+from atm_fl.runs.metrics import read_metrics
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
 from clients.app import app as client_app
@@ -212,7 +213,7 @@ def test_a_kept_optimizer_outlives_the_process(config: dict[str, Any]) -> None:
 def test_a_lost_optimizer_starts_anew_and_says_so(config: dict[str, Any]) -> None:
     config |= {"keep-optimizer": True}
     run = run_loop(Settings.parse({**config, "rounds": 2}))
-    Kept.forget(run.id)
+    ClientState.forget(run.id)
     resumed = run_loop(Settings.parse({**config, "rounds": 3, "resume": True}))
     said = {line["round"] for line in lines(resumed.directory, "tuning") if line.get("optimizer_lost")}
     assert said == {3}

@@ -18,8 +18,9 @@ from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 
 from atm_fl.errors import RunError, SettingError
-from atm_fl.loop import run_loop
-from atm_fl.runs import Run, read_metrics
+from atm_fl.federation.loop import run_loop
+from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
 from clients.app import app as client_app
 from server.app import serve
@@ -174,12 +175,12 @@ def test_ph_atm_starts_from_a_merged_model_and_tunes_on_validation(config: dict[
 
 
 def test_heads_outlive_a_restart(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from atm_fl import party
+    from atm_fl.federation import client
 
     settings = Settings.parse(config)
-    first = party.Party(settings, settings.task_names[0]).head.weight
-    monkeypatch.setattr(party.models, "features", lambda *_: pytest.fail("the head was made again"))
-    assert torch.equal(party.Party(settings, settings.task_names[0]).head.weight, first)
+    first = client.Party(settings, settings.task_names[0]).head.weight
+    monkeypatch.setattr("atm_fl.models.heads.features", lambda *_: pytest.fail("the head was made again"))
+    assert torch.equal(client.Party(settings, settings.task_names[0]).head.weight, first)
 
 
 def test_a_failing_client_aborts_the_run_by_name_and_keeps_what_was_done(config: dict[str, Any]) -> None:
@@ -325,19 +326,19 @@ def test_config_json_says_what_decides_the_result(settings: Settings) -> None:
 
 @pytest.mark.slow
 def test_ray_simulation_ends_with_the_same_bits(tmp_path: Path) -> None:
-    from server.simulation import simulate
+    from server.simulation import run_simulation
 
     config = {"tasks": "digits,mnist", "rounds": 2, "local-epochs": 1}
     plain, ray = (Settings.parse({**config, "run-dir": str(tmp_path / name)}) for name in ("plain", "ray"))
     run_loop(plain)
-    simulate(ray, Path(__file__).parents[1])
+    run_simulation(ray, Path(__file__).parents[1])
     assert same(final(plain.run_dir), final(ray.run_dir))
 
 
 @pytest.mark.slow
 def test_a_failed_ray_run_is_an_error_that_says_why(tmp_path: Path) -> None:
-    from server.simulation import simulate
+    from server.simulation import run_simulation
 
     settings = Settings.parse({"tasks": f"digits,{tmp_path}/nothing", "rounds": 1, "run-dir": str(tmp_path / "run")})
     with pytest.raises(RunError, match="no party holds nothing.*does not exist on this machine"):
-        simulate(settings, Path(__file__).parents[1])
+        run_simulation(settings, Path(__file__).parents[1])

@@ -22,17 +22,19 @@ from safetensors.torch import load_file
 from scipy.stats import chisquare
 from test_runs import final, in_process, same, tampered
 
-from atm_fl import cli, codecs
-from atm_fl import party as party_module
+from atm_fl import codecs
+from atm_fl.cli import run as cli
 from atm_fl.errors import RunError, SettingError
-from atm_fl.kept import Kept
-from atm_fl.loop import run_loop
+from atm_fl.federation import client as party_module
+from atm_fl.federation.client_state import ClientState
+from atm_fl.federation.loop import run_loop
 from atm_fl.privacy import secure_aggregation, shamir
 from atm_fl.privacy.identity import Identity, party_key, public_line, read_trusted
-from atm_fl.privacy.ring import WORD, Ring
 from atm_fl.privacy.secure_aggregation import Member, add_mask, check_keys, settle, unmask
-from atm_fl.runs import Run, read_metrics
+from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
+from atm_fl.vectors.ring import WORD, Ring
 from clients.app import app as client_app
 from server.app import serve
 from server.grid import InProcessGrid
@@ -95,7 +97,7 @@ def test_what_the_ring_cannot_hold_is_said() -> None:
 
 
 def test_a_mask_is_chacha20_and_goes_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atm_fl.blocks.BLOCK", 64)
+    monkeypatch.setattr("atm_fl.vectors.blocks.BLOCK", 64)
     monkeypatch.setattr(secure_aggregation, "BLOCK", 64)
     words = np.arange(200, dtype=WORD)
     add_mask(words, bytes(range(32)))
@@ -767,7 +769,7 @@ def test_secrets_are_the_partys_own_and_asked_for_twice_they_are_gone(four: dict
             info = message.content.config_records["info"]
             if message.metadata.message_type not in ("query", "query.unmask", "evaluate"):
                 task = str(reply.content.config_records["info"]["task"])
-                modes.add((Kept(str(info["run"]), task).folder / "secret.json").stat().st_mode & 0o777)
+                modes.add((ClientState(str(info["run"]), task).folder / "secret.json").stat().st_mode & 0o777)
             if message.metadata.message_type == "query.unmask":
                 message.content.config_records["summed"]["clients"] = ["red", "green", "blue"]
                 refused.append(client_app(message, context).error.reason)
@@ -1044,10 +1046,10 @@ def test_it_needs_three_parties(config: dict[str, Any], folders: list[str]) -> N
 
 @pytest.mark.slow
 def test_ray_simulation_ends_with_the_same_bits(tmp_path: Path) -> None:
-    from server.simulation import simulate
+    from server.simulation import run_simulation
 
     config = {"tasks": "digits,mnist,icons", "rounds": 2, "local-epochs": 1, "secure-aggregation": True}
     plain, ray = (Settings.parse({**config, "run-dir": str(tmp_path / name)}) for name in ("plain", "ray"))
     run_loop(plain)
-    simulate(ray, Path(__file__).parents[1])
+    run_simulation(ray, Path(__file__).parents[1])
     assert same(final(plain.run_dir), final(ray.run_dir))

@@ -14,9 +14,9 @@ from flwr.serverapp import strategy as flower
 from torch import Tensor
 
 from atm_fl.errors import RunError, SettingError
-from atm_fl.loop import run_loop
-from atm_fl.runs import Run
-from atm_fl.server_optimizer import SERVER_OPTIMIZERS, ServerOptimizer
+from atm_fl.federation.loop import run_loop
+from atm_fl.merging.server_optimizer import SERVER_OPTIMIZERS, ServerOptimizer
+from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
 from atm_fl.vectors import digest
 

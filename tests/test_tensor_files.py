@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from atm_fl.files import atomic_write
-from atm_fl.tensor_files import save_vectors
+from atm_fl.vectors.tensor_files import save_vectors
 
 
 def test_safetensors_reads_what_was_saved(tmp_path: Path) -> None:

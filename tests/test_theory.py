@@ -14,7 +14,7 @@ from atm_fl import models, vectors
 from atm_fl.merging import make_merge
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
-from atm_fl.tuning import task_vector, tune
+from atm_fl.training.local import task_vector, tune
 
 IMAGES, CLASSES, TASKS = 24, 3, 3
 

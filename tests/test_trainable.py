@@ -12,12 +12,12 @@ from torch import nn
 
 from atm_fl import models
 from atm_fl.errors import SettingError
-from atm_fl.loop import run_loop
-from atm_fl.party import SharedModel
-from atm_fl.runs import read_metrics
+from atm_fl.federation.loop import run_loop
+from atm_fl.federation.shared_model import SharedModel
+from atm_fl.models.trainable import Lora, set_trainable
+from atm_fl.runs.metrics import read_metrics
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
-from atm_fl.trainable import Lora, set_trainable
 from atm_fl.vectors import Layout, bind
 
 IMAGES = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from atm_fl.models import load_backbone
-from atm_fl.vectors import Layout, Spill, bind
+from atm_fl.vectors import Layout, bind
+from atm_fl.vectors.mapped import MappedVectors
 
 
 def test_a_layout_holds_trainable_floats_only_and_views_share_memory() -> None:
@@ -47,7 +48,7 @@ def test_a_bound_module_follows_its_flat_parameter() -> None:
 
 
 def test_a_spill_gives_back_what_was_added_and_its_file_never_changes() -> None:
-    spill, vectors = Spill(), {name: torch.randn(100) for name in "abc"}
+    spill, vectors = MappedVectors(), {name: torch.randn(100) for name in "abc"}
     for name, vector in vectors.items():
         spill.add(name, vector)
     for mapped in spill.vectors().values():
@@ -59,7 +60,7 @@ def test_a_spill_gives_back_what_was_added_and_its_file_never_changes() -> None:
 
 
 def test_a_spill_refuses_a_name_twice() -> None:
-    spill = Spill()
+    spill = MappedVectors()
     spill.add("a", torch.ones(3))
     with pytest.raises(ValueError, match="'a' was added twice"):
         spill.add("a", torch.ones(3))

@@ -18,12 +18,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_runs import final, in_process, replace_info, same, tampered
 
-from atm_fl import kept, tasks, vectors
+from atm_fl import tasks, vectors
 from atm_fl.codecs import CODECS, make_codec, size_of
 from atm_fl.errors import RunError, SettingError
-from atm_fl.kept import Kept
-from atm_fl.loop import run_loop
-from atm_fl.runs import Run, load_checkpoint, read_metrics
+from atm_fl.federation import client_state
+from atm_fl.federation.client_state import ClientState
+from atm_fl.federation.loop import run_loop
+from atm_fl.runs.checkpoints import load_checkpoint
+from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
 from clients.app import app as client_app
 
@@ -44,7 +47,7 @@ def lines(run: Run, kind: str) -> list[dict[str, Any]]:
 
 def disk(run: Run, task: str) -> Path:
     """The folder of one client's files."""
-    return Kept(run.id, task).folder
+    return ClientState(run.id, task).folder
 
 
 @pytest.mark.parametrize(("up", "down"), PAIRS)
@@ -163,7 +166,7 @@ def test_error_feedback_sends_in_the_end_what_was_left_out(config: dict[str, Any
     first = config["tasks"].split(",")[0]
     run = run_loop(Settings.parse({**config, "tasks": first, "rounds": 1, "codec-up": SPARSE}))
     whole = run_loop(Settings.parse({**config, "tasks": first, "rounds": 1, "run-dir": config["run-dir"] + "2"}))
-    residual = Kept(run.id, "red").last("residual", 2)
+    residual = ClientState(run.id, "red").last("residual", 2)
     assert residual is not None
     torch.testing.assert_close(run.base + residual["vector"], whole.base, rtol=0, atol=1e-6)
     assert not torch.equal(run.base, whole.base)
@@ -182,8 +185,8 @@ def before_message(spoil: Callable[[Path], object], task: str, kind: str, round_
             if (held, metadata.message_type, metadata.group_id) == (task, kind, str(round_number)):
                 info = message.content.config_records["info"]
                 if info["from"]:  # not when the whole base comes
-                    kept.forget_recent()
-                    spoil(Kept(str(info["run"]), task).folder)
+                    client_state.forget_recent()
+                    spoil(ClientState(str(info["run"]), task).folder)
             return client_app(message, context)
 
     return Spoilt()
@@ -396,10 +399,10 @@ def test_a_run_from_before_there_were_codecs_resumes(config: dict[str, Any]) -> 
 
 @pytest.mark.slow
 def test_ray_simulation_ends_with_the_same_bits(tmp_path: Path) -> None:
-    from server.simulation import simulate
+    from server.simulation import run_simulation
 
     config = {"tasks": "digits,mnist", "rounds": 3, "local-epochs": 1, "codec-up": SPARSE, "codec-down": "low-rank:4"}
     plain, ray = (Settings.parse({**config, "run-dir": str(tmp_path / name)}) for name in ("plain", "ray"))
     run_loop(plain)
-    simulate(ray, Path(__file__).parents[1])
+    run_simulation(ray, Path(__file__).parents[1])
     assert same(final(plain.run_dir), final(ray.run_dir))

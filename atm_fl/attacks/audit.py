@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from atm_fl.errors import SettingError
-from atm_fl.party import Party
+from atm_fl.federation.client import Party
 from atm_fl.privacy.budget import Budget
 from atm_fl.privacy.dp_sgd import clip_factors, record_gradients, sampling_rate
 from atm_fl.privacy.noise import Noise

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from atm_fl.attacks.scenario import Observation
-from atm_fl.trainable import AFTER, BLOCK
+from atm_fl.models.trainable import AFTER, BLOCK
 
 NORMS = ("vit.norm", "vit.fc_norm", "vit.ln_post")
 """The last layer norm in timm's and open_clip's ViTs; an open_clip ViT's `proj` comes after it."""

@@ -37,7 +37,7 @@ class Outcome:
     histogram_error: tuple[float, float] | None
 
 
-def measure(scenario: Scenario, base: Tensor | None = None) -> dict[str, Any]:
+def measure_reconstruction(scenario: Scenario, base: Tensor | None = None) -> dict[str, Any]:
     """A row of numbers about the scenario; `base` [n] is the model that is tuned, by default the pretrained one."""
     begin = time.monotonic()
     return summary(scenario, attacked(scenario, base)) | {"seconds": time.monotonic() - begin}

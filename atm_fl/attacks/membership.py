@@ -35,12 +35,13 @@ from torch import Tensor, nn
 
 from atm_fl import models, tasks
 from atm_fl.errors import SettingError
+from atm_fl.federation.client import Party, Update
+from atm_fl.federation.loop import play_round
+from atm_fl.federation.shared_model import shared_model
 from atm_fl.files import atomic_write
-from atm_fl.loop import play_round
 from atm_fl.models import EVALUATION_BATCH
-from atm_fl.party import Party, Update, shared_model
 from atm_fl.privacy.budget import Budget
-from atm_fl.runs import Run
+from atm_fl.runs.run import Run
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
@@ -111,7 +112,7 @@ def rmia(target: Tensor, references: Tensor, members: Tensor, target_population:
 
 
 @dataclass(frozen=True)
-class Leak:
+class MembershipLeak:
     """How well a score tells members from others: the area under the ROC curve, and TPR by FPR of `RATES`.
 
     Each with a 95 % interval (low, high) by bootstrap over the images.
@@ -140,7 +141,7 @@ class Curve:
         return sides[0] / sides[0][-1], sides[1] / sides[1][-1]
 
 
-def measure(scores: Tensor, members: Tensor) -> Leak:
+def membership_leak(scores: Tensor, members: Tensor) -> MembershipLeak:
     """The leak of `scores`, [t, n] of t attacked models on n images each, with `members`, bool [t, n].
 
     Decisions on all models make one curve. An image's decisions depend on each other, so that the bootstrap draws
@@ -162,11 +163,11 @@ def measure(scores: Tensor, members: Tensor) -> Leak:
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0).tolist()
     area, *rates = numbers(None)
     intervals = dict(zip(RATES, zip(low[1:], high[1:], strict=True), strict=True))
-    return Leak(area, (low[0], high[0]), dict(zip(RATES, rates, strict=True)), intervals)
+    return MembershipLeak(area, (low[0], high[0]), dict(zip(RATES, rates, strict=True)), intervals)
 
 
 @dataclass(frozen=True)
-class Question:
+class MembershipTarget:
     """Images of one task of which an attacker asks whether they were tuned on, the head, and RMIA's population."""
 
     task: str
@@ -182,7 +183,7 @@ class Question:
         return chosen
 
 
-def question(settings: Settings, task: str, members: int) -> Question:
+def membership_target(settings: Settings, task: str, members: int) -> MembershipTarget:
     """Twice `members` images of everything that an embedded task's source has; head and population from the rest.
 
     No image is in two of the three. SettingError if the source has too few images, or the task is not embedded.
@@ -209,12 +210,12 @@ def question(settings: Settings, task: str, members: int) -> Question:
     model = shared_model(settings.of_model())
     model.load(model.pretrained)
     head = models.prototypes(model.module, rest.take(shots), classes, settings.shots, settings.seed)
-    return Question(task, asked, rest.take(population[:POPULATION]), head)
+    return MembershipTarget(task, asked, rest.take(population[:POPULATION]), head)
 
 
 def trajectory(
     settings: Settings,
-    asked: Question,
+    asked: MembershipTarget,
     number: int,
     others: Callable[[int, Tensor], Iterator[tuple[str, Update]]],
     run: str,
@@ -309,7 +310,7 @@ def study(
     config = folder / "config.json"
     if config.exists() and json.loads(config.read_text()) != about:
         raise SettingError(f"--folder {folder} holds a study of other settings; choose another")
-    asked = question(settings, task, members)
+    asked = membership_target(settings, task, members)
     with atomic_write(config) as part:
         part.write_text(json.dumps(about, indent=2) + "\n")
     named = [pair for pair in zip(settings.party_names, settings.task_names, strict=True) if pair[0] != task]
@@ -337,7 +338,7 @@ def study(
     for place, which in ((r, w) for r in range(settings.rounds) for w in range(len(models))):
         seen, population = confidence[:, place, which, :asks], confidence[:, place, which, asks:]
         for attack, scores in attacks(seen, halves, population).items():
-            leak = measure(scores, halves)
+            leak = membership_leak(scores, halves)
             false, true = Curve(scores, halves).rates()
             kept = np.unique(np.geomspace(1, len(false), 200).astype(int)) - 1
             points = [[float(f"{value:.6g}") for value in axis[kept]] for axis in (false, true)]
@@ -366,7 +367,7 @@ def table(result: dict[str, Any]) -> str:
         "|---" * (4 + len(RATES)) + "|",
     ]
     for row in result["rows"]:
-        leak: Leak = row["leak"]
+        leak: MembershipLeak = row["leak"]
         cells = [f"{leak.auc:.3f} ({leak.auc_interval[0]:.3f}–{leak.auc_interval[1]:.3f})"]
         for rate in RATES:
             low, high = leak.tpr_interval[rate]

@@ -29,19 +29,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import gram
 from atm_fl.codecs import Arrays
 from atm_fl.errors import SettingError
+from atm_fl.federation.aggregation import mean
+from atm_fl.federation.client import Party, Update
+from atm_fl.federation.loop import run_loop
 from atm_fl.files import atomic_write
-from atm_fl.loop import mean, run_loop
-from atm_fl.merging.kinds import Combination
+from atm_fl.merging.kinds import LinearCombination
 from atm_fl.merging.robust import Median, TrimmedMean
-from atm_fl.party import Party, Update
 from atm_fl.plugins import Registry
-from atm_fl.runs import read_metrics
+from atm_fl.runs.metrics import read_metrics
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
+from atm_fl.vectors.blocks import inner_products
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def free_ride(sight: Sight) -> Tensor:
     return torch.zeros_like(sight.own) if sight.step is None else sight.step.clone()
 
 
-class Scene:
+class PoisoningSimulation:
     """What all parties of one run can see of each other, and which share of every vector the merge kept."""
 
     def __init__(self, settings: Settings, attack: str, strength: float, attackers: Sequence[str]) -> None:
@@ -202,7 +203,7 @@ class Scene:
         if len(self.sent) < len(settings.party_names):
             return
         if not settings.secure_aggregation:
-            clients: dict[str, list[str]] = {task: [] for task in settings.held_tasks}
+            clients: dict[str, list[str]] = {task: [] for task in settings.client_tasks}
             for client in settings.party_names:
                 clients[settings.task_of[client]].append(client)
             merged = {
@@ -216,10 +217,10 @@ class Scene:
         self.sent = {}
 
 
-class Player(Party):
+class AdversarialClient(Party):
     """A party of a scene: honest, or with `attacks` an attacker."""
 
-    def __init__(self, settings: Settings, client: str, task: str, scene: Scene, attacks: bool) -> None:
+    def __init__(self, settings: Settings, client: str, task: str, scene: PoisoningSimulation, attacks: bool) -> None:
         super().__init__(settings, task, client=client, ledgers=Path(settings.run_dir) / "privacy")
         self.scene, self.attacks = scene, attacks
         if attacks and scene.attack == "backdoor":
@@ -262,8 +263,8 @@ def kept_shares(merge: Any, vectors: dict[str, Tensor]) -> dict[str, float]:
     elements (of a sample) whose value is among those that are averaged.
     """
     names, count = list(vectors), len(vectors)
-    if isinstance(merge, Combination):
-        found = merge.coefficients(names, gram(list(vectors.values()))) * count
+    if isinstance(merge, LinearCombination):
+        found = merge.coefficients(names, inner_products(list(vectors.values()))) * count
         return dict(zip(names, found.clamp(0, 1).tolist(), strict=True))
     if not isinstance(merge, (Median, TrimmedMean)):
         return dict.fromkeys(names, 1.0)
@@ -308,9 +309,9 @@ def study(settings: Settings, attack: str, attackers: Sequence[str]) -> dict[str
                 f"{plugin or 'no plugin'}; choose another --folder"
             )
         return known
-    scene = Scene(settings, attack, ATTACKS[attack].strength, attackers)
+    scene = PoisoningSimulation(settings, attack, ATTACKS[attack].strength, attackers)
     players = [
-        Player(settings, client, task, scene, attacks and attack != "none")
+        AdversarialClient(settings, client, task, scene, attacks and attack != "none")
         for attacks in (False, True)
         for client, task in zip(settings.party_names, settings.task_names, strict=True)
         if (client in attackers) == attacks

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atm_fl.attacks.labels import recovered_labels
 from atm_fl.attacks.scenario import Observation
-from atm_fl.attacks.simulation import simulate
+from atm_fl.attacks.simulation import simulated_vector
 from atm_fl.errors import SettingError
 from atm_fl.models import Head
 from atm_fl.seeds import derive_seed
@@ -33,7 +33,7 @@ PATCHES = ("vit.patch_embed.proj.weight", "vit.conv1.weight")
 POSITIONS = ("vit.pos_embed", "vit.positional_embedding")
 """The two embeddings' entries in timm's and open_clip's ViTs."""
 SOFTNESS = 1.0
-"""Of the simulated AdamW: see simulate."""
+"""Of the simulated AdamW: see `simulated_vector`."""
 HEAD_RATE = 0.01
 """Adam's learning rate for a head that is searched for."""
 
@@ -154,7 +154,7 @@ def signed_descent(seen: Observation, start: Tensor, labels: Tensor | None) -> t
 
     def distance(labels: Tensor) -> Tensor:
         if scenario.attack == "simulation":
-            predicted, wanted = simulate(seen, head, pixels, labels, SOFTNESS), seen.vector
+            predicted, wanted = simulated_vector(seen, head, pixels, labels, SOFTNESS), seen.vector
         else:
             predicted, wanted = gradient_of(seen, head, pixels, labels), seen.gradient
         pairs = zip(seen.layout.views(predicted).values(), seen.layout.views(wanted).values(), strict=True)

@@ -18,14 +18,14 @@ from torch.nn import functional
 
 from atm_fl import models
 from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.federation.client import Party
+from atm_fl.models.trainable import set_trainable
 from atm_fl.optimizers import OPTIMIZERS
-from atm_fl.party import Party
 from atm_fl.privacy.accounting import Spent, epsilon
 from atm_fl.privacy.dp_sgd import sampling_rate, steps_per_round
 from atm_fl.privacy.noise import Noise, derive_key
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings, kebab
-from atm_fl.trainable import set_trainable
 from atm_fl.vectors import Layout
 
 ATTACKS = ("closed-form", "dlg", "inverting", "simulation")

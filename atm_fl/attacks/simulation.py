@@ -9,8 +9,11 @@ from torch.nn import functional
 from atm_fl.attacks.scenario import Observation
 
 
-def simulate(seen: Observation, head: nn.Module, pixels: Tensor, labels: Tensor, softness: float = 0.0) -> Tensor:
-    """The task vector float32 [n] that `tuning.tune` would make of these images [k, 3, s, s] in 0..1 and labels [k].
+def simulated_vector(
+    seen: Observation, head: nn.Module, pixels: Tensor, labels: Tensor, softness: float = 0.0
+) -> Tensor:
+    """The task vector float32 [n] that `training.local.tune` would make of these images [k, 3, s, s] in 0..1 and labels
+    [k].
 
     The same steps in the same order of images: SGD (with momentum) or AdamW, gradient clip, weight decay, proximal
     term. softness: AdamW's first step is all but the gradient's sign, which has no slope; its ε grows by so many times
@@ -23,7 +26,7 @@ def simulate(seen: Observation, head: nn.Module, pixels: Tensor, labels: Tensor,
     random = torch.Generator().manual_seed(seen.seed)
     step, rate, decay = 0, settings.learning_rate, settings.weight_decay
     for _ in range(max(1, round(settings.local_epochs))):
-        order = torch.randperm(len(labels), generator=random).tensor_split(settings.turns)[0]
+        order = torch.randperm(len(labels), generator=random).tensor_split(settings.chunks_per_epoch)[0]
         for part in order.split(settings.batch_size):
             step += 1
             loss = functional.cross_entropy(head(seen.features(flat, pixels[part])), labels[part])

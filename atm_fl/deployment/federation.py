@@ -64,7 +64,7 @@ def read_parties(text: str) -> list[PartyPlan]:
     """Parties from `mnist,birds=/srv/birds,./pets=/srv/pets,published:cars=/srv/data`.
 
     `./` says a folder of images, as in the setting `tasks`, and `published:` a published data set; a name that may be
-    either needs one of them. SettingError names the first that cannot be a party, and the mend.
+    either needs one of them. SettingError names the first that cannot be a party, and the fix.
     """
     plans: dict[str, PartyPlan] = {}
     for item in (item.strip() for item in text.split(",")):

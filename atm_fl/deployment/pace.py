@@ -24,7 +24,7 @@ def set_variables() -> None:
         os.environ.setdefault(name, value)
 
 
-class ShortNaps:
+class CappedSleep:
     """The module `time` with a `sleep` that takes LONGEST_NAP seconds at most, to be put in a Flower module's place."""
 
     @staticmethod

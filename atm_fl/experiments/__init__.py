@@ -1,7 +1,7 @@
 """Studies: the loop run many times, and the tables of the documentation.
 
-A study is a TOML file. The module that runs it has a class `Study` with a class method `of`, which checks the file's
-values, and the functions `phases`, `run_unit` and `table`.
+A study is a TOML file. The module that runs it has a function `read`, which checks the file's values, and the functions
+`phases`, `run_unit` and `table`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def read_study(path: Path, kind: Any) -> Any:
     if "rows" not in values:
         raise SettingError(f"{path} is not a study, which has [rows]; for a run's settings use atm-fl run {path}")
     try:
-        return kind.Study.of({key.replace("-", "_"): value for key, value in values.items()})
+        return kind.read({key.replace("-", "_"): value for key, value in values.items()})
     except (TypeError, KeyError, AttributeError) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise SettingError(f"{path} is not such a study: {why}; is it one for {command_for(values)}?") from error

@@ -38,18 +38,20 @@ from torch import Tensor
 
 from atm_fl.codecs import size_of
 from atm_fl.errors import RunError, SettingError, did_you_mean
-from atm_fl.evaluation import mean_accuracy
 from atm_fl.experiments import contest_page
 from atm_fl.experiments.joint import run_joint
 from atm_fl.experiments.landscape import landscape
+from atm_fl.federation.client import Party
+from atm_fl.federation.client_state import ClientState
+from atm_fl.federation.loop import run_loop
 from atm_fl.files import atomic_write
-from atm_fl.flops import operations
-from atm_fl.kept import Kept
-from atm_fl.loop import run_loop
 from atm_fl.models import load_backbone
-from atm_fl.party import Party
-from atm_fl.runs import checkpoints, load_checkpoint, processor, read_metrics, save_checkpoint
+from atm_fl.models.flops import operations
+from atm_fl.runs.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.run import processor
 from atm_fl.settings import Settings
+from atm_fl.training.evaluation import mean_accuracy
 from atm_fl.vectors import Layout
 
 KINDS = ("single", "joint", "one-shot", "atm", "ph-atm")
@@ -58,7 +60,7 @@ Choice = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Row:
+class ContestRow:
     """A contestant; see the module."""
 
     name: str
@@ -86,7 +88,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Study:
+class Contest:
     """A contest's configuration: see configs/contest.toml.
 
     Units of work are in `folder`, tables and pages in its folder `name`: contests in one folder share what has the same
@@ -98,15 +100,15 @@ class Study:
     seeds: list[int]
     epochs: int
     settings: dict[str, Any]
-    rows: list[Row]
+    rows: list[ContestRow]
     landscape: Slice | None = None
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> Study:
+    def of(cls, values: dict[str, Any]) -> Contest:
         """The contest of a file's values. TypeError or KeyError for a wrong key, SettingError for a wrong setting."""
         rows = [_row(name, dict(row)) for name, row in values["rows"].items()]
         bases = [row.name for row in rows if row.kind == "one-shot"]
-        expanded: list[Row] = []
+        expanded: list[ContestRow] = []
         for row in rows:
             refined = [replace(row, name=f"{row.name} from {base}", base=base) for base in bases]
             expanded += refined if row.kind == "ph-atm" else [row]
@@ -119,7 +121,7 @@ class Study:
             raise SettingError("a contest with one-shot or ph-atm rows needs a row of kind single")
         for row in study.rows:
             for choice in row.choices():
-                settings = Unit(study, row, study.seeds[0], choice).parse()
+                settings = ContestUnit(study, row, study.seeds[0], choice).parse()
                 over = [number for number in (*row.report, *row.select) if not 0 < number <= settings.rounds]
                 if over:
                     raise SettingError(f"row {row.name!r}: it has {settings.rounds} rounds, so none is {over[0]}")
@@ -130,7 +132,7 @@ class Study:
             ):
                 if not any((row.name, row.kind) == (name, kind) for row in study.rows):
                     raise SettingError(f"landscape: {key}={name!r} is no row of kind {kind}")
-            kept = Unit(study, study.row("atm", study.landscape.row), study.seeds[0]).settings().keep_checkpoints
+            kept = ContestUnit(study, study.row("atm", study.landscape.row), study.seeds[0]).settings().keep_checkpoints
             if kept:
                 raise SettingError(f"landscape: row={study.landscape.row!r} must have keep-checkpoints = 0, not {kept}")
         return study
@@ -140,12 +142,12 @@ class Study:
         """Where its tables and pages go."""
         return self.folder / self.name
 
-    def row(self, kind: str, name: str = "") -> Row:
+    def row(self, kind: str, name: str = "") -> ContestRow:
         """The first row of a kind, or the one called `name`."""
         return next(row for row in self.rows if row.kind == kind and name in ("", row.name))
 
 
-def _row(name: str, values: dict[str, Any]) -> Row:
+def _row(name: str, values: dict[str, Any]) -> ContestRow:
     """A row of a study's file: keys that are not the row's own are settings."""
     own = {key: values.pop(key) for key in ("kind", "tune", "tuning-rounds", "report", "select") if key in values}
     kind = own.setdefault("kind", "atm")
@@ -153,15 +155,15 @@ def _row(name: str, values: dict[str, Any]) -> Row:
         raise SettingError(f"row {name!r}: kind={kind!r} is unknown{did_you_mean(str(kind), KINDS)}")
     for key in ("report", "select"):
         own[key] = tuple(own.get(key, ()))
-    return Row(name, settings=values, **{key.replace("-", "_"): value for key, value in own.items()})
+    return ContestRow(name, settings=values, **{key.replace("-", "_"): value for key, value in own.items()})
 
 
 @dataclass(frozen=True)
-class Unit:
+class ContestUnit:
     """A piece of work that one process does: a row with one seed and, where it is tuned by runs, one choice."""
 
-    study: Study
-    row: Row
+    study: Contest
+    row: ContestRow
     seed: int
     choice: Choice = field(default_factory=dict)
     rounds: int = 0
@@ -179,11 +181,11 @@ class Unit:
         budget = {"single": (1, study.epochs), "one-shot": (1, study.epochs)}.get(row.kind, (study.epochs, 1))
         values = {"rounds": budget[0], "local-epochs": budget[1], **study.settings}
         if row.kind == "ph-atm":
-            values |= {"split": "validation", "start": str(Unit(study, self._base, self.seed).folder)}
+            values |= {"split": "validation", "start": str(ContestUnit(study, self._base, self.seed).folder)}
         return Settings.parse({**values, **row.settings, **self.choice, "seed": self.seed, "run-dir": str(self.folder)})
 
     @property
-    def _base(self) -> Row:
+    def _base(self) -> ContestRow:
         return self.study.row("one-shot", self.row.base)
 
     def settings(self) -> Settings:
@@ -201,26 +203,26 @@ def _slug(text: str) -> str:
     return re.sub(r"[^\w.=+-]+", "-", text).strip("-")
 
 
-def phases(study: Study) -> Iterator[list[Unit]]:
+def phases(study: Contest) -> Iterator[list[ContestUnit]]:
     """Units that may run side by side; a later phase needs the results of the one before it."""
     first, *others = study.seeds
     runs = [row for row in study.rows if row.kind in ("atm", "joint")]
     tuned, plain = [row for row in runs if row.tune], [row for row in runs if not row.tune]
     yield [
-        *(Unit(study, row, seed) for row in plain for seed in study.seeds),
-        *(Unit(study, row, seed) for row in study.rows if row.kind == "single" for seed in study.seeds),
-        *(Unit(study, row, first, choice, row.tuning_rounds) for row in tuned for choice in row.choices()),
+        *(ContestUnit(study, row, seed) for row in plain for seed in study.seeds),
+        *(ContestUnit(study, row, seed) for row in study.rows if row.kind == "single" for seed in study.seeds),
+        *(ContestUnit(study, row, first, choice, row.tuning_rounds) for row in tuned for choice in row.choices()),
     ]
     yield [
-        *(Unit(study, row, seed, best_choice(study, row)) for row in tuned for seed in (first, *others)),
-        *(Unit(study, row, seed) for row in study.rows if row.kind == "one-shot" for seed in study.seeds),
+        *(ContestUnit(study, row, seed, best_choice(study, row)) for row in tuned for seed in (first, *others)),
+        *(ContestUnit(study, row, seed) for row in study.rows if row.kind == "one-shot" for seed in study.seeds),
     ]
-    yield [Unit(study, row, seed) for row in study.rows if row.kind == "ph-atm" for seed in study.seeds]
+    yield [ContestUnit(study, row, seed) for row in study.rows if row.kind == "ph-atm" for seed in study.seeds]
     if study.landscape:
-        yield [Unit(study, Row("landscape", "landscape"), first)]
+        yield [ContestUnit(study, ContestRow("landscape", "landscape"), first)]
 
 
-def run_unit(unit: Unit) -> str:
+def run_unit(unit: ContestUnit) -> str:
     """Do one unit, or what is left of it. A run that ends with a RunError is kept as one that came to nothing."""
     if finished(unit):
         return f"{unit}: finished before"
@@ -235,7 +237,7 @@ def run_unit(unit: Unit) -> str:
     return f"{unit}: {time.monotonic() - begin:.0f} s"
 
 
-def finished(unit: Unit) -> bool:
+def finished(unit: ContestUnit) -> bool:
     """Whether nothing is left to do."""
     if failed(unit):
         return True
@@ -248,25 +250,25 @@ def finished(unit: Unit) -> bool:
     return max(tested, default=0) >= settings.rounds
 
 
-def failed(unit: Unit) -> bool:
+def failed(unit: ContestUnit) -> bool:
     """Whether the run came to nothing."""
     return (unit.folder / "failed.txt").exists()
 
 
-def _run(unit: Unit) -> None:
+def _run(unit: ContestUnit) -> None:
     run = run_loop(replace(unit.settings(), resume=bool(checkpoints(unit.folder))))
-    Kept.forget(run.id)
+    ClientState.forget(run.id)
 
 
-def _joint(unit: Unit) -> None:
+def _joint(unit: ContestUnit) -> None:
     run_joint(unit.settings())
 
 
-def _landscape(unit: Unit) -> None:
+def _landscape(unit: ContestUnit) -> None:
     """Evaluate the plane through the pretrained, the one-shot and the ATM model that the study names."""
     study = unit.study
     assert study.landscape
-    run = Unit(study, study.row("atm", study.landscape.row), unit.seed)
+    run = ContestUnit(study, study.row("atm", study.landscape.row), unit.seed)
     settings = run.settings()
     parties = [Party(settings, name) for name in settings.task_names]
     base, layout = parties[0].model.pretrained, parties[0].model.layout
@@ -274,7 +276,7 @@ def _landscape(unit: Unit) -> None:
     def load(folder: Path, rounds: int = 0) -> Tensor:
         return load_checkpoint(folder, layout, print, rounds)[1]
 
-    merged = load(Unit(study, study.row("one-shot", study.landscape.one_shot), unit.seed).folder)
+    merged = load(ContestUnit(study, study.row("one-shot", study.landscape.one_shot), unit.seed).folder)
     path = [load(run.folder, number) for number in range(1, settings.rounds + 1)]
     alone = {f"{task} alone": base + vector for task, vector in single_vectors(study, unit.seed).items()}
     found = landscape(parties, base, merged, path, alone, study.landscape.grid)
@@ -287,7 +289,7 @@ def _landscape(unit: Unit) -> None:
 # ------------------------------------------------------------------------------------------- single tasks and one-shot
 
 
-def _claim(unit: Unit, settings: Settings) -> None:
+def _claim(unit: ContestUnit, settings: Settings) -> None:
     """SettingError if the unit's folder holds results of another configuration."""
     decides = {"settings": settings.decisive(), "tune": unit.row.tune}
     config = unit.folder / "config.json"
@@ -302,7 +304,7 @@ def _claim(unit: Unit, settings: Settings) -> None:
         part.write_text(json.dumps(decides, indent=1))
 
 
-def _single(unit: Unit) -> None:
+def _single(unit: ContestUnit) -> None:
     """Tune every task alone. Vectors stay on disk, so that a break loses one task."""
     settings = unit.settings()
     _claim(unit, settings)
@@ -326,15 +328,15 @@ def _single(unit: Unit) -> None:
         part.write_text(json.dumps(found, indent=1))
 
 
-def single_vectors(study: Study, seed: int) -> dict[str, Tensor]:
+def single_vectors(study: Contest, seed: int) -> dict[str, Tensor]:
     """The single-task vectors of a seed, float32 [n], in the order of the tasks."""
-    folder = Unit(study, study.row("single"), seed).folder
+    folder = ContestUnit(study, study.row("single"), seed).folder
     names = Settings.parse(study.settings).party_names
     # Tensors out of a file are not aligned as torch's own are.
     return {task: load_file(str(folder / f"{task}.safetensors"))["vector"].clone() for task in names}
 
 
-def _one_shot(unit: Unit) -> None:
+def _one_shot(unit: ContestUnit) -> None:
     """Merge the single-task vectors with every choice, keep the best on validation, and read its test accuracies."""
     study = unit.study
     settings = unit.settings()
@@ -356,18 +358,18 @@ def _one_shot(unit: Unit) -> None:
         part.write_text(json.dumps(found | {"tried": tried, "seconds": seconds}, indent=1))
 
 
-def _merged(unit: Unit, layout: Layout, vectors: dict[str, Tensor]) -> Tensor:
+def _merged(unit: ContestUnit, layout: Layout, vectors: dict[str, Tensor]) -> Tensor:
     return unit.settings().make_merge(layout, 1).combine(vectors)
 
 
 # ------------------------------------------------------------------------------------------------------- what came out
 
 
-def best_choice(study: Study, row: Row) -> Choice:
+def best_choice(study: Contest, row: ContestRow) -> Choice:
     """Of a row that is tuned by runs: the choice of the best mean validation accuracy on the first seed."""
 
     def score(choice: Choice) -> float:
-        unit = Unit(study, row, study.seeds[0], choice, row.tuning_rounds)
+        unit = ContestUnit(study, row, study.seeds[0], choice, row.tuning_rounds)
         line = _curve(unit.folder).get(unit.settings().rounds, {})
         return -1.0 if failed(unit) or "validation" not in line else mean_accuracy(line["validation"])
 
@@ -412,7 +414,7 @@ def _operations(model: str, weights: str) -> int:
     return operations(backbone, torch.zeros(1, 3, backbone.image_size, backbone.image_size))[1]
 
 
-def results(study: Study) -> dict[str, Any]:
+def results(study: Contest) -> dict[str, Any]:
     """What is finished, as contest_page takes it."""
     settings = Settings.parse(study.settings)
     elements = Layout.of(load_backbone(settings.model, settings.weights)).size
@@ -426,13 +428,13 @@ def results(study: Study) -> dict[str, Any]:
             rows.insert(0, _pretrained(study, row))
         if row.kind == "atm":
             choice = best_choice(study, row) if row.tune else {}
-            curve = _curve(Unit(study, row, study.seeds[0], choice).folder)
+            curve = _curve(ContestUnit(study, row, study.seeds[0], choice).folder)
             by_task: dict[str, dict[str, float]] = {}
             for number, line in sorted(curve.items()):
                 for task, value in line.get("alignment", {}).items():
                     by_task.setdefault(task, {})[str(number)] = value
             alignment |= {row.name: by_task} if by_task else {}
-    cut = Unit(study, Row("landscape", "landscape"), study.seeds[0]).folder / "results.json"
+    cut = ContestUnit(study, ContestRow("landscape", "landscape"), study.seeds[0]).folder / "results.json"
     return {
         "name": study.name,
         "command": "atm-fl compare",
@@ -447,14 +449,14 @@ def results(study: Study) -> dict[str, Any]:
     }
 
 
-def _row_results(study: Study, row: Row, stop: int, elements: int) -> dict[str, Any]:
+def _row_results(study: Contest, row: ContestRow, stop: int, elements: int) -> dict[str, Any]:
     """A row's numbers: of the round `stop`, 0 for the last or the selected one."""
     tuned: dict[str, Choice] = {}
     seeds: dict[str, dict[str, Any]] = {}
     by_runs = row.kind in ("atm", "joint", "ph-atm")
     choice = best_choice(study, row) if by_runs and row.tune else {}
     for seed in study.seeds:
-        unit = Unit(study, row, seed, choice)
+        unit = ContestUnit(study, row, seed, choice)
         if not finished(unit) or failed(unit):
             continue
         if by_runs:
@@ -462,10 +464,10 @@ def _row_results(study: Study, row: Row, stop: int, elements: int) -> dict[str, 
             tuned[str(seed)] = choice | ({"rounds": number} if row.select else {})
         else:
             made = json.loads((unit.folder / "results.json").read_text())
-            single = json.loads((Unit(study, study.row("single"), seed).folder / "results.json").read_text())
+            single = json.loads((ContestUnit(study, study.row("single"), seed).folder / "results.json").read_text())
             tuned[str(seed)] = made["choice"] if row.kind == "one-shot" else {}
             seeds[str(seed)] = _flat_results(unit, made, single, elements)
-    settings = Unit(study, row, study.seeds[0], choice).parse()
+    settings = ContestUnit(study, row, study.seeds[0], choice).parse()
     others, count = len(row.choices()) - 1, len(row.choices())
     rounds = row.tuning_rounds or settings.rounds
     searched = others * rounds * settings.local_epochs if by_runs else 0.0
@@ -477,7 +479,7 @@ def _row_results(study: Study, row: Row, stop: int, elements: int) -> dict[str, 
     }
 
 
-def _flat_results(unit: Unit, made: dict[str, Any], single: dict[str, Any], elements: int) -> dict[str, Any]:
+def _flat_results(unit: ContestUnit, made: dict[str, Any], single: dict[str, Any], elements: int) -> dict[str, Any]:
     """A seed's numbers of single-task tuning or of a one-shot merge, which costs that tuning and one exchange."""
     merged = unit.row.kind == "one-shot"
     settings = unit.settings()
@@ -497,11 +499,11 @@ def _flat_results(unit: Unit, made: dict[str, Any], single: dict[str, Any], elem
     }
 
 
-def _pretrained(study: Study, row: Row) -> dict[str, Any]:
+def _pretrained(study: Contest, row: ContestRow) -> dict[str, Any]:
     """The row of the model before any tuning, out of the single-task row's results."""
     seeds = {}
     for seed in study.seeds:
-        unit = Unit(study, row, seed)
+        unit = ContestUnit(study, row, seed)
         if finished(unit):
             made = json.loads((unit.folder / "results.json").read_text())
             seeds[str(seed)] = {
@@ -513,7 +515,7 @@ def _pretrained(study: Study, row: Row) -> dict[str, Any]:
     return {"name": "pretrained", "kind": "pretrained", "tuned": {}, "tuning": none, "seeds": seeds}
 
 
-def _run_results(unit: Unit, stop: int, elements: int) -> tuple[int, dict[str, Any]]:
+def _run_results(unit: ContestUnit, stop: int, elements: int) -> tuple[int, dict[str, Any]]:
     """(The round, a seed's numbers at that round) of a run.
 
     Bytes: of the bases and vectors of all rounds so far, and of one base more to every party, which are to have it.
@@ -552,10 +554,18 @@ def _run_results(unit: Unit, stop: int, elements: int) -> tuple[int, dict[str, A
     }
 
 
-def table(study: Study) -> str:
+def table(study: Contest) -> str:
     """Write results.json, table.md, results.csv and report.html into the contest's own folder; the tables' Markdown."""
     found = results(study)
     with atomic_write(study.reports / "results.json") as part:
         part.write_text(json.dumps(found, indent=1))
     contest_page.write(found, study.reports)
     return f"{contest_page.table(found)}\n\n{contest_page.cost_table(found)}"
+
+
+read = Contest.of
+"""A study of the values in a TOML file: see `read_study`."""
+
+
+read = Contest.of
+"""A study of the values in a TOML file: see `read_study`."""

@@ -25,9 +25,9 @@ from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from atm_fl import pages
 from atm_fl.files import atomic_write
-from atm_fl.pages import Series
+from atm_fl.runs import pages
+from atm_fl.runs.pages import Series
 
 Results = dict[str, Any]
 """A contest's results, as read from results.json."""
@@ -38,17 +38,17 @@ Cells = tuple[list[str], list[list[str]]]
 
 def table(results: Results) -> str:
     """Markdown: test accuracy % of every row by task, its mean ± deviation over seeds, worst task and normalised."""
-    return _markdown(_accuracy_cells(_Contest.of(results)))
+    return _markdown(_accuracy_cells(_ContestResults.of(results)))
 
 
 def cost_table(results: Results) -> str:
     """Markdown: what every row's training cost, mean over seeds, its tuned values and what finding them cost."""
-    return _markdown(_cost_cells(_Contest.of(results)))
+    return _markdown(_cost_cells(_ContestResults.of(results)))
 
 
 def csv_text(results: Results) -> str:
     """Everything but the curves in long form: one line a row, seed and task."""
-    contest, file = _Contest.of(results), io.StringIO()
+    contest, file = _ContestResults.of(results), io.StringIO()
     costs = ("steps", "flops", "seconds", "bytes")
     lines = csv.writer(file, lineterminator="\n")
     lines.writerow(["row", "kind", "seed", "task", "test", *costs])
@@ -62,7 +62,7 @@ def csv_text(results: Results) -> str:
 
 def page(results: Results) -> str:
     """The whole report: one HTML page without any link to outside."""
-    contest = _Contest.of(results)
+    contest = _ContestResults.of(results)
     seeds = ", ".join(contest.seeds)
     parts = [
         f"<h1>{escape(results['name'])}</h1>",
@@ -99,7 +99,7 @@ def write(results: Results, folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Row:
+class _RowResults:
     """A row with the seeds that it has, at least one."""
 
     name: str
@@ -135,15 +135,15 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class _Contest:
+class _ContestResults:
     """The rows that can be shown, in the given order."""
 
     tasks: list[str]
     seeds: list[str]
-    rows: list[_Row]
+    rows: list[_RowResults]
 
     @classmethod
-    def of(cls, results: Results) -> _Contest:
+    def of(cls, results: Results) -> _ContestResults:
         tasks, seeds = list(results["tasks"]), [str(seed) for seed in results["seeds"]]
         rows = []
         for row in results["rows"]:
@@ -158,15 +158,15 @@ class _Contest:
             ]
             label = row["name"] + (f" ({', '.join(notes)})" if notes else "")
             tuned, tuning = row.get("tuned") or {}, row.get("tuning") or {}
-            rows.append(_Row(row["name"], label, row["kind"], len(own) == len(tasks), tuned, tuning, present))
+            rows.append(_RowResults(row["name"], label, row["kind"], len(own) == len(tasks), tuned, tuning, present))
         return cls(tasks, seeds, rows)
 
     @property
-    def single(self) -> _Row | None:
+    def single(self) -> _RowResults | None:
         """The row of the single-task models, which the others are measured against."""
         return next((row for row in self.rows if row.kind == "single"), None)
 
-    def normalised(self, row: _Row, task: str) -> list[float]:
+    def normalised(self, row: _RowResults, task: str) -> list[float]:
         """Test accuracy in percent of the single-task model's of the same seed, by seed."""
         runs = self.single.seeds if self.single else {}
         return [
@@ -189,7 +189,7 @@ _COST_CAPTION = (
 )
 
 
-def _accuracy_cells(contest: _Contest) -> Cells:
+def _accuracy_cells(contest: _ContestResults) -> Cells:
     lines = []
     for row in contest.rows:
         by_task = {task: row.accuracies(task) for task in contest.tasks}
@@ -208,7 +208,7 @@ def _accuracy_cells(contest: _Contest) -> Cells:
     return ["row", *contest.tasks, "mean", "worst task", "normalised"], lines
 
 
-def _cost_cells(contest: _Contest) -> Cells:
+def _cost_cells(contest: _ContestResults) -> Cells:
     scales = {"steps": 1, "flops": 1e12, "seconds": 1, "bytes": 1e6}
     lines = [
         [
@@ -223,7 +223,7 @@ def _cost_cells(contest: _Contest) -> Cells:
     return [*head, "tuning cost"], lines
 
 
-def _tuned(row: _Row, seeds: Iterable[str]) -> str:
+def _tuned(row: _RowResults, seeds: Iterable[str]) -> str:
     """The tuned values by name: once if the seeds agree, and otherwise one a seed."""
     chosen = [row.tuned[seed] for seed in seeds if seed in row.tuned]
     texts = []
@@ -263,8 +263,8 @@ def _markdown_cell(text: str) -> str:
 _KINDS = {"pretrained": "C7", "single": "C2", "joint": "C3", "one-shot": "C1", "atm": "C0", "ph-atm": "C4"}
 
 
-def _curves(contest: _Contest) -> Iterator[str]:
-    def percent(row: _Row) -> Series:
+def _curves(contest: _ContestResults) -> Iterator[str]:
+    def percent(row: _RowResults) -> Series:
         return {number: 100 * value for number, value in row.curve("validation").items()}
 
     lines = {row.label: percent(row) for row in contest.rows if row.kind in ("atm", "ph-atm")}
@@ -278,7 +278,7 @@ def _curves(contest: _Contest) -> Iterator[str]:
         )
 
 
-def _costs(contest: _Contest) -> Iterator[str]:
+def _costs(contest: _ContestResults) -> Iterator[str]:
     units = {"flops": "training FLOPs", "bytes": "bytes on the wire"}
     shown = {title: key for key, title in units.items() if any(row.cost(key) for row in contest.rows)}
     if shown:
@@ -290,11 +290,11 @@ def _costs(contest: _Contest) -> Iterator[str]:
         )
 
 
-def _heat_map(contest: _Contest) -> Iterator[str]:
+def _heat_map(contest: _ContestResults) -> Iterator[str]:
     if not contest.rows:
         return
-    measure = contest.normalised if contest.single else _Row.accuracies
-    values = [[measure(row, task) for task in contest.tasks] for row in contest.rows]
+    measured = contest.normalised if contest.single else _RowResults.accuracies
+    values = [[measured(row, task) for task in contest.tasks] for row in contest.rows]
     means = np.array([[fmean(cell) if cell else np.nan for cell in line] for line in values])
     label = "% of single-task" if contest.single else "accuracy %"
     yield "<h2>Accuracy by task</h2>"
@@ -362,7 +362,7 @@ def _draw_rows(lines: Mapping[str, Series], dashed: Mapping[str, Series], unit: 
     return figure
 
 
-def _draw_costs(rows: list[_Row], units: Mapping[str, str]) -> Figure:
+def _draw_costs(rows: list[_RowResults], units: Mapping[str, str]) -> Figure:
     """A panel a cost, by the axis' title; a point a row, with the row's number, which the legend explains."""
     figure, axes = pages.axes(len(units), _height(len(rows)), share=False)
     for axis in axes[1:]:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from atm_fl.party import Party, evaluated_splits
-from atm_fl.runs import Run
+from atm_fl.federation.client import Party, evaluated_splits
+from atm_fl.runs.run import Run
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
-from atm_fl.tuning import make_optimizer
+from atm_fl.training.local import make_optimizer
 
 
 def run_joint(settings: Settings) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atm_fl.evaluation import mean_accuracy
-from atm_fl.party import Party
+from atm_fl.federation.client import Party
+from atm_fl.training.evaluation import mean_accuracy
 
 MARGIN = 0.25
 """How far the plane reaches beyond the outermost point, in parts of the points' extent."""

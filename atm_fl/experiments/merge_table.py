@@ -14,14 +14,15 @@ from statistics import mean
 from typing import Any
 
 from atm_fl.errors import RunError, SettingError
-from atm_fl.evaluation import mean_accuracy
-from atm_fl.loop import run_loop
-from atm_fl.runs import checkpoints, read_metrics
+from atm_fl.federation.loop import run_loop
+from atm_fl.runs.checkpoints import checkpoints
+from atm_fl.runs.metrics import read_metrics
 from atm_fl.settings import Settings
+from atm_fl.training.evaluation import mean_accuracy
 
 
 @dataclass(frozen=True)
-class Row:
+class MergeRow:
     """One line of the table: its own settings, and the values that its tuned setting `tune` may take."""
 
     name: str
@@ -31,7 +32,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Study:
+class MergeStudy:
     """A study's configuration: see configs/merges.toml."""
 
     folder: Path
@@ -41,31 +42,34 @@ class Study:
     early: int
     tuning_rounds: int
     reference: str
-    rows: list[Row]
+    rows: list[MergeRow]
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> Study:
+    def of(cls, values: dict[str, Any]) -> MergeStudy:
         """The study of a file's values. TypeError or KeyError for a wrong key, SettingError for a wrong setting."""
         rows = [
-            Row(name, row, row.pop("tune", "scaling"), tuple(map(float, row.pop("values"))))
+            MergeRow(name, row, row.pop("tune", "scaling"), tuple(map(float, row.pop("values"))))
             for name, row in values["rows"].items()
         ]
         study = cls(**values | {"folder": Path(values["folder"]), "rows": rows})
         if study.reference not in [row.name for row in rows]:
             raise SettingError(f"reference={study.reference!r} is none of the study's rows")
         for row in rows:
-            for unit in (Unit(study, 0, row, None, 1), *(Unit(study, 0, row, value, 1) for value in row.values)):
+            for unit in (
+                MergeUnit(study, 0, row, None, 1),
+                *(MergeUnit(study, 0, row, value, 1) for value in row.values),
+            ):
                 Settings.parse(unit.settings())
         return study
 
 
 @dataclass(frozen=True)
-class Unit:
+class MergeUnit:
     """One run: a row, at its own strength (None) or with a value of its tuned setting, up to `rounds` rounds."""
 
-    study: Study
+    study: MergeStudy
     seed: int
-    row: Row
+    row: MergeRow
     value: float | None
     rounds: int
 
@@ -93,15 +97,15 @@ class Unit:
         return f"seed {self.seed}, {self.row.name}, {own}, {self.rounds} rounds"
 
 
-def phases(study: Study) -> Iterator[list[Unit]]:
+def phases(study: MergeStudy) -> Iterator[list[MergeUnit]]:
     """Units that may run side by side; a later phase needs the results of the one before it."""
     runs = [(seed, row) for seed in study.seeds for row in study.rows]
-    yield [Unit(study, seed, row, None, study.rounds) for seed, row in runs]
-    yield [Unit(study, seed, row, value, study.tuning_rounds) for seed, row in runs for value in row.values]
-    yield [Unit(study, seed, row, best_value(study, seed, row), study.rounds) for seed, row in runs]
+    yield [MergeUnit(study, seed, row, None, study.rounds) for seed, row in runs]
+    yield [MergeUnit(study, seed, row, value, study.tuning_rounds) for seed, row in runs for value in row.values]
+    yield [MergeUnit(study, seed, row, best_value(study, seed, row), study.rounds) for seed, row in runs]
 
 
-def run_unit(unit: Unit) -> str:
+def run_unit(unit: MergeUnit) -> str:
     """Do one run, or what is left of it. A run that ends with a RunError is kept as one that came to nothing."""
     if not finished(unit):
         settings = Settings.parse(unit.settings() | {"resume": bool(checkpoints(unit.folder))})
@@ -113,18 +117,20 @@ def run_unit(unit: Unit) -> str:
     return str(unit)
 
 
-def finished(unit: Unit) -> bool:
+def finished(unit: MergeUnit) -> bool:
     """Whether all parties evaluated its base after `rounds` rounds, or it came to nothing."""
     tasks = Settings.parse(unit.settings()).task_names
     return _failure(unit).exists() or len(_accuracies(unit, "test", unit.rounds)) == len(tasks)
 
 
-def best_value(study: Study, seed: int, row: Row) -> float | None:
+def best_value(study: MergeStudy, seed: int, row: MergeRow) -> float | None:
     """The value (None: the default) with the best mean validation accuracy after `tuning-rounds` rounds."""
-    return max((None, *row.values), key=lambda value: validation(Unit(study, seed, row, value, 0), study.tuning_rounds))
+    return max(
+        (None, *row.values), key=lambda value: validation(MergeUnit(study, seed, row, value, 0), study.tuning_rounds)
+    )
 
 
-def table(study: Study) -> str:
+def table(study: MergeStudy) -> str:
     """The table in Markdown, means over tasks and seeds: accuracies in %, and the first round at which the validation
     accuracy is at least the reference row's, untuned, in the last."""
     early, last = study.early, study.rounds
@@ -132,19 +138,19 @@ def table(study: Study) -> str:
     head += ["tuned", f"test at {early}", f"at {last}", "reaches in"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     reference = next(row for row in study.rows if row.name == study.reference)
-    goals = {seed: validation(Unit(study, seed, reference, None, last), last) for seed in study.seeds}
+    goals = {seed: validation(MergeUnit(study, seed, reference, None, last), last) for seed in study.seeds}
     found = []
     for row in study.rows:
         best = {seed: best_value(study, seed, row) for seed in study.seeds}
-        plain = [Unit(study, seed, row, None, last) for seed in study.seeds]
-        tuned = [Unit(study, seed, row, best[seed], last) for seed in study.seeds]
+        plain = [MergeUnit(study, seed, row, None, last) for seed in study.seeds]
+        tuned = [MergeUnit(study, seed, row, best[seed], last) for seed in study.seeds]
         values = ", ".join(sorted({"default" if value is None else f"{value:g}" for value in best.values()}))
         cells = [row.name, *_cells(plain, goals), f"{row.tune} {values}", *_cells(tuned, goals)]
         found.append((max(_test(tuned), _test(plain)), "| " + " | ".join(cells) + " |"))
     return "\n".join([*lines, *(line for _, line in sorted(found, key=lambda pair: -pair[0]))])
 
 
-def _cells(units: list[Unit], goals: dict[int, float]) -> list[str]:
+def _cells(units: list[MergeUnit], goals: dict[int, float]) -> list[str]:
     """Test accuracies early and last, and rounds to the goal, of one setting over the seeds."""
     early = units[0].study.early
     accuracies = [mean_accuracy(_accuracies(unit, "test", early)) for unit in units if not _failure(unit).exists()]
@@ -158,20 +164,20 @@ def _cells(units: list[Unit], goals: dict[int, float]) -> list[str]:
     return [f"{100 * mean(accuracies):.1f}", f"{100 * _test(units):.1f}", told]
 
 
-def _test(units: list[Unit]) -> float:
+def _test(units: list[MergeUnit]) -> float:
     """Mean test accuracy in the last round; 0 where a run came to nothing."""
     return mean(
         0.0 if _failure(unit).exists() else mean_accuracy(_accuracies(unit, "test", unit.rounds)) for unit in units
     )
 
 
-def validation(unit: Unit, round_number: int) -> float:
+def validation(unit: MergeUnit, round_number: int) -> float:
     """Mean validation accuracy after a round, −1 if the run did not come so far."""
     found = _accuracies(unit, "validation", round_number)
     return mean_accuracy(found) if found else -1.0
 
 
-def _accuracies(unit: Unit, split: str, round_number: int) -> dict[str, float]:
+def _accuracies(unit: MergeUnit, split: str, round_number: int) -> dict[str, float]:
     """Each task's accuracy on `split` after a round, empty if there is none."""
     lines = read_metrics(unit.folder) if (unit.folder / "metrics.jsonl").exists() else ()
     return {
@@ -181,6 +187,14 @@ def _accuracies(unit: Unit, split: str, round_number: int) -> dict[str, float]:
     }
 
 
-def _failure(unit: Unit) -> Path:
+def _failure(unit: MergeUnit) -> Path:
     """Where the error is kept of a run that came to nothing."""
     return unit.folder / "failed.txt"
+
+
+read = MergeStudy.of
+"""A study of the values in a TOML file: see `read_study`."""
+
+
+read = MergeStudy.of
+"""A study of the values in a TOML file: see `read_study`."""

@@ -24,14 +24,14 @@ from typing import Any
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
-from atm_fl import pages
 from atm_fl.attacks import membership, poisoning
 from atm_fl.attacks.measurement import FOUND
 from atm_fl.attacks.scenario import Scenario
 from atm_fl.errors import SettingError
 from atm_fl.experiments import contest, reconstruction
 from atm_fl.files import atomic_write
-from atm_fl.runs import read_metrics
+from atm_fl.runs import pages
+from atm_fl.runs.metrics import read_metrics
 from atm_fl.settings import Settings
 
 ATTACKS = ("reconstruction", "membership", "poisoning")
@@ -49,15 +49,15 @@ Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Study:
+class PrivacyStudy:
     """A study's configuration: see configs/privacy.toml."""
 
-    runs: contest.Study
+    runs: contest.Contest
     attacks: dict[str, dict[str, Values | None]]
     """By attack and row: its values, None where it is not measured."""
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> Study:
+    def of(cls, values: dict[str, Any]) -> PrivacyStudy:
         """The study of a file's values. TypeError or KeyError for a wrong key, SettingError for a wrong setting."""
         common = {attack: values.pop(attack) for attack in ATTACKS}
         rows: dict[str, Values] = {}
@@ -69,7 +69,7 @@ class Study:
             for attack in ATTACKS:
                 own = row.get(attack, {})
                 attacks[attack][name] = None if own is False else common[attack] | own
-        found = cls(contest.Study.of(values | {"rows": rows}), attacks)
+        found = cls(contest.Contest.of(values | {"rows": rows}), attacks)
         for row in found.runs.rows:
             for unit in found.leaks(row):
                 try:
@@ -78,25 +78,25 @@ class Study:
                     raise SettingError(f"row {row.name!r}, {unit.attack}: {error}") from error
         return found
 
-    def leaks(self, row: contest.Row) -> list[Leak]:
+    def leaks(self, row: contest.ContestRow) -> list[AttackUnit]:
         """What is to be measured of a row beside its accuracy."""
         found = ((attack, self.attacks[attack][row.name]) for attack in ATTACKS)
-        return [Leak(self, row, attack, values) for attack, values in found if values is not None]
+        return [AttackUnit(self, row, attack, values) for attack, values in found if values is not None]
 
 
 @dataclass(frozen=True)
-class Leak:
+class AttackUnit:
     """One attack on one row, on the contest's first seed."""
 
-    study: Study
-    row: contest.Row
+    study: PrivacyStudy
+    row: contest.ContestRow
     attack: str
     values: Values
 
     @property
-    def run(self) -> contest.Unit:
+    def run(self) -> contest.ContestUnit:
         """The row's run of the first seed."""
-        return contest.Unit(self.study.runs, self.row, self.study.runs.seeds[0])
+        return contest.ContestUnit(self.study.runs, self.row, self.study.runs.seeds[0])
 
     @property
     def folder(self) -> Path:
@@ -113,7 +113,7 @@ class Leak:
         else:
             poisoning.check(self._part("attack", "attackers")[1], self.values["attack"], self._attackers)
 
-    def measure(self) -> None:
+    def attack_and_keep(self) -> None:
         """Run it, or what is left of it. SettingError if the folder holds what was measured with other values."""
         if self.attack == "reconstruction":
             reconstruction.run_unit(self.pictured())
@@ -145,9 +145,11 @@ class Leak:
         found = [poisoning.result_in(poisoning.place_of(self.folder, attack, merge)) for attack in attacks]
         return found if None not in found else None
 
-    def pictured(self) -> reconstruction.Unit:
+    def pictured(self) -> reconstruction.ReconstructionUnit:
         """Of reconstruction: the row of that study, with its pictures."""
-        return reconstruction.Unit(self.folder.parent, self.folder.name, self._scenario(self._noise() or 0.0))
+        return reconstruction.ReconstructionUnit(
+            self.folder.parent, self.folder.name, self._scenario(self._noise() or 0.0)
+        )
 
     def _scenario(self, noise: float) -> Values:
         """The scenario's values: the row's settings, but for what a vector alone does not have, and the attack's."""
@@ -197,18 +199,18 @@ def _quiet(line: str) -> None:
     """What attacks have to say is said by the study."""
 
 
-def phases(study: Study) -> Iterator[list[contest.Unit] | list[Leak]]:
+def phases(study: PrivacyStudy) -> Iterator[list[contest.ContestUnit] | list[AttackUnit]]:
     """All runs; then all attacks, of which some need a run's noise."""
     yield from contest.phases(study.runs)
     yield [leak for row in study.runs.rows for leak in study.leaks(row)]
 
 
-def run_unit(unit: contest.Unit | Leak) -> str:
+def run_unit(unit: contest.ContestUnit | AttackUnit) -> str:
     """Do one unit, or what is left of it."""
-    if isinstance(unit, contest.Unit):
+    if isinstance(unit, contest.ContestUnit):
         return contest.run_unit(unit)
     if unit.result() is None:
-        unit.measure()
+        unit.attack_and_keep()
     return str(unit)
 
 
@@ -276,18 +278,18 @@ class Line:
         return cells + ([f"{self.cost[0] / 1e6:,.0f}", f"{self.cost[1]:,.0f}"] if self.cost else ["–", "–"])
 
 
-def lines(study: Study) -> list[Line]:
+def lines(study: PrivacyStudy) -> list[Line]:
     """What is known of every row."""
     rows = {row["name"]: row for row in contest.results(study.runs)["rows"]}
     return [_line(study, row, list(rows[row.name]["seeds"].values())) for row in study.runs.rows]
 
 
-def _line(study: Study, row: contest.Row, runs: list[dict[str, Any]]) -> Line:
+def _line(study: PrivacyStudy, row: contest.ContestRow, runs: list[dict[str, Any]]) -> Line:
     found = {leak.attack: leak.result() for leak in study.leaks(row)}
     spent = [
         line["epsilon"]
         for seed in study.runs.seeds
-        for line in _tuning(contest.Unit(study.runs, row, seed))
+        for line in _tuning(contest.ContestUnit(study.runs, row, seed))
         if "epsilon" in line
     ]
     tasks = runs[0]["test"] if runs else ()
@@ -301,18 +303,18 @@ def _line(study: Study, row: contest.Row, runs: list[dict[str, Any]]) -> Line:
     )
 
 
-def _tuning(unit: contest.Unit) -> Iterable[Mapping[str, Any]]:
+def _tuning(unit: contest.ContestUnit) -> Iterable[Mapping[str, Any]]:
     if (unit.folder / "metrics.jsonl").exists():
         yield from (line for line in read_metrics(unit.folder) if line["kind"] == "tuning")
 
 
-def table(study: Study) -> str:
+def table(study: PrivacyStudy) -> str:
     """What is measured so far, in Markdown; see CAPTION."""
     text = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     return "\n".join(text + ["| " + " | ".join(line.cells()) + " |" for line in lines(study)])
 
 
-def page(study: Study) -> Path:
+def page(study: PrivacyStudy) -> Path:
     """Write report.html, the table, the frontiers and the images that were found, into the study's folder; its path."""
     found = lines(study)
     parts = ["<h1>Privacy</h1>", pages.table(HEAD, (line.cells() for line in found), CAPTION, "numbers dense")]
@@ -367,3 +369,11 @@ def _with_legend(drawing: Figure) -> Figure:
     }
     drawing.legend(named.values(), named, loc="outside lower center", ncols=4)
     return drawing
+
+
+read = PrivacyStudy.of
+"""A study of the values in a TOML file: see `read_study`."""
+
+
+read = PrivacyStudy.of
+"""A study of the values in a TOML file: see `read_study`."""

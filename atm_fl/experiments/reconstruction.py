@@ -22,8 +22,8 @@ from atm_fl.attacks.measurement import BASELINES, FOUND, attacked, summary
 from atm_fl.attacks.scenario import Scenario
 from atm_fl.errors import SettingError
 from atm_fl.files import atomic_write
-from atm_fl.pages import document, figure, told
-from atm_fl.pages import table as html_table
+from atm_fl.runs.pages import document, figure, told
+from atm_fl.runs.pages import table as html_table
 
 SHOWN = 10
 """Images of a row that the page shows."""
@@ -32,7 +32,7 @@ HEAD += [*BASELINES, "SSIM of the mean image", "LPIPS of it", "labels wrong", "u
 
 
 @dataclass(frozen=True)
-class Unit:
+class ReconstructionUnit:
     """One row: its name, its scenario's values, and where its result is kept."""
 
     folder: Path
@@ -58,19 +58,19 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Study:
+class ReconstructionStudy:
     """A study's configuration: see configs/reconstruction.toml."""
 
     folder: Path
-    units: list[Unit]
+    units: list[ReconstructionUnit]
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> Study:
+    def of(cls, values: dict[str, Any]) -> ReconstructionStudy:
         """The study of a file's values. KeyError or TypeError for a wrong key, SettingError for a wrong value."""
         folder, common, rows = Path(values.pop("folder")), values.pop("common"), values.pop("rows")
         if values:
             raise SettingError(f"{next(iter(values))!r} is none of folder, common, rows")
-        units = [Unit(folder, name, common | row) for name, row in rows.items()]
+        units = [ReconstructionUnit(folder, name, common | row) for name, row in rows.items()]
         for unit in units:
             try:
                 Scenario.parse(unit.values)
@@ -79,12 +79,12 @@ class Study:
         return cls(folder, units)
 
 
-def phases(study: Study) -> Iterator[list[Unit]]:
+def phases(study: ReconstructionStudy) -> Iterator[list[ReconstructionUnit]]:
     """All rows; none needs another."""
     yield study.units
 
 
-def run_unit(unit: Unit) -> str:
+def run_unit(unit: ReconstructionUnit) -> str:
     """Measure one row, unless that was done."""
     if unit.result() is None:
         scenario = Scenario.parse(unit.values)
@@ -105,13 +105,13 @@ def _stacked(images: list[Tensor]) -> Tensor:
     return torch.cat(images)[:SHOWN].contiguous()
 
 
-def table(study: Study) -> str:
+def table(study: ReconstructionStudy) -> str:
     """The rows that are done, in Markdown: means over all images; PSNR in dB, ± its mean's standard error."""
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in map(_cells, _done(study))])
 
 
-def page(study: Study) -> Path:
+def page(study: ReconstructionStudy) -> Path:
     """Write report.html, the table and the first images of each row, into the study's folder; its path."""
     done = _done(study)
     parts = ["<h1>Reconstruction</h1>", html_table(HEAD, map(_cells, done), style="numbers dense")]
@@ -123,11 +123,11 @@ def page(study: Study) -> Path:
     return path
 
 
-def _done(study: Study) -> list[Unit]:
+def _done(study: ReconstructionStudy) -> list[ReconstructionUnit]:
     return [unit for unit in study.units if unit.result() is not None]
 
 
-def _cells(unit: Unit) -> list[str]:
+def _cells(unit: ReconstructionUnit) -> list[str]:
     result = unit.result()
     assert result is not None
     found, labels, epsilon = result[FOUND], result["labels"], result["epsilon"]
@@ -160,3 +160,11 @@ def grid(pictures: dict[str, Tensor]) -> Figure:
     axis.set_xticks([])
     axis.grid(False)
     return drawing
+
+
+read = ReconstructionStudy.of
+"""A study of the values in a TOML file: see `read_study`."""
+
+
+read = ReconstructionStudy.of
+"""A study of the values in a TOML file: see `read_study`."""

@@ -7,7 +7,7 @@ that registers a class of one of the kinds in `kinds.py`::
     class SignMean(Elementwise):
         \"\"\"The mean of the signs (one line for `atm-fl merges`; then the paper and the equation).\"\"\"
 
-        size: float = option(0.01, "length of a step", above=0)
+        size: float = option(0.01, "length of a step", gt=0)
 
         def block(self, stack, block, scratch):
             return stack.sign_().mean(0) * self.size
@@ -38,13 +38,13 @@ def option(
     default: Any,
     meaning: str,
     *,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    most: float = math.inf,
-    below: float = math.inf,
+    ge: float = -math.inf,
+    gt: float = -math.inf,
+    le: float = math.inf,
+    lt: float = math.inf,
 ) -> Any:
-    """An option of a merge: its default, a line of documentation and its bounds (`least` and `most` are allowed)."""
-    bounds = {"least": least, "above": above, "most": most, "below": below}
+    """An option of a merge: its default, a line of documentation and its bounds (≥ `ge`, > `gt`, ≤ `le`, < `lt`)."""
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     return field(default=default, metadata={"meaning": meaning, "bounds": bounds})
 
 
@@ -82,17 +82,19 @@ class Merge(ABC):
         self.check_count(len(vectors))
         return self._combine(vectors, weights or dict.fromkeys(vectors, 1.0))
 
-    def least(self) -> int:
+    def min_tasks(self) -> int:
         """How many task vectors the merge needs."""
         return 1
 
     def check_count(self, count: int) -> None:
         """SettingError if `count` task vectors are too few for this merge."""
-        if count < self.least():
+        if count < self.min_tasks():
             chosen = ", ".join(
                 f"{item.name.replace('_', '-')}={getattr(self, item.name)}" for item in options(type(self))
             )
-            raise SettingError(f"merge={self.name!r} with {chosen} needs at least {self.least()} tasks, not {count}")
+            raise SettingError(
+                f"merge={self.name!r} with {chosen} needs at least {self.min_tasks()} tasks, not {count}"
+            )
 
     @abstractmethod
     def add(self, task: str, vector: Tensor, weight: float = 1.0) -> None:
@@ -174,9 +176,9 @@ def check_option(name: str, value: Any, item: Any) -> None:
         raise SettingError(f"{name.replace('_', '-')}={value!r}: it must be {words[kind]}")
     bounds = item.metadata["bounds"]
     if number and not (
-        bounds["least"] <= value <= bounds["most"] and (bounds["above"] < value < bounds["below"] or kind == "bool")
+        bounds["ge"] <= value <= bounds["le"] and (bounds["gt"] < value < bounds["lt"] or kind == "bool")
     ):
-        words_ = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+        words_ = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
         told = " and ".join(f"{words_[end]} {bound:g}" for end, bound in bounds.items() if math.isfinite(bound))
         raise SettingError(f"{name.replace('_', '-')}={value!r}: it must be {told}")
 

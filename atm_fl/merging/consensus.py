@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import Block
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import Elementwise
+from atm_fl.vectors.blocks import Block
 
 
 @merge("consensus")
@@ -22,11 +22,11 @@ class Consensus(Elementwise):
     """
 
     scaling: float = option(0.3, "λ, the factor on the sum")
-    threshold: float = option(0.4, "λₜ of the masks: the larger, the fewer elements a task needs", least=0)
-    agreement: int = option(2, "tasks that must need an element (k)", least=1)
+    threshold: float = option(0.4, "λₜ of the masks: the larger, the fewer elements a task needs", ge=0)
+    agreement: int = option(2, "tasks that must need an element (k)", ge=1)
     scratch: ClassVar[int] = 1
 
-    def least(self) -> int:
+    def min_tasks(self) -> int:
         return self.agreement
 
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import Block, Scratch, blocks, empty, gram, in_parallel, stretches
 from atm_fl.merging import Merge
-from atm_fl.vectors import Layout, Spill
+from atm_fl.vectors import Layout
+from atm_fl.vectors.blocks import Block, Scratch, blocks, empty, in_parallel, inner_products, stretches
+from atm_fl.vectors.mapped import MappedVectors
 
 Change = Callable[[Tensor, Block, Tensor], Tensor]
 """(elements, where they are, scratch blocks [k, w]) → the changed elements, in scratch. Several threads may call it."""
@@ -100,18 +101,18 @@ def fold(
 
 
 @dataclass(kw_only=True)
-class Joint(Merge):
+class BatchMerge(Merge):
     """A merge that needs all vectors at once. Added one by one, they are spilled to a temporary file and mapped."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._spill: Spill | None = None
+        self._spill: MappedVectors | None = None
         self._device = torch.device("cpu")
 
     def add(self, task: str, vector: Tensor, weight: float = 1.0) -> None:
         self._check_vector(task, vector)
         self._check_weights({task: weight})
-        self._spill = self._spill or Spill()
+        self._spill = self._spill or MappedVectors()
         self._spill.add(task, vector)
         self._device = vector.device
 
@@ -142,7 +143,7 @@ ROWS = 3
 
 
 @dataclass(kw_only=True)
-class Elementwise(Joint):
+class Elementwise(BatchMerge):
     """A merge of each element by itself, given what `prepare` found out about the whole vectors."""
 
     scratch: ClassVar[int] = 0
@@ -180,7 +181,7 @@ class Elementwise(Joint):
 
 
 @dataclass(kw_only=True)
-class Combination(Joint):
+class LinearCombination(BatchMerge):
     """scaling · Σ cₜ τₜ with coefficients that follow from the vectors' inner products alone."""
 
     @abstractmethod
@@ -188,14 +189,14 @@ class Combination(Joint):
         """c, float64 [k], from the inner products, float64 [k, k]."""
 
     def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
-        coefficients = self.scaling * self.coefficients(tasks, gram(vectors))
+        coefficients = self.scaling * self.coefficients(tasks, inner_products(vectors))
         total = empty(self.layout.size, vectors[0])
         fold(total, vectors, coefficients.tolist(), self.layout)
         return total
 
 
 @dataclass(kw_only=True)
-class Entrywise(Joint):
+class TensorWise(BatchMerge):
     """A merge of each entry of the layout (a weight matrix, a bias) by itself."""
 
     @abstractmethod

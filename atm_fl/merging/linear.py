@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import Block, gram
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import Change, Streaming
+from atm_fl.vectors.blocks import Block, inner_products
 
 
 @merge("mean")
@@ -42,10 +42,10 @@ class ClippedMean(Streaming):
     arXiv:1710.06963) and of norm bounding against poisoning (Sun et al. 2019, arXiv:1911.07963), without their noise.
     """
 
-    max_norm: float = option(1.0, "Euclidean norm above which a vector is scaled down", above=0)
+    max_norm: float = option(1.0, "Euclidean norm above which a vector is scaled down", gt=0)
 
     def change(self, task: str, vector: Tensor) -> Change | None:
-        norm = float(gram([vector])) ** 0.5
+        norm = float(inner_products([vector])) ** 0.5
         if norm <= self.max_norm:
             return None
         factor = self.max_norm / norm

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from atm_fl.merging import merge
-from atm_fl.merging.kinds import Entrywise
+from atm_fl.merging.kinds import TensorWise
 
 
 @merge("model-stock")
-class ModelStock(Entrywise):
+class ModelStock(TensorWise):
     """The mean of the task vectors, each entry scaled by how well the tasks agree on it.
 
     Jang et al. 2024, "Model stock" (arXiv:2403.19522): per entry (their layer), t = T cos θ / (1 + (T − 1) cos θ) and
@@ -19,7 +19,7 @@ class ModelStock(Entrywise):
     Below 0 the formula has a pole; there we take t = 0.
     """
 
-    def least(self) -> int:
+    def min_tasks(self) -> int:
         return 2
 
     def entry(self, name: str, tensors: list[Tensor]) -> Tensor:

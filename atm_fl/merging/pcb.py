@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import Scratch, empty, parts, ranked_magnitudes
 from atm_fl.merging import merge, option
-from atm_fl.merging.kinds import Joint
+from atm_fl.merging.kinds import BatchMerge
 from atm_fl.merging.sparse import kept
+from atm_fl.vectors.blocks import Scratch, empty, parts, ranked_magnitudes
 
 
 @merge("pcb")
-class Pcb(Joint):
+class Pcb(BatchMerge):
     """Weigh each element by its standing within its task and beside the other tasks; drop the low ones.
 
     Du et al. 2024, "Parameter competition balancing for model merging" (arXiv:2410.02396), equations 1-4: over the n
@@ -25,7 +25,7 @@ class Pcb(Joint):
     tanh(τ_i Σ_j τ_j) for the second factor.
     """
 
-    density: float = option(0.2, "fraction of each task's elements that is kept", above=0, most=1)
+    density: float = option(0.2, "fraction of each task's elements that is kept", gt=0, le=1)
 
     def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
         size, count = self.layout.size, len(vectors)

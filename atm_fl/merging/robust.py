@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import Block, sort_rows
 from atm_fl.merging import merge, option
-from atm_fl.merging.kinds import Combination, Elementwise
+from atm_fl.merging.kinds import Elementwise, LinearCombination
+from atm_fl.vectors.blocks import Block, sort_rows
 
 
 @merge("median")
@@ -31,7 +31,7 @@ class TrimmedMean(Elementwise):
     Yin et al. 2018 (arXiv:1803.01498), Algorithm 1, option II.
     """
 
-    trim: float = option(0.2, "fraction of the tasks left out at either end", least=0, below=0.5)
+    trim: float = option(0.2, "fraction of the tasks left out at either end", ge=0, lt=0.5)
 
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
         out = int(round(self.trim * len(stack), 6))
@@ -42,7 +42,7 @@ class TrimmedMean(Elementwise):
 
 
 @merge("geometric-median")
-class GeometricMedian(Combination):
+class GeometricMedian(LinearCombination):
     """The point with the smallest sum of distances to the task vectors, by smoothed Weiszfeld iterations.
 
     Pillutla et al. 2022, "Robust aggregation for federated learning" (arXiv:1912.13445), Algorithm 2: weights
@@ -52,7 +52,7 @@ class GeometricMedian(Combination):
     from the mean.
     """
 
-    smoothing: float = option(1e-6, "least distance (ν), relative to the mean norm", above=0)
+    smoothing: float = option(1e-6, "least distance (ν), relative to the mean norm", gt=0)
 
     def coefficients(self, tasks: Sequence[str], products: Tensor) -> Tensor:
         count = len(tasks)
@@ -73,7 +73,7 @@ class GeometricMedian(Combination):
 
 
 @merge("multi-krum")
-class MultiKrum(Combination):
+class MultiKrum(LinearCombination):
     """The mean of the T − f task vectors that are nearest to their neighbours.
 
     Blanchard et al. 2017, "Machine learning with adversaries" (arXiv:1703.02757): the score of a vector is the sum of
@@ -81,9 +81,9 @@ class MultiKrum(Combination):
     scores: the task whose name comes first. It needs T ≥ 2 f + 3.
     """
 
-    f: int = option(1, "vectors that may be bad", least=0)
+    f: int = option(1, "vectors that may be bad", ge=0)
 
-    def least(self) -> int:
+    def min_tasks(self) -> int:
         return 2 * self.f + 3
 
     def coefficients(self, tasks: Sequence[str], products: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import Block, in_parallel, ranked_magnitudes
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import Change, Streaming
 from atm_fl.seeds import derive_seed
+from atm_fl.vectors.blocks import Block, in_parallel, ranked_magnitudes
 
 
 def kept(size: int, density: float) -> int:
@@ -39,7 +39,7 @@ class Magnitude(Streaming):
     smallest kept.
     """
 
-    density: float = option(0.2, "fraction of each entry that is kept", above=0, most=1)
+    density: float = option(0.2, "fraction of each entry that is kept", gt=0, le=1)
 
     def change(self, task: str, vector: Tensor) -> Change:
         entries = vector.split(self.layout.sizes)
@@ -63,8 +63,8 @@ class Breadcrumbs(Streaming):
 
     average: ClassVar[bool] = False
     scaling: float = option(0.3, "λ, the factor on the sum")
-    beta: float = option(0.85, "fraction of each entry, the smallest, that goes", least=0, below=1)
-    gamma: float = option(0.993, "fraction of each entry above which the largest go", above=0, most=1)
+    beta: float = option(0.85, "fraction of each entry, the smallest, that goes", ge=0, lt=1)
+    gamma: float = option(0.993, "fraction of each entry above which the largest go", gt=0, le=1)
 
     def change(self, task: str, vector: Tensor) -> Change:
         bounds = in_parallel(self._bounds, vector.split(self.layout.sizes), vector.device)
@@ -124,7 +124,7 @@ class Dare(Streaming):
     rescales to the L1 norm instead.
     """
 
-    density: float = option(0.1, "probability that an element is kept (1 − p)", least=1e-4, most=1)
+    density: float = option(0.1, "probability that an element is kept (1 − p)", ge=1e-4, le=1)
 
     def change(self, task: str, vector: Tensor) -> Change:
         mask = Mask(self.density, self.seed, "dare", task)

@@ -10,12 +10,12 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from atm_fl.merging import merge, option
-from atm_fl.merging.kinds import Combination
+from atm_fl.merging.kinds import LinearCombination
 from atm_fl.seeds import derive_seed
 
 
 @merge("pcgrad")
-class PcGrad(Combination):
+class PcGrad(LinearCombination):
     """The mean of the task vectors after each is freed of what conflicts with the others.
 
     Yu et al. 2020, "Gradient surgery for multi-task learning" (arXiv:2001.06782), Algorithm 1: for each task i, over
@@ -37,7 +37,7 @@ class PcGrad(Combination):
 
 
 @merge("cagrad")
-class CaGrad(Combination):
+class CaGrad(LinearCombination):
     """A step near the mean that improves the worst-off task most (conflict-averse gradient descent).
 
     Liu et al. 2021, "Conflict-averse gradient descent" (arXiv:2110.14048), Algorithm 1 with τ for the gradients: g₀ =
@@ -45,7 +45,7 @@ class CaGrad(Combination):
     g₀ + √φ / ‖g_w‖ · g_w. Like the authors' code we divide it by 1 + c². c = 0 is the mean.
     """
 
-    c: float = option(0.5, "how far from the mean, relative to its norm, the step may be", least=0, below=1)
+    c: float = option(0.5, "how far from the mean, relative to its norm, the step may be", ge=0, lt=1)
 
     def coefficients(self, tasks: Sequence[str], products: Tensor) -> Tensor:
         count = len(tasks)

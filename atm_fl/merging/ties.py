@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import Block, in_parallel
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import Elementwise
 from atm_fl.merging.sparse import Mask, largest
+from atm_fl.vectors.blocks import Block, in_parallel
 
 
 def mean_of_elected(stack: Tensor, scratch: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Ties(Elementwise):
     PEFT (the original: the majority of the whole vector).
     """
 
-    density: float = option(0.2, "fraction of each task vector that is kept", above=0, most=1)
+    density: float = option(0.2, "fraction of each task vector that is kept", gt=0, le=1)
     scratch: ClassVar[int] = 1
 
     def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:
@@ -60,7 +60,7 @@ class DareTies(Elementwise):
     Yu et al. 2024 (arXiv:2311.03099), their combination with TIES: the random drop takes the place of the trim.
     """
 
-    density: float = option(0.1, "probability that an element is kept (1 − p)", least=1e-4, most=1)
+    density: float = option(0.1, "probability that an element is kept (1 − p)", ge=1e-4, le=1)
     scratch: ClassVar[int] = 1
 
     def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:

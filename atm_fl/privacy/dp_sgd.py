@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from atm_fl.privacy.noise import Noise, add_noise
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
-from atm_fl.tuning import State, Tuned, keep_state, make_optimizer
+from atm_fl.training.local import State, Tuned, keep_state, make_optimizer
 from atm_fl.vectors import Layout
 
 
@@ -83,7 +83,7 @@ def tune_privately(
 
     A batch goes through the model in parts of batch-size / accumulate records, whose gradients take that many vectors
     of memory. `images` of the result is the expected number, and its loss is NaN: the real ones would tell of records.
-    state: as `tuning.tune` takes and leaves it; it is made of noised gradients, and costs no privacy.
+    state: as `training.local.tune` takes and leaves it; it is made of noised gradients, and costs no privacy.
     """
     optimizer, layout = make_optimizer(flat, settings, state), Layout.of(model)
     random = noise.generator()

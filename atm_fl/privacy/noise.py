@@ -24,9 +24,9 @@ import torch
 from randomgen import ChaCha
 from torch import Tensor
 
-from atm_fl.blocks import parts
 from atm_fl.errors import RunError
 from atm_fl.files import private_folder
+from atm_fl.vectors.blocks import parts
 
 GRID = 2.0**-20
 """The grid's step in deviations of the noise, before it is rounded to a power of two."""

@@ -48,11 +48,11 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from atm_fl.blocks import BLOCK, parts
 from atm_fl.errors import RunError
 from atm_fl.privacy import shamir
 from atm_fl.privacy.identity import SIGNATURE_BYTES, Identity
-from atm_fl.privacy.ring import WORD
+from atm_fl.vectors.blocks import BLOCK, parts
+from atm_fl.vectors.ring import WORD
 
 KEY_BYTES = 32
 PUBLIC_BYTES = 3 * KEY_BYTES

@@ -13,8 +13,8 @@ from made_up import first_base, marked, shapes, step
 from torch import Tensor, nn
 
 from atm_fl import models, tasks
-from atm_fl.party import SharedModel
-from atm_fl.tuning import Tuned
+from atm_fl.federation.shared_model import SharedModel
+from atm_fl.training.local import Tuned
 from clients.app import app
 
 server = ServerApp()
@@ -68,5 +68,5 @@ def main(grid: Grid, context: Context) -> None:
     from server import app as ours
 
     in_server = True
-    ours.Atm = marked(ours.Atm)  # type: ignore[misc,assignment]
+    ours.AtmStrategy = marked(ours.AtmStrategy)  # type: ignore[misc,assignment]
     ours.main(grid, context)

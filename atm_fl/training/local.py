@@ -49,14 +49,14 @@ def tune(
     data: Split,
     settings: Settings,
     seed: int,
-    turn: int = 0,
+    epoch_chunk: int = 0,
     state: State | None = None,
 ) -> Tuned:
     """Tune `model`, whose entries and gradients are bound to `flat`, in place for `local-epochs` over `data`.
 
     The head stays frozen. The optimizer goes on from `state` and leaves its own there; a new one starts without. The
-    order of the images derives from `seed` alone; of an epoch spread over several rounds `turn` says which part this
-    one is. The last batch of an epoch, or of its part, may be smaller.
+    order of the images derives from `seed` alone; of an epoch spread over several rounds `epoch_chunk` says which part
+    this one is. The last batch of an epoch, or of its part, may be smaller.
     """
     optimizer = make_optimizer(flat, settings, state)
     # Gradients of half precision would vanish; with another precision this changes nothing.
@@ -67,7 +67,11 @@ def tune(
     steps, seen, order, total = 0, 0, torch.empty(0), 0.0
     model.train()
     for _ in range(max(1, round(settings.local_epochs))):
-        order = torch.randperm(len(data), generator=random).tensor_split(settings.turns)[turn].to(data.labels.device)
+        order = (
+            torch.randperm(len(data), generator=random)
+            .tensor_split(settings.chunks_per_epoch)[epoch_chunk]
+            .to(data.labels.device)
+        )
         seen, total = seen + len(order), 0.0
         for images, labels in data.batches(order, settings.batch_size, settings.workers):
             flat.grad.zero_()

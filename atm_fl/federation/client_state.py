@@ -22,7 +22,7 @@ from torch import Tensor
 
 from atm_fl import tasks, vectors
 from atm_fl.files import atomic_write
-from atm_fl.tensor_files import save_vectors
+from atm_fl.vectors.tensor_files import save_vectors
 
 KEPT_ROUNDS = 3
 """A run may be resumed from either of its last two checkpoints, and the client may be a round ahead of them."""
@@ -30,7 +30,7 @@ _recent: dict[str, Tensor] = {}
 """The base that this process saved last, by its digest: it need not be read when it is asked for next."""
 
 
-class Kept:
+class ClientState:
     """One client's files of one run. ValueError if `run` is no run's id (see `Run.id`)."""
 
     def __init__(self, run: str, task: str) -> None:
@@ -41,7 +41,7 @@ class Kept:
     @staticmethod
     def forget(run: str) -> None:
         """Delete all that this machine keeps of a run that will not go on."""
-        shutil.rmtree(Kept(run, "").folder, ignore_errors=True)
+        shutil.rmtree(ClientState(run, "").folder, ignore_errors=True)
 
     def base(self, digest: str) -> Tensor | None:
         """The base model, float32 [n], if it was saved under `digest`; whether it still is that one is not checked.

@@ -18,7 +18,7 @@ import platform
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -26,20 +26,22 @@ from statistics import median
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from atm_fl import vectors
-from atm_fl.codecs import Arrays, Codec, is_finite, size_of
+from atm_fl.codecs import Arrays, Codec, size_of
 from atm_fl.errors import RunError, SettingError
 from atm_fl.files import atomic_write
+from atm_fl.merging.scaling import check_layer_scaling
 from atm_fl.models import load_backbone
-from atm_fl.scaling import check_layer_scaling
+from atm_fl.models.trainable import set_trainable
+from atm_fl.runs.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from atm_fl.runs.metrics import read_metrics
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.sinks import SINKS
-from atm_fl.tensor_files import save_vectors
-from atm_fl.trainable import set_trainable
+from atm_fl.vectors.finite import is_finite
 
 
 class Run:
@@ -158,7 +160,7 @@ class Run:
         torch.set_num_threads(self.settings.threads)  # sums in another order give other bits
         self.delta = codec.encode(step, self.layout, derive_seed(self.settings.seed, "codec", self.rounds_done + 1))
         torch.set_num_threads(threads)
-        if codec.feedback:
+        if codec.error_feedback:
             decoded = codec.decode(self.delta, self.layout)
             self.base.add_(decoded)
             self.residual = step.sub_(decoded)
@@ -296,28 +298,6 @@ def make_run_dir(directory: Path) -> None:
         ) from None
 
 
-def read_metrics(directory: Path, damaged: Callable[[int], object] = lambda _: None) -> Iterator[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; those that are no lines of ours are left out.
-
-    damaged: is told their numbers, from 1, but not of a last one that a crash cut off.
-    """
-    path = directory / "metrics.jsonl"
-    if not path.exists():
-        raise RunError(f"{directory} is not a run directory: no metrics.jsonl in it")
-    text = path.read_text(errors="replace")
-    lines = text.split("\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            found = json.loads(line)
-            if not (isinstance(found, dict) and isinstance(found["kind"], str) and isinstance(found["round"], int)):
-                raise ValueError
-        except (ValueError, KeyError, RecursionError):
-            if number < len(lines):
-                damaged(number)
-            continue
-        yield found
-
-
 @contextmanager
 def swept_if_failed(directory: Path) -> Iterator[None]:
     """If the body fails before anything was measured, remove the run's directory, unless it was there before.
@@ -336,46 +316,11 @@ def swept_if_failed(directory: Path) -> Iterator[None]:
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-STATE = "server-optimizer."
-"""What the names of a server optimizer's moments begin with in a checkpoint."""
-
-
-def save_checkpoint(
-    directory: Path,
-    rounds_done: int,
-    base: Tensor,
-    layout: vectors.Layout,
-    state: dict[str, Tensor] | None = None,
-    kept: int = 2,
-    digest: str = "",
-    good: Path | None = None,
-) -> Path:
-    """Write the base after `rounds_done` rounds, atomically, as named tensors; all but the last `kept` go (0: none).
-
-    state: the server optimizer's moments and the residual of `codec-down`, flat tensors [n]. digest: the base's, if it
-    is known. good: a checkpoint that stays.
-    """
-    folder = directory / "checkpoint"
-    path = folder / f"round-{rounds_done:05d}.safetensors"
-    moments = {STATE + name: moment for name, moment in (state or {}).items()}
-    about = {"rounds": rounds_done, "layout": layout.digest, "base": digest or vectors.digest(base)}
-    about |= {name: vectors.digest(moment) for name, moment in sorted(moments.items())}
-    with atomic_write(path) as part:
-        save_vectors(part, layout.views(base.cpu()) | moments, {"atm-fl": json.dumps(about)})
-    past = checkpoints(directory)[:-kept] if kept else []
-    for old in [*(other for other in past if other != good), *folder.glob(".*.safetensors")]:
-        old.unlink()
-    return path
 
 
 def rounds_of(checkpoint: Path) -> int:
     """The rounds after which a checkpoint was written, by its name."""
     return int(checkpoint.stem.removeprefix("round-"))
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """A run's checkpoint files, oldest first."""
-    return sorted(directory.glob("checkpoint/round-*.safetensors"))
 
 
 def lock(directory: Path) -> Any:
@@ -387,36 +332,6 @@ def lock(directory: Path) -> Any:
         file.close()
         raise RunError(f"run-dir={str(directory)!r} is in use by another process; wait for it or end it") from None
     return file
-
-
-def load_checkpoint(
-    directory: Path, layout: vectors.Layout, warn: Callable[[str], object], rounds: int = 0
-) -> tuple[int, Tensor, dict[str, Tensor]]:
-    """(rounds done, base, server optimizer's moments and residual) of the newest whole checkpoint.
-
-    With `rounds`, of that after so many rounds.
-
-    A damaged one is passed over and `warn` is told. RunError if none is whole, or if it belongs to a model of another
-    layout.
-    """
-    for path in reversed(checkpoints(directory)):
-        if rounds and path.stem != f"round-{rounds:05d}":
-            continue
-        try:
-            with safe_open(str(path), "pt") as file:
-                about = json.loads((file.metadata() or {}).get("atm-fl", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            warn(f"{path} is damaged ({error}); going back to the checkpoint before it")
-            continue
-        if about.get("layout") != layout.digest:
-            raise RunError(f"{path} holds a model of another layout ({about.get('layout')}, not {layout.digest})")
-        found = {name: tensors.pop(name).clone() for name in list(tensors) if name.startswith(STATE)}
-        found["base"] = torch.cat([tensors[name].reshape(-1) for name in layout.names])
-        if all(vectors.digest(tensor) == about.get(name) for name, tensor in found.items()):
-            return int(about["rounds"]), found.pop("base"), {k.removeprefix(STATE): v for k, v in found.items()}
-        warn(f"{path} is damaged (its digest does not match); going back to the checkpoint before it")
-    raise RunError(f"{directory} holds no whole checkpoint")
 
 
 @contextmanager

@@ -17,7 +17,6 @@ appears when it is complete: a crash leaves the file that was there before, or n
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,13 +28,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from atm_fl.blocks import empty
 from atm_fl.errors import RunError, SettingError
 from atm_fl.files import atomic_write
 from atm_fl.merging import Merge, make_merge, options
-from atm_fl.scaling import check_layer_scaling, check_task_scaling, scale_layers
-from atm_fl.tensor_files import bits, write_entries
+from atm_fl.merging.scaling import check_layer_scaling, check_task_scaling, scale_layers
 from atm_fl.vectors import Layout
+from atm_fl.vectors.blocks import empty
+from atm_fl.vectors.finite import is_finite
+from atm_fl.vectors.tensor_files import bits, write_entries
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes that are merged, in safetensors' spelling. Numbers of 8 bits and less mean little without their scales."""
@@ -271,11 +271,6 @@ def merged_vector(
     del vector, views, view
     tell(f"merging {len(others)} files", done)
     return merge.result()
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are; without a second tensor, as `isfinite` would make."""
-    return tensor.numel() == 0 or all(math.isfinite(end) for end in torch.aminmax(tensor))
 
 
 def few(names: Sequence[str]) -> str:

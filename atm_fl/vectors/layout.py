@@ -10,12 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,40 +81,6 @@ def digest(*parts: Tensor) -> str:
     for part in parts:
         found.update(part.detach().cpu().contiguous().numpy().data)
     return found.hexdigest()[:16]
-
-
-class Spill:
-    """Vectors [n] kept in one temporary file in `folder` instead of in memory, and read back through memory maps.
-
-    What is mapped belongs to the system's page cache and goes when memory is short: resident memory does not grow with
-    the number of vectors.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self._parts: dict[str, tuple[np.dtype, int]] = {}
-
-    def add(self, name: str, vector: Tensor) -> None:
-        """Append a vector. ValueError if `name` is there already."""
-        if name in self._parts:
-            raise ValueError(f"{name!r} was added twice")
-        values = vector.detach().cpu().contiguous().numpy()
-        self._file.write(values.data)
-        self._parts[name] = values.dtype, len(values)
-
-    def vectors(self) -> dict[str, Tensor]:
-        """The vectors by name, in the order of `add`, on the CPU; read from the file when they are looked at."""
-        self._file.flush()
-        found, offset = {}, 0
-        for name, (dtype, size) in self._parts.items():
-            # Mode c: torch wants writable memory, and what is written never reaches the file.
-            found[name] = torch.from_numpy(np.memmap(self._file, dtype, "c", offset, size))
-            offset += dtype.itemsize * size
-        return found
-
-    def close(self) -> None:
-        """Delete the file; its space is free when the vectors are gone too."""
-        self._file.close()
 
 
 def shared_entries(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atm_fl.vectors import Layout
+from atm_fl.vectors.layout import Layout
 
 BLOCK = 1 << 19
 """Elements that one operation works on: few enough to stay in cache, enough to be worth a call from several threads."""
@@ -175,7 +175,7 @@ def _selection_buffers(dtype: np.dtype) -> tuple[np.ndarray, ...]:
     return found
 
 
-def gram(vectors: Sequence[Tensor]) -> Tensor:
+def inner_products(vectors: Sequence[Tensor]) -> Tensor:
     """The vectors' inner products in float64, [k, k] on the CPU."""
     size, count = vectors[0].numel(), len(vectors)
 

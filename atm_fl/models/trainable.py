@@ -57,7 +57,7 @@ def set_trainable(module: nn.Module, trainable: str) -> None:
         raise SettingError(f"trainable={trainable!r}: this backbone has no such entries")
 
 
-class LowRank(nn.Module):
+class LoraUpdate(nn.Module):
     """A weight plus its low-rank update: W → W + scale · B A, with B [m, r] and A [r, n]."""
 
     def __init__(self, weight: Tensor, rank: int, scale: float) -> None:
@@ -82,13 +82,13 @@ class Lora:
 
     def __init__(self, module: nn.Module, layout: Layout, rank: int, alpha: float) -> None:
         self._layout = layout
-        self._updates: dict[str, LowRank] = {}
+        self._updates: dict[str, LoraUpdate] = {}
         for name in layout.names:
             owner, _, attribute = name.rpartition(".")
             holder = module.get_submodule(owner)
             weight = getattr(holder, attribute)
             weight.requires_grad_(False)
-            self._updates[name] = LowRank(weight, rank, alpha / rank)
+            self._updates[name] = LoraUpdate(weight, rank, alpha / rank)
             parametrize.register_parametrization(holder, attribute, self._updates[name])
         self.flat: nn.Parameter = bind(module, Layout.of(module))
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from rich.console import Console
 
-from atm_fl.evaluation import mean_accuracy
-from atm_fl.report import duration
-from atm_fl.runs import read_metrics
+from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.report import duration
 from atm_fl.settings import Settings
+from atm_fl.training.evaluation import mean_accuracy
 
 POLL = 0.5
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atm_fl.blocks import parts
-from atm_fl.codecs import check_finite
+from atm_fl.vectors.blocks import parts
+from atm_fl.vectors.finite import check_finite
 
 WORD = np.dtype("<u4")
 """An element: a whole number modulo 2³²."""

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from atm_fl.errors import SettingError, did_you_mean
-from atm_fl.models import Backbone, Head, HeadSource, family, head
+from atm_fl.models.backbones import Backbone, family
+from atm_fl.models.heads import Head, HeadSource, head
 
 RANDOM, PRETRAINED = "random", "pretrained"
 

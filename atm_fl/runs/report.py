@@ -25,12 +25,12 @@ from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from atm_fl import pages
 from atm_fl.errors import RunError
 from atm_fl.files import atomic_write
-from atm_fl.pages import Series
 from atm_fl.references import find_references
-from atm_fl.runs import read_metrics
+from atm_fl.runs import pages
+from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.pages import Series
 from atm_fl.settings import defaults
 
 COLUMNS = 8
@@ -38,7 +38,7 @@ COLUMNS = 8
 
 
 @dataclass(frozen=True)
-class Row:
+class AccuracyRow:
     """A line of the accuracy table: accuracies in percent at the table's rounds, None where one was not measured."""
 
     name: str
@@ -53,8 +53,8 @@ class AccuracyTable:
 
     split: str
     rounds: tuple[int, ...]
-    rows: tuple[Row, ...]
-    mean: Row
+    rows: tuple[AccuracyRow, ...]
+    mean: AccuracyRow
 
     @property
     def headings(self) -> tuple[str, ...]:
@@ -244,14 +244,14 @@ def _accuracy_table(record: Record, split: str | None = None, columns: int = COL
         split = "test" if not means["validation"] or {0, last} <= means["test"].keys() else "validation"
     rounds = _evenly(list(means[split]), columns)
 
-    def row(name: str, values: Series) -> Row:
+    def row(name: str, values: Series) -> AccuracyRow:
         cells = tuple(100 * values[n] if n in values else None for n in rounds)
         first, last = (cells[0], cells[-1]) if len(cells) > 1 else (None, None)
-        return Row(name, cells, None if first is None or last is None else last - first)
+        return AccuracyRow(name, cells, None if first is None or last is None else last - first)
 
     rows = tuple(row(task, values) for task, values in record.by_task("evaluation", split).items())
     gains = [row.gain for row in rows if row.gain is not None]
-    mean = Row("mean", row("mean", means[split]).accuracies, fmean(gains) if gains else None)
+    mean = AccuracyRow("mean", row("mean", means[split]).accuracies, fmean(gains) if gains else None)
     return AccuracyTable(split, rounds, rows, mean)
 
 

@@ -12,20 +12,18 @@ import torch
 from atm_fl import merging, models, tasks
 from atm_fl.codecs import CODECS, Codec, make_codec
 from atm_fl.errors import SettingError, did_you_mean
-from atm_fl.merging import Merge, find_merge, make_merge, merges_of_sum
+from atm_fl.merging import Merge, make_merge
+from atm_fl.merging.scaling import read_factors, read_table
+from atm_fl.merging.server_optimizer import SERVER_OPTIMIZERS, ServerOptimizer
 from atm_fl.optimizers import OPTIMIZERS
-from atm_fl.participation import check_participation, read_participation
 from atm_fl.plugins import Registry
-from atm_fl.privacy.ring import Ring
-from atm_fl.scaling import check_task_scaling, read_factors, read_table
 from atm_fl.seeds import derive_seed
-from atm_fl.server_optimizer import SERVER_OPTIMIZERS, ServerOptimizer
+from atm_fl.settings.participation import read_participation
+from atm_fl.settings.rules import OF_DEPLOYMENT, check
+from atm_fl.settings.text import kebab, typed
 from atm_fl.sinks import SINKS
-from atm_fl.trainable import check_trainable
 from atm_fl.vectors import Layout
-
-OF_DEPLOYMENT = {"codec-up": "int4", "codec-down": "int4"}
-"""What runs of the runtime `deployment`, whose bottleneck is the wire, take if neither file nor `-c` says otherwise."""
+from atm_fl.vectors.ring import Ring
 
 
 def setting(
@@ -195,16 +193,16 @@ class Settings:
     def parse(cls, config: Mapping[str, Any]) -> Settings:
         """Settings from a run config with kebab-case keys; missing keys take their defaults.
 
-        SettingError names the first key that is unknown or has a value that cannot work, and the mend.
+        SettingError names the first key that is unknown or has a value that cannot work, and the fix.
         """
         known = {kebab(item.name): item for item in fields(cls)}
         values = {}
         for key, value in config.items():
             if key not in known:
                 raise SettingError(f"setting {key!r} is unknown{did_you_mean(key, known)}")
-            values[known[key].name] = _typed(key, value, known[key].type)
+            values[known[key].name] = typed(key, value, known[key].type)
         settings = cls(**values)
-        settings._check()
+        check(settings)
         return settings
 
     @property
@@ -215,19 +213,19 @@ class Settings:
     @property
     def party_names(self) -> tuple[str, ...]:
         """The clients' names in the run: their tasks', and of several clients of one task the second is pets.2."""
-        held = self.held_tasks
+        held = self.client_tasks
         counts = (held[:place].count(task) for place, task in enumerate(held))
         return tuple(f"{task}.{count + 1}" if count else task for task, count in zip(held, counts, strict=True))
 
     @property
-    def held_tasks(self) -> tuple[str, ...]:
+    def client_tasks(self) -> tuple[str, ...]:
         """Each client's task: a registered task's own name, a folder's last part."""
         return tuple(name.rstrip("/").rsplit("/", 1)[-1] for name in self.task_names)
 
     @property
     def task_of(self) -> dict[str, str]:
         """Client → task."""
-        return dict(zip(self.party_names, self.held_tasks, strict=True))
+        return dict(zip(self.party_names, self.client_tasks, strict=True))
 
     def of_model(self) -> Settings:
         """These settings with all at their defaults but those that make the model; equal ones can share it."""
@@ -271,12 +269,12 @@ class Settings:
         return Ring(self.secure_range, len(self.task_names))
 
     @property
-    def travels(self) -> str:
+    def uplink_name(self) -> str:
         """How task vectors travel: `codec-up`, or "ring" under secure aggregation."""
         return "ring" if self.secure_aggregation else self.codec_up
 
     @property
-    def turns(self) -> int:
+    def chunks_per_epoch(self) -> int:
         """Rounds that one epoch is spread over: m for local-epochs = 1/m."""
         return max(1, round(1 / self.local_epochs))
 
@@ -292,7 +290,7 @@ class Settings:
 
     def _drawn(self, round_number: int) -> set[str]:
         """The tasks that are drawn for a round: `fraction` of those whose turn it is, one at least."""
-        those = [task for task in dict.fromkeys(self.held_tasks) if self._planned(task, round_number)]
+        those = [task for task in dict.fromkeys(self.client_tasks) if self._planned(task, round_number)]
         random = torch.Generator().manual_seed(derive_seed(self.seed, "fraction", round_number))
         order = torch.randperm(len(those), generator=random)
         return {those[place] for place in order[: max(1, round(self.fraction * len(those)))]}
@@ -353,210 +351,6 @@ class Settings:
     def as_config(self) -> dict[str, Any]:
         """All settings by kebab-case key, as `parse` takes them."""
         return {kebab(name): value for name, value in asdict(self).items()}
-
-    def _check(self) -> None:
-        for item in fields(self):
-            value, choices = getattr(self, item.name), item.metadata["choices"]
-            if choices and value not in choices:
-                raise SettingError(f"{kebab(item.name)}={value!r}: it takes one of {', '.join(choices)}")
-        for name in ("rounds", "batch_size", "accumulate", "lora_rank", "shots", "threads", "validate_every"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be at least 1")
-        for name in (
-            "weight_decay",
-            "momentum",
-            "proximal",
-            "clip_norm",
-            "max_update_norm",
-            "test_every",
-            "keep_checkpoints",
-            "resume_from",
-            "proportion",
-            "min_successful",
-            "seed",
-            "workers",
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be 0 or more")
-        if 0 < self.proportion < 1:
-            raise SettingError(f"proportion={self.proportion:g}: it must be at least 1, or 0 for any length")
-        if self.resume_from and not self.resume:
-            raise SettingError(f"resume-from={self.resume_from}: it needs resume=true")
-        for name in ("server_momentum", "server_beta2", "holdout", "replay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be at least 0 and below 1")
-        epochs = self.local_epochs
-        if not (epochs >= 1 and epochs == round(epochs)) and not (0 < epochs < 1 and _whole(1 / epochs)):
-            raise SettingError(f"local-epochs={epochs:g}: it must be a whole number, or 1/m as 0.5, 0.25, 0.2, 0.1")
-        if self.keep_optimizer and self.optimizer == "sgd" and not self.momentum:
-            raise SettingError("keep-optimizer=true: sgd with momentum=0 has no state; choose adamw, or a momentum")
-        for name in ("proximal", "alignment", "keep_optimizer"):
-            if getattr(self, name) and self.trainable == "lora":
-                raise SettingError(
-                    f"{kebab(name)}={getattr(self, name)}: not with trainable='lora', which tunes B and A"
-                )
-        self._check_privacy()
-        self._check_sums()
-        if self.batch_size % self.accumulate:
-            raise SettingError(f"accumulate={self.accumulate}: it must divide batch-size={self.batch_size}")
-        positive = (
-            "learning_rate",
-            "lora_alpha",
-            "server_learning_rate",
-            "server_epsilon",
-            "node_timeout",
-            "round_timeout",
-        )
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be a positive number")
-        if not 0 < self.fraction <= 1:
-            raise SettingError(f"fraction={self.fraction:g}: it must be above 0 and at most 1")
-        if not math.isfinite(self.scaling):
-            raise SettingError(f"scaling={self.scaling}: it must be a finite number")
-        try:
-            torch.device("cpu" if self.device == "auto" else self.device)
-        except RuntimeError:
-            raise SettingError(f"device={self.device!r} is no device; it takes auto, cpu, cuda, cuda:1, …") from None
-        models.check_backbone(self.model, self.weights)
-        check_trainable(self.trainable)
-        if self.head == "zero-shot" and not self.model.startswith("open_clip/"):
-            raise SettingError(
-                f"head='zero-shot': model={self.model!r} has no text tower; choose prototypes or an open_clip model"
-            )
-        if self.max_update_norm and self.start != "pretrained":
-            raise SettingError(
-                f"max-update-norm={self.max_update_norm:g}: with start={self.start!r} nobody could check the first base"
-            )
-        self.make_merge(Layout((), ()), 0).check_count(min(self.needed, self._fewest()))
-        check_task_scaling(self.task_scalings, self.held_tasks)
-        check_participation(self.participations, self.held_tasks)
-        self.layer_scalings, self.uplink, self.downlink  # noqa: B018 (what cannot be read is an error)
-        for task, name in zip(self.held_tasks, self.task_names, strict=True):
-            if (self.held_tasks.count(task) > 1 and "/" not in name) or self.party_names.count(task) > 1:
-                raise SettingError(
-                    f"tasks={self.tasks!r} names {task!r} twice; several clients of one task are folders of images, "
-                    "as ./pets,./pets"
-                )
-        for name in self.task_names:
-            tasks.check(name)
-        for name in self.sinks:
-            SINKS.find(name, f"metric-sinks={self.metric_sinks!r}: metric sink {name!r}")
-        self._check_secure()
-        if self.min_successful > len(self.task_names):
-            raise SettingError(
-                f"min-successful={self.min_successful}: there are only {len(self.task_names)} clients in tasks"
-            )
-
-    def _check_privacy(self) -> None:
-        for name in ("dp_epsilon", "dp_noise"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be 0 or more")
-        if not 0 < self.dp_delta < 1:
-            raise SettingError(f"dp-delta={self.dp_delta:g}: it must be between 0 and 1, below 1 / the records")
-        if not self.dp_clip > 0:
-            raise SettingError(f"dp-clip={self.dp_clip:g}: it must be a positive number, or inf")
-        given = {kebab(name): getattr(self, name) for name in ("dp_epsilon", "dp_noise") if getattr(self, name)}
-        if given and self.privacy != "dp-sgd":
-            raise SettingError(f"{next(iter(given))}={next(iter(given.values())):g}: it needs privacy='dp-sgd'")
-        if len(given) == 2:
-            raise SettingError(f"dp-epsilon={self.dp_epsilon:g} and dp-noise={self.dp_noise:g}: give one of them")
-        if given and self.dp_clip == math.inf:
-            raise SettingError("dp-clip=inf: noise in proportion to it is infinite; choose a finite dp-clip")
-        if self.privacy == "dp-sgd" and not given:
-            raise SettingError(
-                "privacy='dp-sgd' without noise protects nothing: give dp-epsilon or dp-noise; to clip records' "
-                "gradients alone, privacy='clip-only'"
-            )
-        if self.private and self.split == "validation" and not self.holdout:
-            raise SettingError(
-                f"holdout=0: with privacy={self.privacy!r} and split='validation' accuracies would be told of the very "
-                "records that are tuned on; choose a holdout above 0"
-            )
-        for name, wrong in (("replay", 0.0), ("alignment", False), ("precision", "fp32")):
-            if self.private and getattr(self, name) != wrong:
-                raise SettingError(f"{name}={getattr(self, name)!r}: not with privacy={self.privacy!r}")
-
-    def _check_sums(self) -> None:
-        """What goes with a bound on whole parties: what is made of the sum of all of them in every round."""
-        for name in ("dp_client_clip", "dp_client_noise"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise SettingError(f"{kebab(name)}={getattr(self, name)}: it must be 0 or more")
-        if self.dp_client_noise and not self.dp_client_clip:
-            raise SettingError(f"dp-client-noise={self.dp_client_noise:g}: it is in units of dp-client-clip; give that")
-        for key, wanted in (
-            ("secure-aggregation=true", self.secure_aggregation),
-            (f"dp-client-clip={self.dp_client_clip:g}", self.dp_client_clip),
-        ):
-            if wanted and not find_merge(self.merge).of_sum:
-                raise SettingError(
-                    f"merge={self.merge!r}: not with {key}, which bounds what a sum tells; choose a merge of the sum "
-                    f"alone: {', '.join(merges_of_sum())}"
-                )
-            if wanted and (self.participation or self.fraction < 1):
-                name, value = (
-                    ("participation", repr(self.participation))
-                    if self.participation
-                    else ("fraction", f"{self.fraction:g}")
-                )
-                raise SettingError(f"{name}={value}: not with {key}, whose sums are over all parties")
-            if wanted and len(set(self.held_tasks)) < len(self.held_tasks):
-                raise SettingError(f"tasks={self.tasks!r}: several clients of one task, not with {key}")
-
-    def _check_secure(self) -> None:
-        count, threshold = len(self.task_names), self.threshold
-        if not self.secure_aggregation:
-            if self.secure_threshold:
-                raise SettingError(f"secure-threshold={self.secure_threshold}: it needs secure-aggregation=true")
-            return
-        if count < 3:
-            raise SettingError("secure-aggregation=true: it needs 3 tasks, for of two each learns the other's vector")
-        if not count / 2 < threshold <= count:
-            raise SettingError(
-                f"secure-threshold={threshold}: it must be more than half of the {count} tasks and at most all of them"
-            )
-        if self.needed < threshold:
-            raise SettingError(
-                f"min-successful={self.min_successful}: secure-threshold={threshold} parties must be there; raise it"
-            )
-        if not 0 < self.secure_range < math.inf:
-            raise SettingError(f"secure-range={self.secure_range}: it must be a positive number")
-        if self.codec_up != "fp32":
-            raise SettingError(f"codec-up={self.codec_up!r}: not with secure-aggregation=true, whose masks need words")
-        if self.alignment:
-            raise SettingError("alignment=true: not with secure-aggregation=true, for it tells of single vectors")
-
-    def _fewest(self) -> int:
-        """The least number of tasks that take part in a round. SettingError if none does in one."""
-        # Who takes part changes where a task begins or ends; between, every round has as many.
-        spans = self.participations.values()
-        changes = {1} | {start for start, _ in spans} | {int(end) + 1 for _, end in spans if end < self.rounds}
-        rounds = sorted(number for number in changes if number <= self.rounds)
-        counts = {n: sum(self.part_taken(task, n) > 0 for task in set(self.held_tasks)) for n in rounds}
-        empty = next((number for number, count in counts.items() if not count), None)
-        if empty:
-            raise SettingError(f"participation={self.participation!r}: no task takes part in round {empty}")
-        return min(counts.values())
-
-
-def _whole(number: float) -> bool:
-    """Whether a number is whole, up to rounding."""
-    return abs(number - round(number)) < 1e-6
-
-
-def kebab(name: str) -> str:
-    """A Python name as a run-config key."""
-    return name.replace("_", "-")
-
-
-def _typed(key: str, value: Any, kind: str | type) -> Any:
-    """`value` as the type a setting has; SettingError if it is another. Whole numbers serve as floats."""
-    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value).__name__ != kind:
-        example = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string in quotes"}
-        raise SettingError(f"{key}={value!r}: it must be {example[str(kind)]}")
-    return value
 
 
 def defaults() -> dict[str, Any]:

@@ -5,31 +5,28 @@ from __future__ import annotations
 import inspect
 import time
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from atm_fl import models, tasks, vectors
+from atm_fl import models, tasks
 from atm_fl.codecs import Arrays
 from atm_fl.errors import RunError, SettingError
-from atm_fl.evaluation import accuracy
+from atm_fl.federation.client_state import ClientState
+from atm_fl.federation.shared_model import shared_model
 from atm_fl.files import atomic_write
-from atm_fl.hub import zero_shot
-from atm_fl.kept import Kept
+from atm_fl.models.hubs import zero_shot
 from atm_fl.privacy import client_level
 from atm_fl.privacy.budget import Budget
 from atm_fl.privacy.disclosure import disclosed
-from atm_fl.privacy.dp_sgd import tune_privately
-from atm_fl.privacy.noise import Noise
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Dataset, Split
-from atm_fl.trainable import Lora, set_trainable
-from atm_fl.tuning import State, Tuned, full_gradient, task_vector, tune
+from atm_fl.training.evaluation import accuracy
+from atm_fl.training.local import State, Tuned, full_gradient
 
 
 @dataclass(frozen=True)
@@ -42,78 +39,6 @@ class Update:
     arrays: Arrays | None
     evaluation: dict[str, float]
     tuning: dict[str, float]
-
-
-class SharedModel:
-    """The one backbone of a process, reused in place by every party and round; its entries are one flat tensor.
-
-    SettingError if the device is not there, or the backbone has no such entries to train.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self.device = find_device(settings.device)
-        self.module = models.load_backbone(settings.model, settings.weights)
-        self.digest = vectors.digest(*vectors.shared_entries(self.module).values())
-        """Of the whole pretrained backbone."""
-        set_trainable(self.module, settings.trainable)
-        self.layout = vectors.Layout.of(self.module)
-        self.pretrained = self.layout.flatten(self.module)
-        self.module.to(self.device)
-        self.module.precision = models.PRECISIONS[settings.precision]
-        self.module.channels_last = settings.channels_last
-        self.flat: nn.Parameter = vectors.bind(self.module, self.layout)
-        lora = settings.trainable == "lora"
-        self.lora = Lora(self.module, self.layout, settings.lora_rank, settings.lora_alpha) if lora else None
-        if settings.gradient_checkpointing:
-            self.module.vit.set_grad_checkpointing(True)
-        if settings.compile:
-            self.module.vit.compile()
-
-    def load(self, base: Tensor) -> None:
-        """Set the model's shared entries to `base`, float32 [n]."""
-        self.flat.data.copy_(base)
-        if self.lora:
-            self.lora.reset()
-
-    def tune(
-        self,
-        base: Tensor,
-        head: nn.Module,
-        data: Split,
-        settings: Settings,
-        seed: int,
-        turn: int = 0,
-        noise: Noise | None = None,
-        state: State | None = None,
-    ) -> tuple[Tensor, Tuned]:
-        """Tune `base`, which is loaded, on `data`: (the task vector, float32 [n] on the CPU, what was done).
-
-        With `noise`, by DP-SGD that draws it. state: as `tuning.tune` takes and leaves it.
-        """
-        if self.lora:
-            self.lora.reset(derive_seed(seed, "lora"))
-        flat = self.lora.flat if self.lora else self.flat
-        if noise is None:
-            tuned = tune(self.module, head, flat, data, settings, seed, turn, state)
-        else:
-            tuned = tune_privately(self.module, head, flat, data, settings, noise, state)
-        return (self.lora.vector() if self.lora else task_vector(flat, base.to(self.device))).cpu(), tuned
-
-
-def find_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first GPU, or the CPU without one. SettingError if it is not there."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"device={name!r} cannot be used here: {error}") from error
-    return device
-
-
-@lru_cache(maxsize=1)
-def shared_model(settings: Settings) -> SharedModel:
-    """The process's model, loaded once. settings: of_model()."""
-    return SharedModel(settings)
 
 
 class Party:
@@ -148,7 +73,7 @@ class Party:
             self.splits["validation"], self.tuned_on = held, rest
         source = str(Path(task).resolve()) if "/" in task else task
         self.budget = Budget(settings, self.task, self.tuned_on, ledgers, source, self.client, lifetime, lifetime_delta)
-        if settings.turns > len(self.tuned_on):
+        if settings.chunks_per_epoch > len(self.tuned_on):
             raise SettingError(
                 f"local-epochs={settings.local_epochs:g}: {self.task} has only {len(self.tuned_on)} images"
             )
@@ -183,17 +108,17 @@ class Party:
             return Update(None, evaluation, {})
         evaluated = time.perf_counter()
         data = self.tuned_on if part == 1 else self._parted(self.tuned_on, part, "replay")[0]
-        epoch, turn = divmod(round_number - 1, settings.turns)
-        seed = derive_seed(settings.seed, "tune", self.task, epoch * settings.turns + 1)
+        epoch, epoch_chunk = divmod(round_number - 1, settings.chunks_per_epoch)
+        seed = derive_seed(settings.seed, "tune", self.task, epoch * settings.chunks_per_epoch + 1)
         tuning: dict[str, float] = {}
-        kept = Kept(run, self.client) if run and settings.keep_optimizer else None
+        kept = ClientState(run, self.client) if run and settings.keep_optimizer else None
         state = self._taken_up(kept, "optimizer", round_number, tuning) if kept else {}
         if settings.private:
             vector, tuned = self._tune_privately(base, data, seed, round_number, run, state, tuning)
         else:
             if run:
                 self.budget.expose(run)
-            vector, tuned = self.model.tune(base, self.head, data, settings, seed, turn, state=state)
+            vector, tuned = self.model.tune(base, self.head, data, settings, seed, epoch_chunk, state=state)
             tuning["loss"] = tuned.loss
         if kept:
             kept.save("optimizer", state, round_number)
@@ -246,7 +171,7 @@ class Party:
         settings, layout, codec = self.settings, self.model.layout, self.settings.uplink
         if settings.secure_aggregation:
             return {"words": self._words(vector, round_number)}
-        kept = Kept(run, self.client) if run and codec.feedback else None
+        kept = ClientState(run, self.client) if run and codec.error_feedback else None
         found = self._taken_up(kept, "residual", round_number, tuning) if kept else {}
         if found and len(found["vector"]) == len(vector):
             vector.add_(found["vector"])
@@ -272,7 +197,7 @@ class Party:
             told = f"{self.task}'s task vector of round {round_number} has {error}; try a lower learning-rate"
             raise RunError(told) from error
 
-    def _taken_up(self, kept: Kept, kind: str, round_number: int, tuning: dict[str, float]) -> dict[str, Tensor]:
+    def _taken_up(self, kept: ClientState, kind: str, round_number: int, tuning: dict[str, float]) -> dict[str, Tensor]:
         """What was kept of the task's last round; empty if there is none, and `tuning` is told if it is lost."""
         found = kept.last(kind, round_number)
         if found is None and any(self.settings.part_taken(self.task, number) for number in range(1, round_number)):

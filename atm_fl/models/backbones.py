@@ -1,20 +1,8 @@
-"""Backbones and heads.
-
-A backbone is a timm `VisionTransformer` that maps images to one feature vector; all backbones are the same module code
-with other sizes and weights. A head belongs to a task, is made once from the pretrained features, and stays frozen.
-
-To add a backbone, register a function that returns a `Backbone`::
-
-    @backbone("my_vit")
-    def my_vit() -> Backbone: ...
-
-Those of open_clip and timm go by their own names: see hub.py.
-"""
+"""Backbones: timm `VisionTransformer`s of many sizes and weights, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,16 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.errors import SettingError
 from atm_fl.plugins import Registry
-from atm_fl.tasks import Split
 from atm_fl.tasks.photos import package_dir
 
 EVALUATION_BATCH = 256
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What a backbone's passes may be autocast to."""
-LOGIT_SCALE = 20.0
-"""Fixed scale of the cosine logits; CLIP's learned one is 100, for features that lie closer together."""
 
 
 class Backbone(nn.Module):
@@ -73,32 +58,8 @@ class Backbone(nn.Module):
             return self.vit(pixels).to(pixels.dtype)
 
 
-class Head(nn.Module):
-    """A frozen classifier: logits = scale · normalised features · weightᵀ + bias.
-
-    weight [classes, d], bias [classes], scale: a number. Prototypes, linear probes and zero-shot heads have this form.
-    """
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, weight: Tensor, bias: Tensor, scale: float | Tensor = LOGIT_SCALE) -> None:
-        super().__init__()
-        self.scale = float(scale)
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-
-    def state(self) -> dict[str, Tensor]:
-        """The arguments that make this head again, as tensors."""
-        scale = torch.tensor(self.scale, dtype=torch.float64)
-        return {"weight": self.weight.contiguous(), "bias": self.bias.contiguous(), "scale": scale}
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.scale * functional.linear(functional.normalize(features, dim=-1), self.weight) + self.bias
-
-
 BACKBONES: Registry[Callable[[], Backbone]] = Registry("model")
-_families: Registry[tuple[Callable[[str, str], Backbone], Callable[[str, str], object]]] = Registry("model library")
+FAMILIES: Registry[tuple[Callable[[str, str], Backbone], Callable[[str, str], object]]] = Registry("model library")
 
 
 def backbone(name: str) -> Callable[[Callable[[], Backbone]], Callable[[], Backbone]]:
@@ -111,11 +72,6 @@ def backbone(name: str) -> Callable[[Callable[[], Backbone]], Callable[[], Backb
     return register
 
 
-def backbones() -> list[str]:
-    """The names of all backbones."""
-    return sorted(BACKBONES)
-
-
 def family(
     library: str, check: Callable[[str, str], object]
 ) -> Callable[[Callable[[str, str], Backbone]], Callable[[str, str], Backbone]]:
@@ -125,34 +81,10 @@ def family(
     """
 
     def register(make: Callable[[str, str], Backbone]) -> Callable[[str, str], Backbone]:
-        _families[library] = make, check
+        FAMILIES[library] = make, check
         return make
 
     return register
-
-
-def _family(name: str) -> tuple[Callable[[str, str], Backbone], Callable[[str, str], object]] | None:
-    return _families.get(name.partition("/")[0]) if "/" in name else None
-
-
-def check_backbone(name: str, weights: str = "pretrained") -> None:
-    """SettingError, with the nearest known name, if there is no backbone `name` or there are no such weights of it."""
-    if found := _family(name):
-        found[1](name.partition("/")[2], weights)
-    elif name not in BACKBONES:
-        raise SettingError(f"model={name!r} is unknown{did_you_mean(name, [*BACKBONES, 'open_clip/…', 'timm/…'])}")
-    elif weights != "pretrained":
-        raise SettingError(f"weights={weights!r}: model={name!r} has weights of its own; leave it at 'pretrained'")
-
-
-def load_backbone(name: str, weights: str = "pretrained") -> Backbone:
-    """The backbone `name`, in evaluation mode; open_clip's and timm's with the `weights` that hub.py explains."""
-    check_backbone(name, weights)
-    # A ViT draws its initial weights before ours are loaded: without the fork each client's draws would be disturbed.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        found = _family(name)
-        return (found[0](name.partition("/")[2], weights) if found else BACKBONES[name]()).eval()
 
 
 def vit(image_size: int, patch_size: int, width: int, depth: int, heads: int, **more: object) -> nn.Module:
@@ -257,76 +189,3 @@ def _dinov2_state(file: Path, depth: int, grid: int) -> dict[str, Tensor]:
         for number in (1, 2):
             state[f"{new}.ls{number}.gamma"] = tensors[f"{old}.layer_scale{number}.lambda1"]
     return state
-
-
-@dataclass(frozen=True)
-class HeadSource:
-    """All that a party makes its head of.
-
-    backbone: the pretrained one; model, weights: the settings that name it. data: images that may be used; prompts:
-    each class's sentences; shots: the setting; seed: of what is drawn at random; workers: processes that decode images.
-    """
-
-    backbone: Backbone
-    data: Split
-    classes: tuple[str, ...]
-    prompts: Sequence[Sequence[str]]
-    model: str
-    weights: str
-    shots: int
-    seed: int
-    workers: int = 0
-
-
-MakeHead = Callable[[HeadSource], Head]
-HEADS: Registry[MakeHead] = Registry("head")
-
-
-def head(name: str) -> Callable[[MakeHead], MakeHead]:
-    """Register the decorated function as the maker of the heads `name`."""
-    return HEADS.register(name)
-
-
-@torch.inference_mode()
-def features(model: Backbone, data: Split, workers: int = 0) -> Tensor:
-    """Features [n, d] of the images of `data`, in batches, on the CPU; `workers` processes decode image files."""
-    return torch.cat([model(images) for images, _ in data.batches(None, EVALUATION_BATCH, workers)]).cpu()
-
-
-def prototypes(model: Backbone, data: Split, classes: int, shots: int, seed: int) -> Head:
-    """A head whose weights are the normalised class means of the normalised features of `shots` images a class.
-
-    The images are drawn from `data` by `seed`; classes with fewer images give all they have.
-    """
-    random = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(data.labels), generator=random)
-    chosen = [order[data.labels[order] == label][:shots] for label in range(classes)]
-    found = functional.normalize(features(model, data.take(torch.cat(chosen))), dim=-1)
-    means = torch.stack([part.mean(0) for part in found.split([len(part) for part in chosen])])
-    centre = means.mean(0)
-    weight = functional.normalize(means - centre, dim=-1)
-    return Head(weight, -LOGIT_SCALE * (weight @ centre))
-
-
-def linear_probe(model: Backbone, data: Split, classes: int, workers: int = 0) -> Head:
-    """A head fitted to the normalised features of all of `data` by logistic regression (scikit-learn, C = 1)."""
-    from sklearn.linear_model import LogisticRegression
-
-    found = functional.normalize(features(model, data, workers), dim=-1) * LOGIT_SCALE
-    fitted = LogisticRegression(max_iter=1000).fit(found.numpy(), data.labels.numpy())
-    weight, bias = torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
-    if classes == 2:  # scikit-learn returns one row for two classes
-        weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
-    return Head(weight, bias)
-
-
-@head("prototypes")
-def prototype_head(source: HeadSource) -> Head:
-    """Class means of a few images a class."""
-    return prototypes(source.backbone, source.data, len(source.classes), source.shots, source.seed)
-
-
-@head("linear-probe")
-def linear_probe_head(source: HeadSource) -> Head:
-    """Logistic regression on all images."""
-    return linear_probe(source.backbone, source.data, len(source.classes), source.workers)

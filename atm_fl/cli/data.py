@@ -1,0 +1,111 @@
+"""`atm-fl tasks` and `prepare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.table import Table
+
+from atm_fl.cli.terminal import app, console
+from atm_fl.errors import SettingError
+
+
+@app.command()
+def tasks(
+    build: Annotated[bool, typer.Option(help="count what is on disk, by reading it")] = False,
+    leaks: Annotated[str, typer.Option(help="a task: which of its validation and test images are in train?")] = "",
+    workers: Annotated[int, typer.Option(min=0, help="processes that decode images for --leaks")] = 0,
+    markdown: Annotated[bool, typer.Option(help="the published data sets as the table of docs/data.md")] = False,
+) -> None:
+    """List the tasks with their sources and licences, or check one for leaks (exit status 1 if there are any)."""
+    from atm_fl import tasks as registry
+    from atm_fl.tasks.published import Published, data_root
+
+    if leaks:
+        if _say_leaks(leaks, workers):
+            raise typer.Exit(1)
+        return
+    head = ("task", "classes", "train", "test", "GB", "licence", "source")
+    table = Table("task", "classes, images and where they are; source and licence", box=SIMPLE, pad_edge=False)
+    table.columns[0].no_wrap = True
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, found in sorted(registry.tasks().items(), key=lambda item: isinstance(item[1], Published)):
+        numbers, there = [""] * 4, "embedded"
+        if isinstance(found, Published):
+            numbers = [str(found.classes), str(found.train), str(found.test), f"{found.gigabytes:g}"]
+            there = "yes" if found.on_disk() else "no"
+            lines.append("| " + " | ".join([name, *numbers, found.licence, found.source]) + " |")
+        if not markdown and (there == "embedded" or (build and there == "yes")):
+            try:
+                data = registry.load(name)
+            except SettingError as error:  # a package that is not installed
+                table.add_row(escape(name), escape(str(error)))
+                continue
+            counted = f"{len(data.train)} + {len(data.validation)}"
+            numbers[:3] = [str(len(data.classes)), counted, str(len(data.test))]
+        classes, train, test, size = (number or "?" for number in numbers)
+        place = there if there == "embedded" else f"{size} GB, {'on disk' if there == 'yes' else 'not on disk'}"
+        table.add_row(
+            escape(name),
+            f"{classes:>4} classes {train:>10} train {test:>6} test  {place}\n"
+            + escape(f"{found.source}. {found.licence}"),
+        )
+    if markdown:
+        console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+    else:
+        console.print(table, highlight=False)
+        console.print(
+            f"published data sets are looked for in {data_root()}", soft_wrap=True, highlight=False, markup=False
+        )
+
+
+def _say_leaks(name: str, workers: int) -> bool:
+    """Print a task's leaks; whether an image of validation or test is in train."""
+    from atm_fl import tasks as registry
+    from atm_fl.tasks.leaks import SIZE, describe, find_leaks
+
+    data = registry.load(name, SIZE)
+    found = find_leaks(data, workers)
+    for leaks in found:
+        console.print(describe(data, leaks), soft_wrap=True, highlight=False, markup=False)
+    return any(leaks.exact for leaks in found)
+
+
+@app.command()
+def prepare(
+    tasks: Annotated[str, typer.Option(help="published data sets, separated by commas; see `atm-fl tasks`")],
+    root: Annotated[Path | None, typer.Option(help="where to; default $ATM_FL_DATA or ~/.cache/atm-fl/data")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="processes that decode images")] = 0,
+) -> None:
+    """Download published data sets, check them, and say which test images are also in train."""
+    from atm_fl.tasks import leaks
+    from atm_fl.tasks import published as library
+
+    folder = (root or library.data_root()).expanduser().resolve()
+    chosen = [library.find_published(name.strip()) for name in tasks.split(",")]
+    needed, free = library.space(chosen, folder)
+    console.print(
+        f"{folder}: {needed:.1f} GB needed, {free:.1f} GB free", soft_wrap=True, highlight=False, markup=False
+    )
+    if needed > free:
+        raise SettingError(
+            f"{folder} has {free:.1f} GB free of the {needed:.1f} GB that are needed; choose another --root"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for found in chosen:
+        console.print(f"{found.name}: {found.source}", soft_wrap=True, highlight=False, markup=False)
+        found.parts(folder, download=True)
+        data = found.load(leaks.SIZE, folder)
+        for leak in leaks.find_leaks(data, workers):
+            console.print(leaks.describe(data, leak), soft_wrap=True, highlight=False, markup=False)
+        console.print(
+            f"{found.name}: {len(data.classes)} classes, {len(data.train)} training, {len(data.validation)} validation "
+            f"and {len(data.test)} test images",
+            highlight=False,
+        )
+    if folder != library.data_root().resolve():
+        console.print(f"runs find it with ATM_FL_DATA={folder}", soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,134 @@
+"""`atm-fl merges` and `merge`."""
+
+from __future__ import annotations
+
+import re
+import time
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+from typer.core import TyperCommand, TyperOption
+
+from atm_fl.cli.terminal import app, console, terminated_as_exit
+from atm_fl.errors import RunError, SettingError
+
+
+@app.command()
+def merges(markdown: Annotated[bool, typer.Option(help="as the table of docs/merging.md")] = False) -> None:
+    """List the merges with their options and defaults."""
+    from atm_fl.merging import merges as registry
+    from atm_fl.merging import options
+
+    head = ("merge", "options", "definition", "paper")
+    table = Table(*head, box=SIMPLE)
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, found in registry().items():
+        text = found.__doc__ or ""
+        definition = text.strip().partition("\n")[0]
+        chosen = [f"{item.name.replace('_', '-')}={item.default}" for item in options(found)]
+        papers = re.findall(r"arXiv:[\d.]+\d", text)
+        table.add_row(name, "\n".join(chosen), definition, "\n".join(papers))
+        lines.append(f"| {name} | {', '.join(chosen)} | {definition} | {', '.join(papers)} |")
+    console.print("\n".join(lines) if markdown else table, soft_wrap=markdown, markup=False, highlight=False)
+
+
+class MergeCommand(TyperCommand):
+    """`atm-fl merge` with the options of all merges besides its own; those that are given are in `ctx.obj` by name.
+
+    They are looked up when the command is called: to know the merges, torch must be imported.
+    """
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        *own, help_option = super().get_params(ctx)
+        return [*own, *_merge_options(), help_option]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            rest = super().parse_args(ctx, args)
+        except click.UsageError as error:
+            raise SettingError(error.format_message()) from error
+        given = {str(option.name): ctx.params.pop(str(option.name), None) for option in _merge_options()}
+        ctx.obj = {name: value for name, value in given.items() if value is not None}
+        return rest
+
+
+@cache
+def _merge_options() -> list[TyperOption]:
+    """An option for each that any merge declares; the help says which do, what it means to them and the default."""
+    from atm_fl.merging import merges as registry
+    from atm_fl.merging import options, type_name
+
+    declared: dict[str, dict[str, Any]] = {}
+    for name, found in registry().items():
+        for item in options(found):
+            declared.setdefault(item.name, {})[name] = item
+    made = []
+    for key, items in declared.items():
+        meanings: dict[str, list[str]] = {}
+        for name, item in items.items():
+            meanings.setdefault(f"{item.metadata['meaning']} (default {item.default})", []).append(name)
+        *few, most = sorted(meanings.items(), key=lambda entry: len(entry[1]))
+        if len(items) == len(registry()):
+            most = most[0], ["all others" if few else "all"]
+        told = [f"{', '.join(names)}: {meaning}" for meaning, names in [*few, most]]
+        dashed, kind = key.replace("_", "-"), type_name(next(iter(items.values())))
+        made.append(
+            TyperOption(
+                param_decls=[f"--{dashed}/--no-{dashed}" if kind == "bool" else f"--{dashed}"],
+                type={"bool": bool, "int": int, "float": float}[kind],
+                default=None,
+                help=escape("; ".join(told)),
+                rich_help_panel="Options of the methods",
+            )
+        )
+    return made
+
+
+@app.command(cls=MergeCommand)
+def merge(
+    ctx: typer.Context,
+    files: Annotated[list[Path], typer.Argument(help="models fine-tuned from the base, safetensors")],
+    base: Annotated[Path, typer.Option(help="the model they were fine-tuned from, safetensors")],
+    out: Annotated[Path, typer.Option(help="the file to write")],
+    method: Annotated[str, typer.Option(help="how to merge; see `atm-fl merges`")] = "mean",
+    task_scaling: Annotated[str, typer.Option(help="factors on single files, as 'A=0.5, C=2'")] = "",
+    layer_scaling: Annotated[str, typer.Option(help="factors on the merged tensors, as '*.mlp.*=1.5'")] = "",
+    seed: Annotated[int, typer.Option(help="of methods that draw random numbers")] = 0,
+) -> None:
+    """Merge files of any model, fine-tuned from one base, into one: base + merged."""
+    from atm_fl.merging.checkpoint_files import merge_files
+    from atm_fl.merging.scaling import read_factors
+
+    begin = time.monotonic()
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with terminated_as_exit(), bar:
+        line = bar.add_task("", total=1)
+        try:
+            done = merge_files(
+                base,
+                files,
+                out,
+                method,
+                chosen=ctx.obj,
+                task_scaling=read_factors("task-scaling", task_scaling),
+                layer_scaling=read_factors("layer-scaling", layer_scaling),
+                seed=seed,
+                progress=lambda stage, share: bar.update(line, description=escape(stage), completed=share),
+                warn=lambda text: console.print(f"warning: {text}", soft_wrap=True, highlight=False, markup=False),
+            )
+        except OSError as error:
+            raise RunError(f"{out} was not written: {error}") from error
+    console.print(
+        f"{method} of {len(files)} files: {done.tensors} tensors, {done.elements:,} elements, "
+        f"{time.monotonic() - begin:.1f} s → {out}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )

@@ -1,0 +1,81 @@
+"""Task vectors, steps and bases ↔ the few arrays that travel. docs/wire.md has the table of codecs.
+
+A codec is a name and at most one number, as in `int8`, `int4:128`, `topk:0.01`. Codecs that round at random are
+unbiased: their errors average out over clients and rounds. With those that leave something out (`error_feedback`)
+nothing is lost for good: the sender keeps what the encoding lost, the residual, and adds it to its next vector.
+
+Every decoder is made of additions and multiplications of single elements in a fixed order, so that arrays decode to the
+same bits on every machine and with any number of threads; a server and its clients rely on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+
+from atm_fl.codecs.codec import CODECS, Arrays, Codec, Made, codec, size_of
+from atm_fl.codecs.floats import Bf16, Fp16, Fp32, exponent, half, lowered
+from atm_fl.codecs.integers import (
+    Int4,
+    Int4Nearest,
+    Int8,
+    Int8Nearest,
+    Integers,
+    Ternary,
+    entropy_decode,
+    entropy_encode,
+    filled,
+)
+from atm_fl.codecs.low_rank import LowRank
+from atm_fl.codecs.sparse import TopK, largest_elements, pack_positions, unpack_positions
+from atm_fl.errors import SettingError
+
+__all__ = [
+    "CODECS",
+    "Arrays",
+    "Bf16",
+    "Codec",
+    "Fp16",
+    "Fp32",
+    "Int4",
+    "Int4Nearest",
+    "Int8",
+    "Int8Nearest",
+    "Integers",
+    "LowRank",
+    "Made",
+    "Ternary",
+    "TopK",
+    "codec",
+    "entropy_decode",
+    "entropy_encode",
+    "exponent",
+    "filled",
+    "half",
+    "largest_elements",
+    "lowered",
+    "make_codec",
+    "pack_positions",
+    "size_of",
+    "unpack_positions",
+]
+
+
+def make_codec(text: str, setting: str = "codec") -> Codec:
+    """The codec that `text` says: a name, or name:number. SettingError, naming `setting`, if there is no such codec."""
+    name, colon, number = text.partition(":")
+    made = CODECS.find(name, f"{setting}={text!r}: codec {name!r}")
+    options = fields(made) if is_dataclass(made) else ()
+    if not colon:
+        return made()
+    if not options:
+        raise SettingError(f"{setting}={text!r}: {name} takes no number; write {setting}={name!r}")
+    kind = int if options[0].type == "int" else float
+    try:
+        value = kind(number)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise SettingError(f"{setting}={text!r}: the {options[0].name} after the colon must be {wanted}") from None
+    try:
+        return made(value)
+    except ValueError as error:
+        raise SettingError(f"{setting}={text!r}: {error}") from None

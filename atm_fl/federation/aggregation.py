@@ -1,0 +1,138 @@
+"""How a server takes in the vectors of a round: each by itself, or their sum and nothing else."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atm_fl.codecs import Arrays
+from atm_fl.merging.kinds import fold
+from atm_fl.privacy import client_level
+from atm_fl.runs.run import Run
+from atm_fl.vectors.blocks import empty, inner_products, parts
+from atm_fl.vectors.mapped import MappedVectors
+from atm_fl.vectors.ring import WORD, check_words
+
+
+class TaskVectorAggregator:
+    """A round's vectors, each by itself, to be merged in the order of the tasks.
+
+    Holds one at a time: they are spilled to disk and read back block by block, by the merge and for their cosines,
+    whatever the number of clients. Several clients of one task are averaged first, weighted by the images that each
+    says it tuned on, and the task then counts in the merge as any other.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._settings, self._layout = run.settings, run.layout
+        self._scalings = run.settings.task_scalings
+        self._spill = MappedVectors(run.directory)
+        self._images: dict[str, float] = {}
+        self.norms: dict[str, float] = {}
+        """Of the vectors as they arrived, by client; those that were left out are not there."""
+        self._room: Tensor | None = empty(run.layout.size, run.base)  # costs nothing before it is written to
+
+    def decode(self, arrays: Arrays) -> Tensor:
+        """The vector that arrived, until the next is decoded. ValueError if it is none."""
+        return self._settings.uplink.decode(arrays, self._layout, self._room)
+
+    def add(self, client: str, vector: Tensor, images: float) -> None:
+        """Keep a decoded vector, which may be changed."""
+        self.norms[client] = float(inner_products([vector])) ** 0.5
+        vector.mul_(self._scalings.get(self._settings.task_of[client], 1.0))
+        if self._settings.dp_client_clip:
+            client_level.clip(vector, self._settings.dp_client_clip)
+        self._spill.add(client, vector)
+        self._images[client] = images
+
+    def drop(self, client: str) -> None:
+        """Leave a vector that was kept out of the merge."""
+        del self.norms[client]
+
+    def merge(self, round_number: int) -> tuple[Tensor, dict[str, Any]]:
+        """The merged vector, and what is recorded beside it. Once."""
+        self._room = None
+        settings = self._settings
+        spilled = {client: vector for client, vector in self._spill.vectors().items() if client in self.norms}
+        begin = time.perf_counter()
+        # Replies come in any order, and the order of a sum decides its last bits.
+        clients: dict[str, list[str]] = {task: [] for task in settings.client_tasks}
+        for client in settings.party_names:
+            clients[settings.task_of[client]] += [client] if client in spilled else []
+        vectors = {
+            task: mean([spilled[name] for name in those], [self._images[name] for name in those])
+            for task, those in clients.items()
+            if those
+        }
+        merge = settings.make_merge(self._layout, round_number)
+        private: dict[str, float] = {}
+        if settings.dp_client_noise:
+            factor = merge.sum_factor(len(vectors))
+            total = empty(self._layout.size, next(iter(vectors.values())))
+            fold(total, list(vectors.values()), [factor] * len(vectors), self._layout)
+            private["epsilon"] = client_level.add_noise(total, factor, settings, round_number)
+            merged = merge.from_sum(total, len(vectors))
+        else:
+            merged = merge.combine(vectors)
+        seconds = time.perf_counter() - begin
+        products = inner_products(list(vectors.values()))
+        self._spill.close()
+        norms = products.diagonal().sqrt().clamp_min(1e-30)
+        cosines = [[round(value, 6) for value in row] for row in (products / norms.outer(norms)).tolist()]
+        beside = {"tasks": list(vectors), "cosines": cosines, "seconds_merge": seconds, **private}
+        return merged, beside | {"usual_norm": median(self.norms.values())}
+
+
+class SecureSumAggregator:
+    """The sum of a round's vectors and nothing else, in the ring of secure aggregation; they may be masked."""
+
+    def __init__(self, run: Run) -> None:
+        self._settings, self._layout = run.settings, run.layout
+        self.words = np.zeros(run.layout.size, WORD)
+        """The sum, [n]."""
+        self.clients: list[str] = []
+        """Whose vectors are in it."""
+        self.norms: dict[str, float] = {}
+        """Of their mean, once the sum is unmasked."""
+
+    def decode(self, arrays: Arrays) -> np.ndarray:
+        """The words that arrived. ValueError if they are none."""
+        if set(arrays) != {"words"}:
+            raise ValueError(f"arrays {sorted(arrays)} where ['words'] was expected")
+        check_words(arrays["words"], len(self.words))
+        return arrays["words"]
+
+    def add(self, client: str, words: np.ndarray, images: float) -> None:
+        """Add what was decoded."""
+        np.add(self.words, words, out=self.words)
+        self.clients.append(client)
+
+    def merge(self, round_number: int) -> tuple[Tensor, dict[str, Any]]:
+        """The merged vector, and what is recorded beside it."""
+        begin = time.perf_counter()
+        settings, count = self._settings, len(self.clients)
+        private: dict[str, float] = {}
+        merge = settings.make_merge(self._layout, round_number)
+        factor = merge.sum_factor(count)
+        total = settings.ring.decode(self.words, factor)
+        if settings.dp_client_noise:
+            private["epsilon"] = client_level.add_noise(total, factor, settings, round_number)
+        merged = merge.from_sum(total, count, settings.ring.step * (count / 12) ** 0.5)
+        clients = [client for client in settings.party_names if client in self.clients]
+        beside = {"tasks": clients, "seconds_merge": time.perf_counter() - begin, **private}
+        return merged, beside | ({"usual_norm": self.norms["the mean"]} if self.norms else {})
+
+
+def mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
+    """The weighted mean of vectors [n]; of a single one itself. Summed in float64, block by block, then rounded."""
+    if len(vectors) == 1:
+        return vectors[0]
+    result = torch.empty_like(vectors[0])
+    for part in parts(len(result)):
+        total = sum(weight * vector[part].double() for vector, weight in zip(vectors, weights, strict=True))
+        result[part] = total / sum(weights)
+    return result

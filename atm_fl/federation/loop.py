@@ -1,0 +1,44 @@
+"""ATM as a plain loop: no Flower, no processes, no network. The reference that the other runtimes must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from atm_fl.federation.client import Party, Update
+from atm_fl.federation.server_round import ServerRound
+from atm_fl.runs.report import write_report
+from atm_fl.runs.run import Run, told_if_full
+from atm_fl.settings import Settings
+
+
+def play_round(run: Run, updates: Iterable[tuple[str, Update]]) -> None:
+    """One round of a run from its clients' updates, by client, which may be made as they are asked for.
+
+    RunError if an unmasked sum is out of proportion.
+    """
+    current = ServerRound(run)
+    for client, update in updates:
+        current.add(client, update, run.bytes_down)
+    if run.settings.secure_aggregation:
+        current.check_sum()
+    current.close()
+
+
+def run_loop(settings: Settings, parties: Sequence[Party] | None = None) -> Run:
+    """Run the settings to their end in this process and write the report. Returns the finished run.
+
+    parties: those of the settings by default; an experiment may hand over others, in whatever order they are to act.
+    """
+    with told_if_full(Path(settings.run_dir)), closing(Run(settings)) as run:
+        named = zip(settings.party_names, settings.task_names, strict=True)
+        parties = parties or [Party(settings, task, client=client) for client, task in named]
+        while run.rounds_done < settings.rounds:
+            number = run.rounds_done + 1
+            play_round(run, ((party.client, party.train(run.base, number, run.id)) for party in parties))
+        for party in parties:
+            accuracies = party.evaluate(run.base, ("validation", "test"))
+            run.record("evaluation", run.rounds_done, task=party.client, **accuracies, bytes_down=run.bytes_down)
+    write_report(run.directory)
+    return run

@@ -1,0 +1,79 @@
+"""The server's side of one round, without any transport."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from atm_fl.codecs import size_of
+from atm_fl.errors import RunError
+from atm_fl.federation.aggregation import SecureSumAggregator, TaskVectorAggregator
+from atm_fl.federation.bounds import too_long
+from atm_fl.federation.client import Update
+from atm_fl.merging.scaling import scale_layers
+from atm_fl.runs.run import Run
+from atm_fl.vectors.blocks import inner_products
+
+
+class ServerRound:
+    """The server's side of one round, without any transport: take in updates, then merge and move the base."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.number = run.rounds_done + 1
+        self.vectors: Any = SecureSumAggregator(run) if run.settings.secure_aggregation else TaskVectorAggregator(run)
+        self._begin = time.perf_counter()
+
+    def add(self, client: str, update: Update, bytes_down: int) -> None:
+        """Decode a party's vector and keep it, and record what the party measured. Its arrays may be changed.
+
+        client: its name (`Settings.party_names`). bytes_down: what it was sent. ValueError, before anything is
+        recorded, for arrays that are no vector or images that are no weight.
+        """
+        if update.arrays is None:
+            if update.evaluation:
+                self.run.record("evaluation", self.number - 1, task=client, **update.evaluation, bytes_down=bytes_down)
+            return
+        begin = time.perf_counter()
+        held, images = self.run.settings.task_of[client], update.tuning.get("images", 0)
+        if self.run.settings.client_tasks.count(held) > 1 and not 0 < images < math.inf:
+            raise ValueError(f"images {images!r}, not the positive number that weighs it within {held}")
+        vector = self.vectors.decode(update.arrays)
+        costs = {"seconds_decode": time.perf_counter() - begin}
+        costs |= {"bytes_up": size_of(update.arrays), "bytes_down": bytes_down}
+        if update.evaluation:
+            self.run.record("evaluation", self.number - 1, task=client, **update.evaluation)
+        self.run.record("tuning", self.number, task=client, **update.tuning, **costs)
+        budget, spent = self.run.settings.dp_epsilon, update.tuning.get("epsilon", 0.0)
+        if budget and spent > budget:
+            self.run.record("warning", self.number, text=f"{client}: its ε is {spent:.3f}, over dp-epsilon={budget:g}")
+        self.vectors.add(client, vector, images)
+
+    def out_of_proportion(self) -> dict[str, str]:
+        """The clients whose vectors are too long, with the figures; none if the vectors are added up unseen."""
+        factor = self.run.settings.proportion
+        if not factor or isinstance(self.vectors, SecureSumAggregator):
+            return {}
+        return too_long(self.vectors.norms, self.run.usual_norm, float(inner_products([self.run.base])) ** 0.5, factor)
+
+    def check_sum(self) -> None:
+        """RunError if an unmasked sum, of which no single vector is known, is out of proportion."""
+        settings, count = self.run.settings, len(self.vectors.clients)
+        mean = settings.ring.decode(self.vectors.words, 1 / count)
+        norms, base = {"the mean": float(inner_products([mean])) ** 0.5}, float(inner_products([self.run.base])) ** 0.5
+        self.vectors.norms = norms
+        if settings.proportion and (told := too_long(norms, self.run.usual_norm, base, settings.proportion)):
+            raise RunError(
+                f"round {self.number}: the sum of {count} vectors is refused, whoever spoiled it: {told['the mean']}"
+            )
+
+    def close(self, failures: dict[str, str] | None = None, costs: dict[str, float] | None = None) -> None:
+        """Merge, move the base, write the checkpoint and the round's line, with `costs` in it."""
+        settings = self.run.settings
+        merged, beside = self.vectors.merge(self.number)
+        merged = scale_layers(merged, self.run.layout, settings.layer_scalings)
+        beside |= {"seconds": time.perf_counter() - self._begin, "failures": failures or {}, **(costs or {})}
+        self.run.usual_norm = max(self.run.usual_norm, beside.get("usual_norm", 0.0))
+        self.run.record("merge", self.number, norm=float(merged.norm()), **beside)
+        self.run.advance(merged)

@@ -1,0 +1,90 @@
+"""The one model of a process, shared by every party and round."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from atm_fl import models, vectors
+from atm_fl.errors import SettingError
+from atm_fl.models.trainable import Lora, set_trainable
+from atm_fl.privacy.dp_sgd import tune_privately
+from atm_fl.privacy.noise import Noise
+from atm_fl.seeds import derive_seed
+from atm_fl.settings import Settings
+from atm_fl.tasks import Split
+from atm_fl.training.local import State, Tuned, task_vector, tune
+
+
+class SharedModel:
+    """The one backbone of a process, reused in place by every party and round; its entries are one flat tensor.
+
+    SettingError if the device is not there, or the backbone has no such entries to train.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.device = find_device(settings.device)
+        self.module = models.load_backbone(settings.model, settings.weights)
+        self.digest = vectors.digest(*vectors.shared_entries(self.module).values())
+        """Of the whole pretrained backbone."""
+        set_trainable(self.module, settings.trainable)
+        self.layout = vectors.Layout.of(self.module)
+        self.pretrained = self.layout.flatten(self.module)
+        self.module.to(self.device)
+        self.module.precision = models.PRECISIONS[settings.precision]
+        self.module.channels_last = settings.channels_last
+        self.flat: nn.Parameter = vectors.bind(self.module, self.layout)
+        lora = settings.trainable == "lora"
+        self.lora = Lora(self.module, self.layout, settings.lora_rank, settings.lora_alpha) if lora else None
+        if settings.gradient_checkpointing:
+            self.module.vit.set_grad_checkpointing(True)
+        if settings.compile:
+            self.module.vit.compile()
+
+    def load(self, base: Tensor) -> None:
+        """Set the model's shared entries to `base`, float32 [n]."""
+        self.flat.data.copy_(base)
+        if self.lora:
+            self.lora.reset()
+
+    def tune(
+        self,
+        base: Tensor,
+        head: nn.Module,
+        data: Split,
+        settings: Settings,
+        seed: int,
+        epoch_chunk: int = 0,
+        noise: Noise | None = None,
+        state: State | None = None,
+    ) -> tuple[Tensor, Tuned]:
+        """Tune `base`, which is loaded, on `data`: (the task vector, float32 [n] on the CPU, what was done).
+
+        With `noise`, by DP-SGD that draws it. state: as `training.local.tune` takes and leaves it.
+        """
+        if self.lora:
+            self.lora.reset(derive_seed(seed, "lora"))
+        flat = self.lora.flat if self.lora else self.flat
+        if noise is None:
+            tuned = tune(self.module, head, flat, data, settings, seed, epoch_chunk, state)
+        else:
+            tuned = tune_privately(self.module, head, flat, data, settings, noise, state)
+        return (self.lora.vector() if self.lora else task_vector(flat, base.to(self.device))).cpu(), tuned
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the first GPU, or the CPU without one. SettingError if it is not there."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(f"device={name!r} cannot be used here: {error}") from error
+    return device
+
+
+@lru_cache(maxsize=1)
+def shared_model(settings: Settings) -> SharedModel:
+    """The process's model, loaded once. settings: of_model()."""
+    return SharedModel(settings)

@@ -1,0 +1,108 @@
+"""Backbones and heads.
+
+A backbone is a timm `VisionTransformer` that maps images to one feature vector; all backbones are the same module code
+with other sizes and weights. A head belongs to a task, is made once from the pretrained features, and stays frozen.
+
+To add a backbone, register a function that returns a `Backbone`::
+
+    @backbone("my_vit")
+    def my_vit() -> Backbone: ...
+
+Those of open_clip and timm go by their own names: see hubs.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.models import hubs  # noqa: F401 (registers open_clip and timm)
+from atm_fl.models.backbones import (
+    BACKBONES,
+    EVALUATION_BATCH,
+    FAMILIES,
+    PRECISIONS,
+    Backbone,
+    backbone,
+    dinov2,
+    dinov2_s6,
+    dinov2_s12,
+    family,
+    untrained_vit_micro,
+    vit,
+    vit_micro,
+)
+from atm_fl.models.heads import (
+    HEADS,
+    LOGIT_SCALE,
+    Head,
+    HeadSource,
+    MakeHead,
+    features,
+    head,
+    linear_probe,
+    linear_probe_head,
+    prototype_head,
+    prototypes,
+)
+
+__all__ = [
+    "BACKBONES",
+    "EVALUATION_BATCH",
+    "FAMILIES",
+    "HEADS",
+    "LOGIT_SCALE",
+    "PRECISIONS",
+    "Backbone",
+    "Head",
+    "HeadSource",
+    "MakeHead",
+    "backbone",
+    "backbones",
+    "check_backbone",
+    "dinov2",
+    "dinov2_s6",
+    "dinov2_s12",
+    "family",
+    "features",
+    "head",
+    "linear_probe",
+    "linear_probe_head",
+    "load_backbone",
+    "prototype_head",
+    "prototypes",
+    "untrained_vit_micro",
+    "vit",
+    "vit_micro",
+]
+
+
+def backbones() -> list[str]:
+    """The names of all backbones."""
+    return sorted(BACKBONES)
+
+
+def _family(name: str) -> tuple[Callable[[str, str], Backbone], Callable[[str, str], object]] | None:
+    return FAMILIES.get(name.partition("/")[0]) if "/" in name else None
+
+
+def check_backbone(name: str, weights: str = "pretrained") -> None:
+    """SettingError, with the nearest known name, if there is no backbone `name` or there are no such weights of it."""
+    if found := _family(name):
+        found[1](name.partition("/")[2], weights)
+    elif name not in BACKBONES:
+        raise SettingError(f"model={name!r} is unknown{did_you_mean(name, [*BACKBONES, 'open_clip/…', 'timm/…'])}")
+    elif weights != "pretrained":
+        raise SettingError(f"weights={weights!r}: model={name!r} has weights of its own; leave it at 'pretrained'")
+
+
+def load_backbone(name: str, weights: str = "pretrained") -> Backbone:
+    """The backbone `name`, in evaluation mode; open_clip's and timm's with the `weights` that hubs.py explains."""
+    check_backbone(name, weights)
+    # A ViT draws its initial weights before ours are loaded: without the fork each client's draws would be disturbed.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = _family(name)
+        return (found[0](name.partition("/")[2], weights) if found else BACKBONES[name]()).eval()

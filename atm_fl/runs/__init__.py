@@ -1,0 +1,1 @@
+"""A run's directory: the run itself, its checkpoints, metrics, progress, report and pages."""

@@ -1,0 +1,222 @@
+"""What settings cannot be, by themselves and together: checked once, before any work."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import torch
+
+from atm_fl import models, tasks
+from atm_fl.errors import SettingError
+from atm_fl.merging import find_merge, merges_of_sum
+from atm_fl.merging.scaling import check_task_scaling
+from atm_fl.models.trainable import check_trainable
+from atm_fl.settings.participation import check_participation
+from atm_fl.settings.text import kebab
+from atm_fl.sinks import SINKS
+from atm_fl.vectors import Layout
+
+if TYPE_CHECKING:
+    from atm_fl.settings.schema import Settings
+
+
+OF_DEPLOYMENT = {"codec-up": "int4", "codec-down": "int4"}
+"""What runs of the runtime `deployment`, whose bottleneck is the wire, take if neither file nor `-c` says otherwise."""
+
+
+def _whole(number: float) -> bool:
+    """Whether a number is whole, up to rounding."""
+    return abs(number - round(number)) < 1e-6
+
+
+def check(settings: Settings) -> None:
+    """SettingError names the first setting whose value cannot work, and the fix."""
+    for item in fields(settings):
+        value, choices = getattr(settings, item.name), item.metadata["choices"]
+        if choices and value not in choices:
+            raise SettingError(f"{kebab(item.name)}={value!r}: it takes one of {', '.join(choices)}")
+    for name in ("rounds", "batch_size", "accumulate", "lora_rank", "shots", "threads", "validate_every"):
+        if getattr(settings, name) < 1:
+            raise SettingError(f"{kebab(name)}={getattr(settings, name)}: it must be at least 1")
+    for name in (
+        "weight_decay",
+        "momentum",
+        "proximal",
+        "clip_norm",
+        "max_update_norm",
+        "test_every",
+        "keep_checkpoints",
+        "resume_from",
+        "proportion",
+        "min_successful",
+        "seed",
+        "workers",
+    ):
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise SettingError(f"{kebab(name)}={getattr(settings, name)}: it must be 0 or more")
+    if 0 < settings.proportion < 1:
+        raise SettingError(f"proportion={settings.proportion:g}: it must be at least 1, or 0 for any length")
+    if settings.resume_from and not settings.resume:
+        raise SettingError(f"resume-from={settings.resume_from}: it needs resume=true")
+    for name in ("server_momentum", "server_beta2", "holdout", "replay"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise SettingError(f"{kebab(name)}={getattr(settings, name)}: it must be at least 0 and below 1")
+    epochs = settings.local_epochs
+    if not (epochs >= 1 and epochs == round(epochs)) and not (0 < epochs < 1 and _whole(1 / epochs)):
+        raise SettingError(f"local-epochs={epochs:g}: it must be a whole number, or 1/m as 0.5, 0.25, 0.2, 0.1")
+    if settings.keep_optimizer and settings.optimizer == "sgd" and not settings.momentum:
+        raise SettingError("keep-optimizer=true: sgd with momentum=0 has no state; choose adamw, or a momentum")
+    for name in ("proximal", "alignment", "keep_optimizer"):
+        if getattr(settings, name) and settings.trainable == "lora":
+            raise SettingError(
+                f"{kebab(name)}={getattr(settings, name)}: not with trainable='lora', which tunes B and A"
+            )
+    check_privacy(settings)
+    check_sums(settings)
+    if settings.batch_size % settings.accumulate:
+        raise SettingError(f"accumulate={settings.accumulate}: it must divide batch-size={settings.batch_size}")
+    positive = (
+        "learning_rate",
+        "lora_alpha",
+        "server_learning_rate",
+        "server_epsilon",
+        "node_timeout",
+        "round_timeout",
+    )
+    for name in positive:
+        if not 0 < getattr(settings, name) < math.inf:
+            raise SettingError(f"{kebab(name)}={getattr(settings, name)}: it must be a positive number")
+    if not 0 < settings.fraction <= 1:
+        raise SettingError(f"fraction={settings.fraction:g}: it must be above 0 and at most 1")
+    if not math.isfinite(settings.scaling):
+        raise SettingError(f"scaling={settings.scaling}: it must be a finite number")
+    try:
+        torch.device("cpu" if settings.device == "auto" else settings.device)
+    except RuntimeError:
+        raise SettingError(f"device={settings.device!r} is no device; it takes auto, cpu, cuda, cuda:1, …") from None
+    models.check_backbone(settings.model, settings.weights)
+    check_trainable(settings.trainable)
+    if settings.head == "zero-shot" and not settings.model.startswith("open_clip/"):
+        raise SettingError(
+            f"head='zero-shot': model={settings.model!r} has no text tower; choose prototypes or an open_clip model"
+        )
+    if settings.max_update_norm and settings.start != "pretrained":
+        raise SettingError(
+            f"max-update-norm={settings.max_update_norm:g}: with start={settings.start!r} nobody could check the first "
+            f"base"
+        )
+    settings.make_merge(Layout((), ()), 0).check_count(min(settings.needed, fewest_tasks(settings)))
+    check_task_scaling(settings.task_scalings, settings.client_tasks)
+    check_participation(settings.participations, settings.client_tasks)
+    settings.layer_scalings, settings.uplink, settings.downlink  # noqa: B018 (what cannot be read is an error)
+    for task, name in zip(settings.client_tasks, settings.task_names, strict=True):
+        if (settings.client_tasks.count(task) > 1 and "/" not in name) or settings.party_names.count(task) > 1:
+            raise SettingError(
+                f"tasks={settings.tasks!r} names {task!r} twice; several clients of one task are folders of images, "
+                "as ./pets,./pets"
+            )
+    for name in settings.task_names:
+        tasks.check(name)
+    for name in settings.sinks:
+        SINKS.find(name, f"metric-sinks={settings.metric_sinks!r}: metric sink {name!r}")
+    check_secure(settings)
+    if settings.min_successful > len(settings.task_names):
+        raise SettingError(
+            f"min-successful={settings.min_successful}: there are only {len(settings.task_names)} clients in tasks"
+        )
+
+
+def check_privacy(settings: Settings) -> None:
+    for name in ("dp_epsilon", "dp_noise"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise SettingError(f"{kebab(name)}={getattr(settings, name)}: it must be 0 or more")
+    if not 0 < settings.dp_delta < 1:
+        raise SettingError(f"dp-delta={settings.dp_delta:g}: it must be between 0 and 1, below 1 / the records")
+    if not settings.dp_clip > 0:
+        raise SettingError(f"dp-clip={settings.dp_clip:g}: it must be a positive number, or inf")
+    given = {kebab(name): getattr(settings, name) for name in ("dp_epsilon", "dp_noise") if getattr(settings, name)}
+    if given and settings.privacy != "dp-sgd":
+        raise SettingError(f"{next(iter(given))}={next(iter(given.values())):g}: it needs privacy='dp-sgd'")
+    if len(given) == 2:
+        raise SettingError(f"dp-epsilon={settings.dp_epsilon:g} and dp-noise={settings.dp_noise:g}: give one of them")
+    if given and settings.dp_clip == math.inf:
+        raise SettingError("dp-clip=inf: noise in proportion to it is infinite; choose a finite dp-clip")
+    if settings.privacy == "dp-sgd" and not given:
+        raise SettingError(
+            "privacy='dp-sgd' without noise protects nothing: give dp-epsilon or dp-noise; to clip records' "
+            "gradients alone, privacy='clip-only'"
+        )
+    if settings.private and settings.split == "validation" and not settings.holdout:
+        raise SettingError(
+            f"holdout=0: with privacy={settings.privacy!r} and split='validation' accuracies would be told of the very "
+            "records that are tuned on; choose a holdout above 0"
+        )
+    for name, wrong in (("replay", 0.0), ("alignment", False), ("precision", "fp32")):
+        if settings.private and getattr(settings, name) != wrong:
+            raise SettingError(f"{name}={getattr(settings, name)!r}: not with privacy={settings.privacy!r}")
+
+
+def check_sums(settings: Settings) -> None:
+    """What goes with a bound on whole parties: what is made of the sum of all of them in every round."""
+    for name in ("dp_client_clip", "dp_client_noise"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise SettingError(f"{kebab(name)}={getattr(settings, name)}: it must be 0 or more")
+    if settings.dp_client_noise and not settings.dp_client_clip:
+        raise SettingError(f"dp-client-noise={settings.dp_client_noise:g}: it is in units of dp-client-clip; give that")
+    for key, wanted in (
+        ("secure-aggregation=true", settings.secure_aggregation),
+        (f"dp-client-clip={settings.dp_client_clip:g}", settings.dp_client_clip),
+    ):
+        if wanted and not find_merge(settings.merge).of_sum:
+            raise SettingError(
+                f"merge={settings.merge!r}: not with {key}, which bounds what a sum tells; choose a merge of the sum "
+                f"alone: {', '.join(merges_of_sum())}"
+            )
+        if wanted and (settings.participation or settings.fraction < 1):
+            name, value = (
+                ("participation", repr(settings.participation))
+                if settings.participation
+                else ("fraction", f"{settings.fraction:g}")
+            )
+            raise SettingError(f"{name}={value}: not with {key}, whose sums are over all parties")
+        if wanted and len(set(settings.client_tasks)) < len(settings.client_tasks):
+            raise SettingError(f"tasks={settings.tasks!r}: several clients of one task, not with {key}")
+
+
+def check_secure(settings: Settings) -> None:
+    count, threshold = len(settings.task_names), settings.threshold
+    if not settings.secure_aggregation:
+        if settings.secure_threshold:
+            raise SettingError(f"secure-threshold={settings.secure_threshold}: it needs secure-aggregation=true")
+        return
+    if count < 3:
+        raise SettingError("secure-aggregation=true: it needs 3 tasks, for of two each learns the other's vector")
+    if not count / 2 < threshold <= count:
+        raise SettingError(
+            f"secure-threshold={threshold}: it must be more than half of the {count} tasks and at most all of them"
+        )
+    if settings.needed < threshold:
+        raise SettingError(
+            f"min-successful={settings.min_successful}: secure-threshold={threshold} parties must be there; raise it"
+        )
+    if not 0 < settings.secure_range < math.inf:
+        raise SettingError(f"secure-range={settings.secure_range}: it must be a positive number")
+    if settings.codec_up != "fp32":
+        raise SettingError(f"codec-up={settings.codec_up!r}: not with secure-aggregation=true, whose masks need words")
+    if settings.alignment:
+        raise SettingError("alignment=true: not with secure-aggregation=true, for it tells of single vectors")
+
+
+def fewest_tasks(settings: Settings) -> int:
+    """The least number of tasks that take part in a round. SettingError if none does in one."""
+    # Who takes part changes where a task begins or ends; between, every round has as many.
+    spans = settings.participations.values()
+    changes = {1} | {start for start, _ in spans} | {int(end) + 1 for _, end in spans if end < settings.rounds}
+    rounds = sorted(number for number in changes if number <= settings.rounds)
+    counts = {n: sum(settings.part_taken(task, n) > 0 for task in set(settings.client_tasks)) for n in rounds}
+    empty = next((number for number, count in counts.items() if not count), None)
+    if empty:
+        raise SettingError(f"participation={settings.participation!r}: no task takes part in round {empty}")
+    return min(counts.values())

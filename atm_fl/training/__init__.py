@@ -1,0 +1,1 @@
+"""Training and evaluating a model on one client's data."""

@@ -1,0 +1,10 @@
+"""Vectors: their layout, what is kept of them on disk, passes over them, linear algebra, files."""
+
+from atm_fl.vectors.layout import Layout, bind, digest, shared_entries
+
+__all__ = [
+    "Layout",
+    "bind",
+    "digest",
+    "shared_entries",
+]
