@@ -240,3 +240,32 @@ def test_half_a_secret_is_none(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("")
     with pytest.raises(RunError, match="holds no secret of 32 bytes"):
         party_secret(tmp_path)
+
+
+def test_a_base_on_which_some_images_overflow_gives_a_vector_of_numbers(config: dict[str, Any]) -> None:
+    """A scale of the patch embedding at which brighter images have no gradient: the server would see that they are."""
+    folder = config["tasks"].split(",")[0]
+    private = {"privacy": "dp-sgd", "dp-noise": 8.0, "batch-size": 36, "optimizer": "sgd", "learning-rate": 1e-3}
+    party = Party(Settings.parse({**config, **private, "tasks": folder}), folder)
+    model = party.model
+    images, labels = next(iter(party.tuned_on.batches(torch.arange(36), 36, 0)))
+    low, high, lost = 0.0, 38.0, 0
+    while not 0 < lost < 36:
+        assert high - low > 1e-4
+        middle = (low + high) / 2
+        base = model.pretrained.clone()
+        model.layout.views(base)["vit.patch_embed.proj.weight"].mul_(10**middle)
+        model.load(base)
+        gradients = record_gradients(model.module, party.head, model.layout, model.flat, images, labels)
+        lost = int((~gradients.isfinite().all(dim=1)).sum())
+        low, high = (middle, high) if lost == 0 else (low, middle)
+    arrays = party.train(base, 1).arrays
+    assert arrays is not None
+    assert bool(torch.from_numpy(arrays["values"]).isfinite().all())
+
+
+def test_a_party_counts_no_rounds_without_a_target(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three million rounds, announced by a server, would hold it for a minute."""
+    settings = Settings.parse({**config, "rounds": 3_000_000, "participation": "red=2-5"})
+    monkeypatch.setattr(Settings, "part_taken", None)
+    assert Party(settings, config["tasks"].split(",")[0]).task == "red"

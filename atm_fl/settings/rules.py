@@ -134,8 +134,10 @@ def check_privacy(settings: Settings) -> None:
             raise SettingError(f"{kebab(name)}={getattr(settings, name)}: it must be 0 or more")
     if not 0 < settings.dp_delta < 1:
         raise SettingError(f"dp-delta={settings.dp_delta:g}: it must be between 0 and 1, below 1 / the records")
-    if not settings.dp_clip > 0:
-        raise SettingError(f"dp-clip={settings.dp_clip:g}: it must be a positive number, or inf")
+    if not settings.dp_clip > 1e-20:
+        raise SettingError(
+            f"dp-clip={settings.dp_clip:g}: it must be a positive number (above 1e-20, below which float32 rounds), or inf"
+        )
     given = {kebab(name): getattr(settings, name) for name in ("dp_epsilon", "dp_noise") if getattr(settings, name)}
     if given and settings.privacy != "dp-sgd":
         raise SettingError(f"{next(iter(given))}={next(iter(given.values())):g}: it needs privacy='dp-sgd'")
