@@ -136,7 +136,7 @@ def check_privacy(settings: Settings) -> None:
         raise SettingError(f"dp-delta={settings.dp_delta:g}: it must be between 0 and 1, below 1 / the records")
     if not settings.dp_clip > 1e-20:
         raise SettingError(
-            f"dp-clip={settings.dp_clip:g}: it must be a positive number (above 1e-20, below which float32 rounds), or inf"
+            f"dp-clip={settings.dp_clip:g}: it must be a positive number above 1e-20, which float32 holds, or inf"
         )
     given = {kebab(name): getattr(settings, name) for name in ("dp_epsilon", "dp_noise") if getattr(settings, name)}
     if given and settings.privacy != "dp-sgd":
