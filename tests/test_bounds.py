@@ -162,7 +162,7 @@ def test_a_finished_run_may_be_resumed_under_a_bound(config: dict[str, Any]) -> 
 
 
 def test_a_base_held_is_not_told_if_it_is_damaged() -> None:
-    kept, base = ClientState("0" * 16, "red"), torch.arange(5.0)
+    kept, base = ClientState("1" * 16, "red"), torch.arange(5.0)
     assert kept.held() is None
     kept.save_base(base, vectors.digest(base))
     held = kept.held()
