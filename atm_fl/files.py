@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -30,6 +30,25 @@ def atomic_write(path: Path, flush: bool = True, private: bool = False) -> Itera
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_once(path: Path, content: bytes) -> None:
+    """Write a new private file, which has its name only once it is whole on disk; one that is there already stays.
+
+    Half of a secret, after a crash or in a race of two processes, could be guessed.
+    """
+    if path.exists():
+        return
+    fresh = private_folder(path.parent) / f".{path.name}.{os.urandom(4).hex()}"
+    try:
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):  # another process was first
+            os.link(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def private_folder(path: Path) -> Path:

@@ -18,9 +18,9 @@ from atm_fl.errors import RunError, SettingError
 from atm_fl.federation.bounds import check_base
 from atm_fl.federation.client import Party
 from atm_fl.federation.client_state import ClientState
-from atm_fl.npy import read_arrays
 from atm_fl.policy import Policy, policy_of
 from atm_fl.settings import Settings
+from atm_fl.vectors.npy import read_arrays
 from clients import secure
 from clients.mods import NamedErrors
 
@@ -29,8 +29,8 @@ app = NamedErrors()
 
 @lru_cache(maxsize=64)
 def _party(settings: Settings, policy: Policy, task: str, name: str, client: str = "") -> Party:
-    lifetime = policy.lifetime_epsilon, policy.delta or 1e-5
-    party = Party(settings, task, name, client, None, *lifetime)
+    lifetime, delta = policy.lifetime_epsilon, policy.delta or 1e-5
+    party = Party(settings, task, name, client, lifetime=lifetime, lifetime_delta=delta)
     if policy.noise and party.budget.noise < policy.noise:
         raise RunError(
             f"{party.task}: refused by this party's policy, noise={policy.noise:g}: the run's noise multiplier is "
@@ -156,7 +156,6 @@ def reply(
 def roll_call(message: Message, context: Context) -> Message:
     """Load the data, make the head, and say which task this is: what can fail does so before the first round."""
     party = party_of(context)
-    update_limit(party.settings, context)
     return reply(message, context, party, {"images": len(party.data.train.labels)})
 
 

@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, Message
 from atm_fl.codecs import Arrays
 from atm_fl.errors import printable
 from atm_fl.federation.client import Update
-from atm_fl.npy import read_arrays
+from atm_fl.vectors.npy import read_arrays
 
 MOST = 2**53
 """The largest count that a float holds to the unit."""

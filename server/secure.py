@@ -134,10 +134,10 @@ class SecureExchange:
             )
             for client, records in contents.items()
         ]
-        tasks = {node: client for client, node in self._nodes.items()}
+        clients = {node: client for client, node in self._nodes.items()}
         self.failures |= dict.fromkeys(contents, f"no {what} within {self._run.settings.round_timeout:g} s")
         for reply in self._grid.send_and_receive(messages, timeout=timeout):
-            client = tasks[reply.metadata.src_node_id]
+            client = clients[reply.metadata.src_node_id]
             if reply.has_error():
                 self.failures[client] = boundary.reason(reply)
                 continue

@@ -10,9 +10,9 @@ import pytest
 from test_cli import call
 from test_report import evaluation, merge, tuning, whole_run, write_run
 
-from atm_fl.comparison import Summary, list_runs, names_of, write_comparison
 from atm_fl.errors import RunError
 from atm_fl.runs import run as runs
+from atm_fl.runs.comparison import Summary, list_runs, names_of, write_comparison
 
 
 def folder_of_runs(root: Path) -> Path:

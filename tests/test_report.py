@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from atm_fl.comparison import write_comparison
 from atm_fl.errors import RunError
+from atm_fl.runs.comparison import write_comparison
 from atm_fl.runs.report import accuracy_table, print_table, write_report
 from atm_fl.settings import defaults
 

@@ -117,7 +117,7 @@ def report(
 
 
 def _compare_runs(run_dirs: list[Path], out: Path) -> None:
-    from atm_fl.comparison import CAPTION, HEADINGS, Summary, accuracy_rows, names_of, write_comparison
+    from atm_fl.runs.comparison import CAPTION, HEADINGS, Summary, accuracy_rows, names_of, write_comparison
 
     page = write_comparison(run_dirs, out)
     summaries = [Summary.of(path, name) for path, name in zip(run_dirs, names_of(run_dirs), strict=True)]
@@ -129,7 +129,7 @@ def _compare_runs(run_dirs: list[Path], out: Path) -> None:
 @app.command()
 def runs(folder: Annotated[Path, typer.Argument(help="a folder with runs in it, at any depth")] = Path("runs")) -> None:
     """List a folder's runs: merge, rounds, accuracy, worst task, ε, bytes, state."""
-    from atm_fl.comparison import CAPTION, HEADINGS, list_runs
+    from atm_fl.runs.comparison import CAPTION, HEADINGS, list_runs
 
     rows = [run.cells() for run in list_runs(folder)]
     if not rows:

@@ -14,7 +14,7 @@ from atm_fl.codecs import Arrays
 from atm_fl.merging.kinds import fold
 from atm_fl.privacy import client_level
 from atm_fl.runs.run import Run
-from atm_fl.vectors.blocks import empty, inner_products, parts
+from atm_fl.vectors.blocks import empty, inner_products, l2_norm, parts
 from atm_fl.vectors.mapped import MappedVectors
 from atm_fl.vectors.ring import WORD, check_words
 
@@ -42,7 +42,7 @@ class TaskVectorAggregator:
 
     def add(self, client: str, vector: Tensor, images: float) -> None:
         """Keep a decoded vector, which may be changed."""
-        self.norms[client] = float(inner_products([vector])) ** 0.5
+        self.norms[client] = l2_norm(vector)
         vector.mul_(self._scalings.get(self._settings.task_of[client], 1.0))
         if self._settings.dp_client_clip:
             client_level.clip(vector, self._settings.dp_client_clip)

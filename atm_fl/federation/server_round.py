@@ -13,7 +13,7 @@ from atm_fl.federation.bounds import too_long
 from atm_fl.federation.client import Update
 from atm_fl.merging.scaling import scale_layers
 from atm_fl.runs.run import Run
-from atm_fl.vectors.blocks import inner_products
+from atm_fl.vectors.blocks import l2_norm
 
 
 class ServerRound:
@@ -55,15 +55,15 @@ class ServerRound:
         factor = self.run.settings.proportion
         if not factor or isinstance(self.vectors, SecureSumAggregator):
             return {}
-        return too_long(self.vectors.norms, self.run.usual_norm, float(inner_products([self.run.base])) ** 0.5, factor)
+        return too_long(self.vectors.norms, self.run.usual_norm, l2_norm(self.run.base), factor)
 
     def check_sum(self) -> None:
         """RunError if an unmasked sum, of which no single vector is known, is out of proportion."""
         settings, count = self.run.settings, len(self.vectors.clients)
         mean = settings.ring.decode(self.vectors.words, 1 / count)
-        norms, base = {"the mean": float(inner_products([mean])) ** 0.5}, float(inner_products([self.run.base])) ** 0.5
-        self.vectors.norms = norms
-        if settings.proportion and (told := too_long(norms, self.run.usual_norm, base, settings.proportion)):
+        norms = self.vectors.norms = {"the mean": l2_norm(mean)}
+        factor = settings.proportion
+        if factor and (told := too_long(norms, self.run.usual_norm, l2_norm(self.run.base), factor)):
             raise RunError(
                 f"round {self.number}: the sum of {count} vectors is refused, whoever spoiled it: {told['the mean']}"
             )

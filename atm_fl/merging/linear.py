@@ -9,7 +9,7 @@ from torch import Tensor
 
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import Change, Streaming
-from atm_fl.vectors.blocks import Block, inner_products
+from atm_fl.vectors.blocks import Block, l2_norm
 
 
 @merge("mean")
@@ -45,7 +45,7 @@ class ClippedMean(Streaming):
     max_norm: float = option(1.0, "Euclidean norm above which a vector is scaled down", gt=0)
 
     def change(self, task: str, vector: Tensor) -> Change | None:
-        norm = float(inner_products([vector])) ** 0.5
+        norm = l2_norm(vector)
         if norm <= self.max_norm:
             return None
         factor = self.max_norm / norm

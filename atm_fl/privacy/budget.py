@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -61,14 +62,17 @@ class Budget:
         if settings.dp_epsilon:
             rounds = sum(settings.part_taken(task, number) > 0 for number in range(1, settings.rounds + 1))
             self.noise = calibrate(settings.dp_epsilon, settings.dp_delta, self._rate, self._steps * rounds)
-        self._data = data.digests
-        self.holding = Holding.of(source or task, data)
-        path = ledgers / "ledger.sqlite" if ledgers else ledger_path()
-        self.ledger = Ledger(path)
-        older = path.parent / f"{_digest(*self._data)}.json"
-        if older.exists():
+        self._source, self._data = source or task, data
+        self._digests = data.digests if settings.private else ()
+        self.ledger = Ledger(ledgers / "ledger.sqlite" if ledgers else ledger_path())
+        if settings.private and (older := self.ledger.path.parent / f"{_digest(*self._digests)}.json").exists():
             with self.ledger.transaction() as file:
                 ledger.take_over(file, older, self.holding)
+
+    @cached_property
+    def holding(self) -> Holding:
+        """The records, each of which is hashed for it."""
+        return Holding.of(self._source, self._data)
 
     def spend(self, run: str, round_number: int, base: Tensor, anew: bool = False) -> Release:
         """Enter a round of DP-SGD on `base`, before anything is tuned.
@@ -79,7 +83,7 @@ class Budget:
         """
         settings, delta = self.settings, self.settings.dp_delta
         occasion = _digest(
-            run, self.client, round_number, vectors.digest(base), self._data, settings.decisive(), self.noise
+            run, self.client, round_number, vectors.digest(base), self._digests, settings.decisive(), self.noise
         )
         spent = Spent(self._rate, self.noise, self._steps)
         with self.ledger.transaction() as file:

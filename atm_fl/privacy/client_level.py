@@ -16,12 +16,12 @@ from atm_fl.privacy import noise
 from atm_fl.privacy.accounting import Spent, epsilon
 from atm_fl.privacy.noise import derive_key, keyed_generator, party_secret
 from atm_fl.settings import Settings
-from atm_fl.vectors.blocks import inner_products
+from atm_fl.vectors.blocks import l2_norm
 
 
 def clip(vector: Tensor, norm: float) -> None:
     """Scale a vector [n] down to at most `norm`, in place."""
-    length = float(inner_products([vector])) ** 0.5
+    length = l2_norm(vector)
     if length > norm:
         vector.mul_(norm / length)
 

@@ -9,8 +9,6 @@ by a way that does not lead over the server.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from atm_fl import tasks
 from atm_fl.errors import SettingError
+from atm_fl.files import write_once
 
 SIGNATURE_BYTES = 64
 
@@ -70,25 +69,15 @@ def party_key(client: str) -> Ed25519PrivateKey:
         raise SettingError(f"{client!r} is no party's name")  # it becomes a path
     path = tasks.cache_dir() / "identity" / client
     if not path.exists():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fresh = path.with_name(f".{client}.{secrets.token_hex(4)}")
-        content = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-            os.fsync(file.fileno())
-        try:
-            os.link(fresh, path)
-        except FileExistsError:
-            pass  # another process of this party was first
-        finally:
-            fresh.unlink()
+        key = Ed25519PrivateKey.generate()
+        write_once(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     try:
-        key = load_ssh_private_key(path.read_bytes(), None)
+        loaded = load_ssh_private_key(path.read_bytes(), None)
     except (ValueError, UnsupportedAlgorithm) as error:
         raise SettingError(f"{path} is no OpenSSH private key without a passphrase: {error}") from error
-    if not isinstance(key, Ed25519PrivateKey):
+    if not isinstance(loaded, Ed25519PrivateKey):
         raise SettingError(f"{path}: a party's key is of the type ed25519")
-    return key
+    return loaded
 
 
 def public_line(client: str) -> str:

@@ -15,7 +15,6 @@ import hmac
 import json
 import math
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from randomgen import ChaCha
 from torch import Tensor
 
 from atm_fl.errors import RunError
-from atm_fl.files import private_folder
+from atm_fl.files import write_once
 from atm_fl.vectors.blocks import parts
 
 GRID = 2.0**-20
@@ -69,19 +68,8 @@ def add_noise(vector: Tensor, deviation: float, random: np.random.Generator) -> 
 
 def party_secret(folder: Path) -> str:
     """32 random bytes of this machine, hexadecimal, made once and kept in `folder` for its owner's eyes only."""
-    path = private_folder(folder) / "secret"
-    if not path.exists():
-        # Written whole before it has its name: half of one, after a crash or in a race, could be guessed.
-        fresh = path.with_name(f".secret.{os.urandom(4).hex()}")
-        try:
-            with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(os.urandom(32).hex())
-                file.flush()
-                os.fsync(file.fileno())
-            with suppress(FileExistsError):  # another process was first
-                os.link(fresh, path)
-        finally:
-            fresh.unlink(missing_ok=True)
+    path = folder / "secret"
+    write_once(path, os.urandom(32).hex().encode())
     secret = path.read_text()
     if len(secret) != 64:
         raise RunError(f"{path} holds no secret of 32 bytes; delete it, and a new one is made")

@@ -27,10 +27,10 @@ from rich.table import Table
 
 from atm_fl.errors import RunError
 from atm_fl.files import atomic_write
-from atm_fl.references import find_references
 from atm_fl.runs import pages
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.pages import Series
+from atm_fl.runs.references import find_references
 from atm_fl.settings import defaults
 
 COLUMNS = 8

@@ -194,6 +194,11 @@ def inner_products(vectors: Sequence[Tensor]) -> Tensor:
     return sum(found, torch.zeros(count, count, dtype=torch.float64))
 
 
+def l2_norm(vector: Tensor) -> float:
+    """‖vector‖ (L2), summed as `inner_products` are."""
+    return float(inner_products([vector])) ** 0.5
+
+
 def sort_rows(stack: Tensor, spare: Tensor) -> list[Tensor]:
     """Sort the rows of `stack` [k, w] against each other, element by element; its contents and `spare`'s [w] are lost.
 
