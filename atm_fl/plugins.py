@@ -35,6 +35,7 @@ BUILT_IN = {
     "head": ("atm_fl.models", "atm_fl.models.hubs"),
     "merge": ("atm_fl.merging",),
     "codec": ("atm_fl.codecs",),
+    "transform": ("atm_fl.transforms",),
     "optimizer": ("atm_fl.optimizers",),
     "server-optimizer": ("atm_fl.merging.server_optimizer",),
     "metric sink": ("atm_fl.sinks",),

@@ -19,6 +19,7 @@ from atm_fl.federation.bounds import check_base
 from atm_fl.federation.client import Party
 from atm_fl.federation.client_state import ClientState
 from atm_fl.policy import Policy, policy_of
+from atm_fl.privacy.budget import Account
 from atm_fl.settings import Settings
 from atm_fl.vectors.npy import read_arrays
 from clients import secure
@@ -29,8 +30,8 @@ app = NamedErrors()
 
 @lru_cache(maxsize=64)
 def _party(settings: Settings, policy: Policy, task: str, name: str, client: str = "") -> Party:
-    lifetime, delta = policy.lifetime_epsilon, policy.delta or 1e-5
-    party = Party(settings, task, name, client, lifetime=lifetime, lifetime_delta=delta)
+    account = Account(lifetime=policy.lifetime_epsilon, delta=policy.delta or 1e-5)
+    party = Party(settings, task, name, client, account)
     if policy.noise and party.budget.noise < policy.noise:
         raise RunError(
             f"{party.task}: refused by this party's policy, noise={policy.noise:g}: the run's noise multiplier is "

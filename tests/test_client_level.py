@@ -12,7 +12,8 @@ from test_runs import final, in_process, same
 from torch import Tensor
 
 from atm_fl.errors import SettingError
-from atm_fl.federation.client import Party, Update
+from atm_fl.federation.chain import Chain
+from atm_fl.federation.client import Update
 from atm_fl.federation.loop import run_loop
 from atm_fl.federation.server_round import ServerRound
 from atm_fl.merging import make_merge
@@ -20,6 +21,7 @@ from atm_fl.merging.spectral import IsoC
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
+from atm_fl.transforms import Context
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +35,9 @@ def merged(config: dict[str, Any], vectors: dict[str, Tensor], **more: Any) -> T
     settings = Settings.parse(config | {"run-dir": name} | {key.replace("_", "-"): more[key] for key in more})
     run = Run(settings)
     before, current = run.base.clone(), ServerRound(run)
-    party = Party(settings, settings.task_names[0])
     for task, vector in vectors.items():
         if settings.secure_aggregation:
-            party.task = task
-            arrays = {"words": party._words(vector.clone(), 1)}
+            arrays = Chain(settings).encode(vector.clone(), Context(settings, run.layout, 1, task, task))
         else:
             arrays = settings.uplink.encode(vector.clone(), run.layout)
         current.add(task, Update(arrays, {}, {}), 0)

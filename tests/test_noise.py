@@ -29,7 +29,7 @@ from atm_fl.errors import RunError
 from atm_fl.federation.client import Party
 from atm_fl.federation.loop import run_loop
 from atm_fl.privacy.accounting import Spent, epsilon
-from atm_fl.privacy.budget import Budget, _digest
+from atm_fl.privacy.budget import Account, Budget, _digest
 from atm_fl.privacy.disclosure import DISCLOSED
 from atm_fl.privacy.ledger import Holding, Ledger
 from atm_fl.privacy.noise import GRID, Noise, add_noise
@@ -197,7 +197,7 @@ def test_a_record_pays_for_every_version_and_source_that_it_was_in(
     folder = tmp_path_factory.mktemp("ledgers")
     settings = Settings.parse({**config, **DP, "rounds": 1})
     for number, (source, colours) in enumerate(held):
-        budget = Budget(settings, "any", split(*sorted(colours)), folder, source=source)
+        budget = Budget(settings, "any", split(*sorted(colours)), Account(folder), source=source)
         budget.spend(f"{number:016x}", 1, torch.zeros(3))
         expected = sum(other == source or bool(theirs & colours) for other, theirs in held[: number + 1])
         assert len(budget.ledger.history(budget.holding)) == expected
@@ -234,14 +234,16 @@ def test_a_lifetime_stops_any_run_whatever_its_seed_or_configuration(
 ) -> None:
     settings, folder = Settings.parse({**config, **DP}), config["tasks"].split(",")[0]
     once = epsilon([Spent(1.0, 8.0, 1)], 1e-5)
-    party = Party(settings, folder, lifetime=1.05 * once)
+    party = Party(settings, folder, account=Account(lifetime=1.05 * once))
     party.train(party.model.pretrained, 1, RUN)
     if changed.get("tasks"):
         folder = shutil.copytree(folder, tmp_path / "moved").as_posix()
-    later = Party(Settings.parse({**config, **DP, **changed, "tasks": folder}), folder, lifetime=1.05 * once)
+    later = Party(
+        Settings.parse({**config, **DP, **changed, "tasks": folder}), folder, account=Account(lifetime=1.05 * once)
+    )
     with pytest.raises(RunError, match=r"round 1 would bring the ε of .* over all runs to .*lifetime-epsilon="):
         later.train(later.model.pretrained, 1, "f" * 16)
-    plain = Party(Settings.parse(config), folder, lifetime=1.05 * once)
+    plain = Party(Settings.parse(config), folder, account=Account(lifetime=1.05 * once))
     with pytest.raises(RunError, match="a run without dp-sgd would bring the ε"):
         plain.train(plain.model.pretrained, 1, "e" * 16)
     assert epsilon(party.budget.ledger.history(party.budget.holding), 1e-5) == once  # what was refused costs nothing

@@ -19,7 +19,7 @@ from atm_fl.errors import SettingError
 from atm_fl.experiments.privacy import HEAD, Line
 from atm_fl.federation.client import Party
 from atm_fl.federation.loop import run_loop
-from atm_fl.privacy.budget import Budget
+from atm_fl.privacy.budget import Account, Budget
 from atm_fl.privacy.ledger import ledger_path
 from atm_fl.privacy.noise import Noise
 from atm_fl.runs.checkpoints import checkpoints, load_checkpoint
@@ -83,11 +83,11 @@ def run_bases(settings: Settings, folder: Path) -> list[str]:
     asked = membership.membership_target(settings, "noise", 80)
     parties = []
     for client, task in zip(settings.party_names, settings.task_names, strict=True):
-        party = Party(settings, task, client=client, ledgers=folder)
+        party = Party(settings, task, client=client, account=Account(folder))
         if client == "noise":
             party.tuned_on = asked.images.take(asked.half(settings, 0).nonzero()[:, 0])
             party.head = asked.head
-            party.budget = Budget(settings, "noise", party.tuned_on, folder)
+            party.budget = Budget(settings, "noise", party.tuned_on, Account(folder))
         parties.append(party)
     run = run_loop(settings, parties)
     bases = []

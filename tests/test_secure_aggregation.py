@@ -34,6 +34,8 @@ from atm_fl.privacy.secure_aggregation import Member, add_mask, check_keys, sett
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
+from atm_fl.transforms import Context as TransformContext
+from atm_fl.transforms.wire import RingWire
 from atm_fl.vectors.ring import WORD, Ring
 from clients.app import app as client_app
 from server.app import serve
@@ -735,12 +737,14 @@ def test_no_single_vector_of_a_run_is_in_what_the_server_received(
     four: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true: dict[str, np.ndarray] = {}
-    words = party_module.Party._words
-    monkeypatch.setattr(
-        party_module.Party,
-        "_words",
-        lambda self, *rest: true.setdefault(self.task, (found := words(self, *rest)).copy()) is None or found,
-    )
+    encode = RingWire.encode
+
+    def noted(wire: RingWire, vector: torch.Tensor, context: TransformContext) -> dict[str, np.ndarray]:
+        arrays = encode(wire, vector, context)
+        true[context.task] = arrays["words"].copy()  # they are masked in place
+        return arrays
+
+    monkeypatch.setattr(RingWire, "encode", noted)
     settings, log = Settings.parse(four | {"rounds": 1, "model": "vit_micro"}), Listening()
     in_process(settings, log)
     assert len(log.words) == len(true) == 4

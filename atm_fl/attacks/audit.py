@@ -24,7 +24,7 @@ from torch import Tensor
 
 from atm_fl.errors import SettingError
 from atm_fl.federation.client import Party
-from atm_fl.privacy.budget import Budget
+from atm_fl.privacy.budget import Account, Budget
 from atm_fl.privacy.dp_sgd import clip_factors, record_gradients, sampling_rate
 from atm_fl.privacy.noise import Noise
 from atm_fl.seeds import derive_seed
@@ -104,7 +104,7 @@ def audit(settings: Settings, task: str, canaries: int, guesses: int, silent: bo
     party.model.load(base)
     known, canary = _sum(party, others), _gradients(party, chosen)
     with tempfile.TemporaryDirectory() as folder:
-        release = Budget(settings, party.task, data, Path(folder)).spend(RUN, 1, base)
+        release = Budget(settings, party.task, data, Account(Path(folder))).spend(RUN, 1, base)
     multiplier = 0.0 if silent else release.noise.multiplier
     noise = Noise(multiplier, release.noise.key)
     vector, tuned = party.model.tune(base, party.head, data, settings, settings.seed, noise=noise)
@@ -147,10 +147,10 @@ def shared_noise(settings: Settings, task: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
 
         def release(data: Split) -> Tensor:
-            return tuned(data, Budget(settings, party.task, data, Path(folder)).spend(RUN, 1, base).noise)
+            return tuned(data, Budget(settings, party.task, data, Account(Path(folder))).spend(RUN, 1, base).noise)
 
         first = release(records)
-        multiplier = Budget(settings, party.task, records, Path(folder)).noise
+        multiplier = Budget(settings, party.task, records, Account(Path(folder))).noise
         apart = tuned(records, Noise.fresh(multiplier)) - tuned(records, Noise.fresh(multiplier))
         return {change: float((release(data) - first).norm() / apart.norm()) for change, data in neighbours.items()}
 

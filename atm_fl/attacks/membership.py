@@ -40,11 +40,12 @@ from atm_fl.federation.loop import play_round
 from atm_fl.federation.shared_model import shared_model
 from atm_fl.files import atomic_write
 from atm_fl.models import EVALUATION_BATCH
-from atm_fl.privacy.budget import Budget
+from atm_fl.privacy.budget import Account, Budget
 from atm_fl.runs.run import Run
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
+from atm_fl.transforms import Context
 
 RATES = (0.01, 0.001)
 """False-positive rates at which the true-positive rate is told."""
@@ -228,10 +229,10 @@ def trajectory(
     """
     chosen = replace(settings, seed=derive_seed(settings.seed, "reference", number) if number else settings.seed)
     ledgers, place = folder / "privacy", folder / "followed"
-    party = Party(chosen, asked.task, ledgers=ledgers)
+    party = Party(chosen, asked.task, account=Account(ledgers))
     party.tuned_on = asked.images.take(asked.half(settings, number).nonzero()[:, 0]).to(party.model.device)
     party.head = asked.head.to(party.model.device)
-    party.budget = Budget(chosen, asked.task, party.tuned_on, ledgers)
+    party.budget = Budget(chosen, asked.task, party.tuned_on, Account(ledgers))
     data = [split.to(party.model.device) for split in (asked.images, asked.population)]
 
     def answers(model: Tensor) -> Tensor:
@@ -247,7 +248,8 @@ def trajectory(
             if not settings.secure_aggregation:
                 local = server.base
                 if update.arrays is not None:
-                    local = server.base + settings.uplink.decode(update.arrays, server.layout)
+                    context = Context(settings, server.layout, round_number, party.task, party.client)
+                    local = server.base + party.chain.decode(update.arrays, context)
                 followed.append(answers(local))
             play_round(server, chain(sent, [(asked.task, update)]))
             followed.append(answers(server.base))
@@ -319,7 +321,9 @@ def study(
     def others(round_number: int, base: Tensor) -> Iterator[tuple[str, Update]]:
         path = folder / f"others-{round_number:05d}.safetensors"
         if not path.exists():
-            parties = (Party(settings, name, client=client, ledgers=folder / "privacy") for client, name in named)
+            parties = (
+                Party(settings, name, client=client, account=Account(folder / "privacy")) for client, name in named
+            )
             save_updates(path, {party.client: party.train(base, round_number, run) for party in parties})
         return load_updates(path)
 

@@ -38,6 +38,7 @@ from atm_fl.files import atomic_write
 from atm_fl.merging.kinds import LinearCombination
 from atm_fl.merging.robust import Median, TrimmedMean
 from atm_fl.plugins import Registry
+from atm_fl.privacy.budget import Account
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
@@ -221,7 +222,7 @@ class AdversarialClient(Party):
     """A party of a scene: honest, or with `attacks` an attacker."""
 
     def __init__(self, settings: Settings, client: str, task: str, scene: PoisoningSimulation, attacks: bool) -> None:
-        super().__init__(settings, task, client=client, ledgers=Path(settings.run_dir) / "privacy")
+        super().__init__(settings, task, client=client, account=Account(Path(settings.run_dir) / "privacy"))
         self.scene, self.attacks = scene, attacks
         if attacks and scene.attack == "backdoor":
             self.tuned_on = poisoned(self.tuned_on)
@@ -288,6 +289,8 @@ def check(settings: Settings, attack: str, attackers: Sequence[str]) -> None:
     for name in ("participation", "fraction"):
         if getattr(settings, name) != getattr(Settings, name):
             raise SettingError(f"{name}={getattr(settings, name)}: an attack is measured with all tasks in every round")
+    if settings.transforms:
+        raise SettingError(f"transforms={settings.transforms!r}: attacks forge what travels; leave them out")
 
 
 def study(settings: Settings, attack: str, attackers: Sequence[str]) -> dict[str, Any]:

@@ -83,6 +83,8 @@ class Scenario:
         settings = self.settings
         if settings.secure_aggregation:
             raise SettingError("secure-aggregation=true: the server sees no single vector that could be attacked")
+        if settings.transforms:
+            raise SettingError(f"transforms={settings.transforms!r}: the attacks know none; leave them out")
         if settings.dp_epsilon:
             raise SettingError("dp-epsilon is of a whole run; an attack on one vector wants dp-noise")
         if OPTIMIZERS.plugin(self.settings.optimizer):

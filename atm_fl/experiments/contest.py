@@ -52,6 +52,7 @@ from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import processor
 from atm_fl.settings import Settings
 from atm_fl.training.evaluation import mean_accuracy
+from atm_fl.transforms import Context
 from atm_fl.vectors import Layout
 
 KINDS = ("single", "joint", "one-shot", "atm", "ph-atm")
@@ -316,7 +317,8 @@ def _single(unit: ContestUnit) -> None:
         if not numbers.exists():
             update = party.train(base, 1)
             assert update.arrays is not None
-            vector = settings.uplink.decode(update.arrays, party.model.layout)
+            context = Context(settings, party.model.layout, 1, party.task, party.client)
+            vector = party.chain.decode(update.arrays, context)
             with atomic_write(path) as part:
                 save_file({"vector": vector}, str(part))
             after = party.evaluate(base + vector, ("validation", "test"))

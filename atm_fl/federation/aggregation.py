@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from atm_fl.codecs import Arrays
+from atm_fl.federation.chain import Chain
 from atm_fl.merging.kinds import fold
-from atm_fl.privacy import client_level
 from atm_fl.runs.run import Run
+from atm_fl.transforms import Context
 from atm_fl.vectors.blocks import empty, inner_products, l2_norm, parts
 from atm_fl.vectors.mapped import MappedVectors
-from atm_fl.vectors.ring import WORD, check_words
+from atm_fl.vectors.ring import WORD
 
 
 class TaskVectorAggregator:
@@ -29,31 +30,32 @@ class TaskVectorAggregator:
 
     def __init__(self, run: Run) -> None:
         self._settings, self._layout = run.settings, run.layout
-        self._scalings = run.settings.task_scalings
+        self._chain = Chain(run.settings)
+        self._round = run.rounds_done + 1
         self._spill = MappedVectors(run.directory)
         self._images: dict[str, float] = {}
         self.norms: dict[str, float] = {}
-        """Of the vectors as they arrived, by client; those that were left out are not there."""
+        """Of the vectors that arrived, by client; those that were left out are not there."""
         self._room: Tensor | None = empty(run.layout.size, run.base)  # costs nothing before it is written to
 
-    def decode(self, arrays: Arrays) -> Tensor:
+    def decode(self, client: str, arrays: Arrays) -> Tensor:
         """The vector that arrived, until the next is decoded. ValueError if it is none."""
-        return self._settings.uplink.decode(arrays, self._layout, self._room)
+        return self._chain.decode(arrays, self._context(client), self._room)
 
     def add(self, client: str, vector: Tensor, images: float) -> None:
         """Keep a decoded vector, which may be changed."""
         self.norms[client] = l2_norm(vector)
-        vector.mul_(self._scalings.get(self._settings.task_of[client], 1.0))
-        if self._settings.dp_client_clip:
-            client_level.clip(vector, self._settings.dp_client_clip)
-        self._spill.add(client, vector)
+        self._spill.add(client, self._chain.bound(vector, self._context(client)))
         self._images[client] = images
 
     def drop(self, client: str) -> None:
         """Leave a vector that was kept out of the merge."""
         del self.norms[client]
 
-    def merge(self, round_number: int) -> tuple[Tensor, dict[str, Any]]:
+    def _context(self, client: str) -> Context:
+        return Context(self._settings, self._layout, self._round, self._settings.task_of[client], client)
+
+    def merge(self) -> tuple[Tensor, dict[str, Any]]:
         """The merged vector, and what is recorded beside it. Once."""
         self._room = None
         settings = self._settings
@@ -68,14 +70,12 @@ class TaskVectorAggregator:
             for task, those in clients.items()
             if those
         }
-        merge = settings.make_merge(self._layout, round_number)
-        private: dict[str, float] = {}
-        if settings.dp_client_noise:
+        merge, context = settings.make_merge(self._layout, self._round), Context(settings, self._layout, self._round)
+        if self._chain.totals:
             factor = merge.sum_factor(len(vectors))
             total = empty(self._layout.size, next(iter(vectors.values())))
             fold(total, list(vectors.values()), [factor] * len(vectors), self._layout)
-            private["epsilon"] = client_level.add_noise(total, factor, settings, round_number)
-            merged = merge.from_sum(total, len(vectors))
+            merged = merge.from_sum(self._chain.total(total, factor, context), len(vectors))
         else:
             merged = merge.combine(vectors)
         seconds = time.perf_counter() - begin
@@ -83,7 +83,7 @@ class TaskVectorAggregator:
         self._spill.close()
         norms = products.diagonal().sqrt().clamp_min(1e-30)
         cosines = [[round(value, 6) for value in row] for row in (products / norms.outer(norms)).tolist()]
-        beside = {"tasks": list(vectors), "cosines": cosines, "seconds_merge": seconds, **private}
+        beside = {"tasks": list(vectors), "cosines": cosines, "seconds_merge": seconds, **context.numbers}
         return merged, beside | {"usual_norm": median(self.norms.values())}
 
 
@@ -92,39 +92,40 @@ class SecureSumAggregator:
 
     def __init__(self, run: Run) -> None:
         self._settings, self._layout = run.settings, run.layout
+        self._chain = Chain(run.settings)
+        self._round = run.rounds_done + 1
         self.words = np.zeros(run.layout.size, WORD)
         """The sum, [n]."""
         self.clients: list[str] = []
         """Whose vectors are in it."""
-        self.norms: dict[str, float] = {}
-        """Of their mean, once the sum is unmasked."""
+        self._mean_norm: float | None = None
 
-    def decode(self, arrays: Arrays) -> np.ndarray:
+    def decode(self, client: str, arrays: Arrays) -> np.ndarray:
         """The words that arrived. ValueError if they are none."""
-        if set(arrays) != {"words"}:
-            raise ValueError(f"arrays {sorted(arrays)} where ['words'] was expected")
-        check_words(arrays["words"], len(self.words))
-        return arrays["words"]
+        assert self._chain.ring
+        return self._chain.ring.words(arrays, self._layout)
 
     def add(self, client: str, words: np.ndarray, images: float) -> None:
         """Add what was decoded."""
         np.add(self.words, words, out=self.words)
         self.clients.append(client)
 
-    def merge(self, round_number: int) -> tuple[Tensor, dict[str, Any]]:
-        """The merged vector, and what is recorded beside it."""
+    def mean_norm(self) -> float:
+        """Of the unmasked vectors' mean, which is recorded with the round."""
+        self._mean_norm = l2_norm(self._settings.ring.decode(self.words, 1 / len(self.clients)))
+        return self._mean_norm
+
+    def merge(self) -> tuple[Tensor, dict[str, Any]]:
+        """The merged vector, and what is recorded beside it. The sum is unmasked."""
         begin = time.perf_counter()
         settings, count = self._settings, len(self.clients)
-        private: dict[str, float] = {}
-        merge = settings.make_merge(self._layout, round_number)
+        merge, context = settings.make_merge(self._layout, self._round), Context(settings, self._layout, self._round)
         factor = merge.sum_factor(count)
-        total = settings.ring.decode(self.words, factor)
-        if settings.dp_client_noise:
-            private["epsilon"] = client_level.add_noise(total, factor, settings, round_number)
+        total = self._chain.total(settings.ring.decode(self.words, factor), factor, context)
         merged = merge.from_sum(total, count, settings.ring.step * (count / 12) ** 0.5)
         clients = [client for client in settings.party_names if client in self.clients]
-        beside = {"tasks": clients, "seconds_merge": time.perf_counter() - begin, **private}
-        return merged, beside | ({"usual_norm": self.norms["the mean"]} if self.norms else {})
+        beside = {"tasks": clients, "seconds_merge": time.perf_counter() - begin, **context.numbers}
+        return merged, beside | ({} if self._mean_norm is None else {"usual_norm": self._mean_norm})
 
 
 def mean(vectors: list[Tensor], weights: list[float]) -> Tensor:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from atm_fl import models, tasks
+from atm_fl import tasks
 from atm_fl.codecs import Arrays
-from atm_fl.errors import RunError, SettingError
+from atm_fl.federation.chain import Chain
 from atm_fl.federation.client_state import ClientState
+from atm_fl.federation.heads import kept_head
 from atm_fl.federation.shared_model import shared_model
-from atm_fl.files import atomic_write
-from atm_fl.models.hubs import zero_shot
-from atm_fl.privacy import client_level
-from atm_fl.privacy.budget import Budget
+from atm_fl.federation.shares import random_share, split_up
+from atm_fl.privacy.budget import Account, Budget
 from atm_fl.privacy.disclosure import disclosed
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Dataset, Split
 from atm_fl.training.evaluation import accuracy
 from atm_fl.training.local import State, Tuned, full_gradient
+from atm_fl.transforms import Context
 
 
 @dataclass(frozen=True)
@@ -46,44 +43,22 @@ class Party:
 
     Loads the task's data and makes (or finds on this machine's disk) its head; what is wrong with them is raised here,
     before any round. `name` is the task's name in the run where it is not the data's own, `client` that under which
-    this party keeps files, where several of one task share a machine. ledgers, lifetime, lifetime_delta: see Budget.
+    this party keeps files, where several of one task share a machine; account: what it may spend of its privacy.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        task: str,
-        name: str = "",
-        client: str = "",
-        ledgers: Path | None = None,
-        lifetime: float = 0.0,
-        lifetime_delta: float = 1e-5,
+        self, settings: Settings, task: str, name: str = "", client: str = "", account: Account | None = None
     ) -> None:
         torch.set_num_threads(settings.threads)
-        self.settings = settings
+        self.settings, self.chain = settings, Chain(settings)
         self.model = shared_model(settings.of_model())
         self.data: Dataset = tasks.load(task, self.model.module.image_size)
         self.task = name or self.data.name
         self.client = client or self.task
-        self.head = self._make_head().to(self.model.device)
-        self.splits = {name: self.data.split(name).to(self.model.device) for name in tasks.SPLITS}
-        self.tuned_on = self.splits[settings.split]
-        if settings.split == "validation" and settings.holdout:
-            held, rest = self._parted(self.tuned_on, settings.holdout, "holdout")
-            self.splits["validation"], self.tuned_on = held, rest
+        self.head = kept_head(settings, self.data, self.model, self.task)
+        self.splits, self.tuned_on = split_up(self.data, settings, self.task, self.model.device)
         source = str(Path(task).resolve()) if "/" in task else task
-        self.budget = Budget(settings, self.task, self.tuned_on, ledgers, source, self.client, lifetime, lifetime_delta)
-        if settings.chunks_per_epoch > len(self.tuned_on):
-            raise SettingError(
-                f"local-epochs={settings.local_epochs:g}: {self.task} has only {len(self.tuned_on)} images"
-            )
-
-    def _parted(self, data: Split, share: float, purpose: str) -> tuple[Split, Split]:
-        """A random share of `data`, one image at least, and the rest; the same in every run."""
-        random = torch.Generator().manual_seed(derive_seed(tasks.SPLIT_SEED, purpose, self.task))
-        order = torch.randperm(len(data), generator=random).to(data.labels.device)
-        count = max(1, round(share * len(data)))
-        return data.take(order[:count]), data.take(order[count:])
+        self.budget = Budget(settings, self.task, self.tuned_on, account, source, self.client)
 
     def evaluate(self, base: Tensor, splits: tuple[str, ...]) -> dict[str, float]:
         """Accuracy of `base`, float32 [n], with this party's head on each of `splits`."""
@@ -100,142 +75,73 @@ class Party:
         a codec with error feedback lost and, with keep-optimizer, the optimizer's state; without one nothing is kept.
         RunError if the task vector is not finite.
         """
-        settings = self.settings
-        begin = time.perf_counter()
+        settings, begin = self.settings, time.perf_counter()
         evaluation = self.evaluate(base, evaluated_splits(settings, round_number - 1))
-        part = settings.part_taken(self.task, round_number)
-        if not part:
+        share = settings.part_taken(self.task, round_number)
+        if not share:
             return Update(None, evaluation, {})
-        evaluated = time.perf_counter()
-        data = self.tuned_on if part == 1 else self._parted(self.tuned_on, part, "replay")[0]
-        epoch, epoch_chunk = divmod(round_number - 1, settings.chunks_per_epoch)
-        seed = derive_seed(settings.seed, "tune", self.task, epoch * settings.chunks_per_epoch + 1)
-        tuning: dict[str, float] = {}
-        kept = ClientState(run, self.client) if run and settings.keep_optimizer else None
-        state = self._taken_up(kept, "optimizer", round_number, tuning) if kept else {}
+        state = ClientState(run, self.client) if run else None
+        context = Context(settings, self.model.layout, round_number, self.task, self.client, state)
+        numbers, evaluated = context.numbers, time.perf_counter()
+        data = self.tuned_on if share == 1 else random_share(self.tuned_on, share, "replay", self.task)[0]
+        vector, tuned = self._tune(base, data, context, run)
+        numbers |= {"steps": tuned.steps, "images": tuned.images}
+        if not settings.secure_aggregation:
+            numbers["norm"] = float(vector.norm())
+        numbers |= {"seconds_evaluate": evaluated - begin, "seconds_tune": time.perf_counter() - evaluated}
+        if settings.alignment:
+            numbers["alignment"] = self._alignment(base, data, vector)
+        begin = time.perf_counter()
+        arrays = self.chain.encode(vector, context)
+        numbers["seconds_encode"] = time.perf_counter() - begin
         if settings.private:
-            vector, tuned = self._tune_privately(base, data, seed, round_number, run, state, tuning)
+            return Update(arrays, disclosed(evaluation), disclosed(numbers))
+        return Update(arrays, evaluation, numbers)
+
+    def _tune(self, base: Tensor, data: Split, context: Context, run: str) -> tuple[Tensor, Tuned]:
+        """(the task vector, what was done) of the round's local training, which begins at `base`, loaded."""
+        settings = self.settings
+        epoch, chunk = divmod(context.round_number - 1, settings.chunks_per_epoch)
+        seed = derive_seed(settings.seed, "tune", self.task, epoch * settings.chunks_per_epoch + 1)
+        kept = context.recall("optimizer") if settings.keep_optimizer else {}
+        if kept is None:
+            context.numbers["optimizer_lost"] = 1
+        state = kept or {}
+        if settings.private:
+            vector, tuned = self._tune_privately(base, data, context, run, seed, state)
         else:
             if run:
                 self.budget.expose(run)
-            vector, tuned = self.model.tune(base, self.head, data, settings, seed, epoch_chunk, state=state)
-            tuning["loss"] = tuned.loss
-        if kept:
-            kept.save("optimizer", state, round_number)
-        tuning |= {
-            "steps": tuned.steps,
-            "images": tuned.images,
-            **({} if settings.secure_aggregation else {"norm": float(vector.norm())}),
-            "seconds_evaluate": evaluated - begin,
-            "seconds_tune": time.perf_counter() - evaluated,
-        }
-        if settings.alignment:
-            self.model.load(base)
-            gradient = full_gradient(self.model.module, self.head, self.model.flat, data, settings.workers).cpu()
-            tuning["alignment"] = float(torch.nn.functional.cosine_similarity(vector, -gradient, dim=0))
-        begin = time.perf_counter()
-        arrays = self._encode(vector, round_number, run, tuning)
-        tuning["seconds_encode"] = time.perf_counter() - begin
-        if settings.private:
-            evaluation, tuning = disclosed(evaluation), disclosed(tuning)
-        return Update(arrays, evaluation, tuning)
+            vector, tuned = self.model.tune(base, self.head, data, settings, seed, chunk, state=state)
+            context.numbers["loss"] = tuned.loss
+        if settings.keep_optimizer:
+            context.keep("optimizer", state)
+        return vector, tuned
 
     def _tune_privately(
-        self,
-        base: Tensor,
-        data: Split,
-        seed: int,
-        round_number: int,
-        run: str,
-        state: State,
-        tuning: dict[str, float],
+        self, base: Tensor, data: Split, context: Context, run: str, seed: int, state: State
     ) -> tuple[Tensor, Tuned]:
-        """As `SharedModel.tune` by DP-SGD, with the release in the ledger; `tuning` is told what it cost.
+        """As `SharedModel.tune` by DP-SGD, with the release in the ledger and what it cost in the context's numbers.
 
         A round that is repeated with the noise of before must come out as before, to the last bit; otherwise (other
         files under the same names, another version of torch) noise is drawn, and paid for, anew.
         """
         for anew in (False, True):
-            release = self.budget.spend(run, round_number, base, anew)
+            release = self.budget.spend(run, context.round_number, base, anew)
             left = {name: value.clone() for name, value in state.items()}
             self.model.load(base)
             vector, tuned = self.model.tune(base, self.head, data, self.settings, seed, 0, release.noise, left)
             if self.budget.ledger.seal(release.entry, vector):
                 break
         state.update(left)
-        tuning |= release.numbers
+        context.numbers |= release.numbers
         return vector, tuned
 
-    def _encode(self, vector: Tensor, round_number: int, run: str, tuning: dict[str, float]) -> Arrays:
-        """The task vector, which may be changed, as it travels. `tuning` is told of residuals that are gone."""
-        settings, layout, codec = self.settings, self.model.layout, self.settings.uplink
-        if settings.secure_aggregation:
-            return {"words": self._words(vector, round_number)}
-        kept = ClientState(run, self.client) if run and codec.error_feedback else None
-        found = self._taken_up(kept, "residual", round_number, tuning) if kept else {}
-        if found and len(found["vector"]) == len(vector):
-            vector.add_(found["vector"])
-        try:
-            arrays = codec.encode(vector, layout, derive_seed(settings.seed, "codec", self.task, round_number))
-        except ValueError as error:
-            told = f"{self.task}'s task vector of round {round_number} has {error}; try a lower learning-rate"
-            raise RunError(told) from error
-        if kept:
-            kept.save("residual", {"vector": vector.sub_(codec.decode(arrays, layout))}, round_number)
-        return arrays
-
-    def _words(self, vector: Tensor, round_number: int) -> np.ndarray:
-        """The task vector, which may be changed, as it is added up: scaled and clipped here, where it is seen."""
-        settings, ring = self.settings, self.settings.ring
-        vector.mul_(settings.task_scalings.get(self.task, 1.0))
-        if settings.dp_client_clip:
-            rounding = ring.step / 2 * len(vector) ** 0.5  # the most that it can add to the norm
-            client_level.clip(vector, max(0.0, settings.dp_client_clip - rounding))
-        try:
-            return ring.encode(vector)
-        except ValueError as error:
-            told = f"{self.task}'s task vector of round {round_number} has {error}; try a lower learning-rate"
-            raise RunError(told) from error
-
-    def _taken_up(self, kept: ClientState, kind: str, round_number: int, tuning: dict[str, float]) -> dict[str, Tensor]:
-        """What was kept of the task's last round; empty if there is none, and `tuning` is told if it is lost."""
-        found = kept.last(kind, round_number)
-        if found is None and any(self.settings.part_taken(self.task, number) for number in range(1, round_number)):
-            tuning[f"{kind}_lost"] = 1
-        return found or {}
-
-    def _make_head(self) -> models.Head:
-        """The head, kept on disk so that it outlives rounds and restarts; it never leaves this machine."""
-        settings, data, model = self.settings, self.data, self.model
-        # A head out of the records that are tuned on would tell of them in every gradient, past any accountant.
-        source = data.validation if settings.private and settings.split == "train" else data.train
-        seed = derive_seed(settings.seed, "head", self.task)
-        made_by = [inspect.getsource(made) for made in (models.Head, models.prototypes, models.linear_probe, zero_shot)]
-        machine = str(model.device), settings.threads, torch.__version__
-        content = model.digest, data.classes, source.digests, settings.shots, seed
-        named = settings.model, settings.weights, data.prompts()
-        plugin = str(models.HEADS.plugin(settings.head) or "")
-        key = derive_seed(settings.head, content, named, made_by, plugin, machine)
-        path = tasks.cache_dir() / "heads" / f"{key:016x}.safetensors"
-        if not path.exists():
-            model.load(model.pretrained)
-            made = models.HEADS[settings.head](
-                models.HeadSource(
-                    model.module,
-                    source,
-                    data.classes,
-                    data.prompts(),
-                    settings.model,
-                    settings.weights,
-                    settings.shots,
-                    seed,
-                    settings.workers,
-                )
-            )
-            with atomic_write(path, private=True) as part:
-                save_file(made.state(), str(part))
-        # Tensors out of a file are not aligned as torch's own are, and with that a product's last bits may differ.
-        return models.Head(**{name: tensor.clone() for name, tensor in load_file(str(path)).items()})
+    def _alignment(self, base: Tensor, data: Split, vector: Tensor) -> float:
+        """The cosine of a task vector with minus the full-batch gradient at the base."""
+        self.model.load(base)
+        gradient = full_gradient(self.model.module, self.head, self.model.flat, data, self.settings.workers).cpu()
+        return float(torch.nn.functional.cosine_similarity(vector, -gradient, dim=0))
 
 
 def evaluated_splits(settings: Settings, rounds_done: int) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ class ServerRound:
         held, images = self.run.settings.task_of[client], update.tuning.get("images", 0)
         if self.run.settings.client_tasks.count(held) > 1 and not 0 < images < math.inf:
             raise ValueError(f"images {images!r}, not the positive number that weighs it within {held}")
-        vector = self.vectors.decode(update.arrays)
+        vector = self.vectors.decode(client, update.arrays)
         costs = {"seconds_decode": time.perf_counter() - begin}
         costs |= {"bytes_up": size_of(update.arrays), "bytes_down": bytes_down}
         if update.evaluation:
@@ -59,10 +59,8 @@ class ServerRound:
 
     def check_sum(self) -> None:
         """RunError if an unmasked sum, of which no single vector is known, is out of proportion."""
-        settings, count = self.run.settings, len(self.vectors.clients)
-        mean = settings.ring.decode(self.vectors.words, 1 / count)
-        norms = self.vectors.norms = {"the mean": l2_norm(mean)}
-        factor = settings.proportion
+        factor, count = self.run.settings.proportion, len(self.vectors.clients)
+        norms = {"the mean": self.vectors.mean_norm()}
         if factor and (told := too_long(norms, self.run.usual_norm, l2_norm(self.run.base), factor)):
             raise RunError(
                 f"round {self.number}: the sum of {count} vectors is refused, whoever spoiled it: {told['the mean']}"
@@ -71,7 +69,7 @@ class ServerRound:
     def close(self, failures: dict[str, str] | None = None, costs: dict[str, float] | None = None) -> None:
         """Merge, move the base, write the checkpoint and the round's line, with `costs` in it."""
         settings = self.run.settings
-        merged, beside = self.vectors.merge(self.number)
+        merged, beside = self.vectors.merge()
         merged = scale_layers(merged, self.run.layout, settings.layer_scalings)
         beside |= {"seconds": time.perf_counter() - self._begin, "failures": failures or {}, **(costs or {})}
         self.run.usual_norm = max(self.run.usual_norm, beside.get("usual_norm", 0.0))

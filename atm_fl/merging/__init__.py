@@ -152,8 +152,8 @@ def merges_of_sum() -> list[str]:
     return [name for name, found in merges().items() if found.of_sum]
 
 
-def options(found: type[Merge]) -> list[Any]:
-    """The options of a merge as dataclass fields: name, type, default, metadata."""
+def options(found: type[Any]) -> list[Any]:
+    """What a merge, or another class, declares with `option`, as dataclass fields: name, type, default, metadata."""
     return [item for item in fields(found) if "bounds" in item.metadata]
 
 

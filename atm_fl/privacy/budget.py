@@ -33,15 +33,26 @@ class Release:
     numbers: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Account:
+    """A party's own account of its privacy, over all runs.
+
+    ledgers: the folder of the ledger, None for this machine's. An attack that rehearses runs has its own: nobody is
+    sent what comes of them, so that they cost the records nothing. lifetime: the party's own limit on ε over all runs,
+    0 for none, at its own δ.
+    """
+
+    ledgers: Path | None = None
+    lifetime: float = 0.0
+    delta: float = 1e-5
+
+
 class Budget:
     """What a party may release of its records: their ledger, this run's noise multiplier, and both limits on ε.
 
     With a target `dp-epsilon` σ is such that all rounds of the run, of the task's participation, cost no more.
 
-    source: where the data are from (see Holding), by default the task; client: the party's name in the run. lifetime:
-    the party's own limit on ε over all runs, at its own δ (`lifetime_delta`), 0 for none. ledgers: the folder of the
-    ledger, by default this machine's. An attack that rehearses runs has its own: nobody is sent what comes of them, so
-    that they cost the records nothing.
+    source: where the data are from (see Holding), by default the task; client: the party's name in the run.
     """
 
     def __init__(
@@ -49,14 +60,13 @@ class Budget:
         settings: Settings,
         task: str,
         data: Split,
-        ledgers: Path | None = None,
+        account: Account | None = None,
         source: str = "",
         client: str = "",
-        lifetime: float = 0.0,
-        lifetime_delta: float = 1e-5,
     ) -> None:
+        account = account or Account()
         self.settings, self.task, self.client = settings, task, client or task
-        self.lifetime, self.lifetime_delta = lifetime, lifetime_delta
+        self.lifetime, self.lifetime_delta = account.lifetime, account.delta
         self._rate, self._steps = sampling_rate(len(data), settings), steps_per_round(len(data), settings)
         self.noise = settings.dp_noise
         if settings.dp_epsilon:
@@ -64,7 +74,7 @@ class Budget:
             self.noise = calibrate(settings.dp_epsilon, settings.dp_delta, self._rate, self._steps * rounds)
         self._source, self._data = source or task, data
         self._digests = data.digests if settings.private else ()
-        self.ledger = Ledger(ledgers / "ledger.sqlite" if ledgers else ledger_path())
+        self.ledger = Ledger(account.ledgers / "ledger.sqlite" if account.ledgers else ledger_path())
         if settings.private and (older := self.ledger.path.parent / f"{_digest(*self._digests)}.json").exists():
             with self.ledger.transaction() as file:
                 ledger.take_over(file, older, self.holding)

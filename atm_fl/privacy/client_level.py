@@ -9,31 +9,56 @@ noise, and knows the sum without it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from atm_fl import tasks, vectors
 from atm_fl.privacy import noise
 from atm_fl.privacy.accounting import Spent, epsilon
 from atm_fl.privacy.noise import derive_key, keyed_generator, party_secret
-from atm_fl.settings import Settings
+from atm_fl.transforms import Context, Transform
 from atm_fl.vectors.blocks import l2_norm
 
 
-def clip(vector: Tensor, norm: float) -> None:
-    """Scale a vector [n] down to at most `norm`, in place."""
-    length = l2_norm(vector)
-    if length > norm:
-        vector.mul_(norm / length)
+@dataclass
+class Clip(Transform):
+    """Each task vector is scaled down to at most `norm`."""
+
+    norm: float
+
+    def client(self, vector: Tensor, context: Context) -> Tensor:
+        """Under secure aggregation, where the ring's rounding comes after: to the norm less all that it can add."""
+        rounding = context.settings.ring.step / 2 * len(vector) ** 0.5
+        return scale_down(vector, max(0.0, self.norm - rounding))
+
+    def server(self, vector: Tensor, context: Context) -> Tensor:
+        return scale_down(vector, self.norm)
 
 
-def add_noise(scaled: Tensor, factor: float, settings: Settings, round_number: int) -> float:
-    """Noise for `scaled`, float32 [n], which is `factor` times the sum, in place. Returns ε of the run at `dp-delta`.
+@dataclass
+class Noise(Transform):
+    """Gaussian noise of `multiplier` · `norm` on the sum.
+
+    The round's number `epsilon` is the run's ε so far, at `dp-delta`.
 
     It is drawn by a secret of the server, and from the sum itself: the same sum gets the same noise and says
     nothing new when a round is done again; another sum gets another noise, which cannot be subtracted.
     """
-    secret = party_secret(tasks.cache_dir())
-    key = derive_key(secret, "client-level", settings.decisive(), round_number, vectors.digest(scaled))
-    deviation = abs(factor) * settings.dp_client_noise * settings.dp_client_clip
-    noise.add_noise(scaled, deviation, keyed_generator(key))
-    return epsilon([Spent(1.0, settings.dp_client_noise, round_number)], settings.dp_delta)
+
+    multiplier: float
+    norm: float
+
+    def total(self, scaled: Tensor, factor: float, context: Context) -> Tensor:
+        settings, round_number = context.settings, context.round_number
+        secret = party_secret(tasks.cache_dir())
+        key = derive_key(secret, "client-level", settings.decisive(), round_number, vectors.digest(scaled))
+        noise.add_noise(scaled, abs(factor) * self.multiplier * self.norm, keyed_generator(key))
+        context.numbers["epsilon"] = epsilon([Spent(1.0, self.multiplier, round_number)], settings.dp_delta)
+        return scaled
+
+
+def scale_down(vector: Tensor, norm: float) -> Tensor:
+    """A vector [n] scaled down to at most `norm`, in place."""
+    length = l2_norm(vector)
+    return vector.mul_(norm / length) if length > norm else vector

@@ -16,6 +16,7 @@ from atm_fl.models.trainable import check_trainable
 from atm_fl.settings.participation import check_participation
 from atm_fl.settings.text import kebab
 from atm_fl.sinks import SINKS
+from atm_fl.transforms import make_transforms
 from atm_fl.vectors import Layout
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def check(settings: Settings) -> None:
             )
     check_privacy(settings)
     check_sums(settings)
+    check_transforms(settings)
     if settings.batch_size % settings.accumulate:
         raise SettingError(f"accumulate={settings.accumulate}: it must divide batch-size={settings.batch_size}")
     positive = (
@@ -170,6 +172,7 @@ def check_sums(settings: Settings) -> None:
     for key, wanted in (
         ("secure-aggregation=true", settings.secure_aggregation),
         (f"dp-client-clip={settings.dp_client_clip:g}", settings.dp_client_clip),
+        *((f"transforms={made.name!r}", made.has("total")) for made in make_transforms(settings.transforms)),
     ):
         if wanted and not find_merge(settings.merge).of_sum:
             raise SettingError(
@@ -185,6 +188,16 @@ def check_sums(settings: Settings) -> None:
             raise SettingError(f"{name}={value}: not with {key}, whose sums are over all parties")
         if wanted and len(set(settings.client_tasks)) < len(settings.client_tasks):
             raise SettingError(f"tasks={settings.tasks!r}: several clients of one task, not with {key}")
+
+
+def check_transforms(settings: Settings) -> None:
+    """What each transform asks for, and that a server sees the single vectors that its hook is of."""
+    for made in make_transforms(settings.transforms):
+        made.check(settings)
+        if made.has("server") and settings.secure_aggregation:
+            raise SettingError(
+                f"transforms={made.name!r}: not with secure-aggregation=true, whose server sees no single vector"
+            )
 
 
 def check_secure(settings: Settings) -> None:

@@ -22,6 +22,7 @@ from atm_fl.settings.participation import read_participation
 from atm_fl.settings.rules import OF_DEPLOYMENT, check
 from atm_fl.settings.text import kebab, typed
 from atm_fl.sinks import SINKS
+from atm_fl.transforms import TRANSFORMS
 from atm_fl.vectors import Layout
 from atm_fl.vectors.ring import Ring
 
@@ -31,15 +32,18 @@ def setting(
     meaning: str,
     *,
     decides: bool = True,
+    later: bool = False,
     choices: Iterable[str] = (),
     names: Registry[Any] | None = None,
 ) -> Any:
     """A setting with its default and a line of documentation. `decides`: whether it can change a run's weights.
 
+    later: whether it is younger than files and keys made of `Settings.decisive`, which lacks it at its default.
+
     names: what it names things of, several with commas, or with something after a colon, where it has no `choices`.
     """
     names = choices if isinstance(choices, Registry) else names
-    metadata = {"meaning": meaning, "decides": decides, "choices": choices, "names": names}
+    metadata = {"meaning": meaning, "decides": decides, "later": later, "choices": choices, "names": names}
     return field(default=default, metadata=metadata)
 
 
@@ -107,6 +111,13 @@ class Settings:
         "how the base's step travels after round 1, and so how far it goes; fp32: the whole base travels; in a "
         f"deployment {OF_DEPLOYMENT['codec-down']} if not said",
         names=CODECS,
+    )
+    transforms: str = setting(
+        "",
+        "what happens to a task vector besides, as 'grid:step=1e-4, mine', in this order at the client before it is "
+        "encoded; see docs/plugins.md",
+        later=True,
+        names=TRANSFORMS,
     )
     optimizer: str = setting("adamw", "the clients' optimizer", choices=OPTIMIZERS)
     keep_optimizer: bool = setting(
@@ -332,8 +343,12 @@ class Settings:
         )
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide a run's weights, by kebab-case key."""
-        return {kebab(f.name): getattr(self, f.name) for f in fields(self) if f.metadata["decides"]}
+        """The settings that decide a run's weights, by kebab-case key; `later` ones only if not at their default."""
+        return {
+            kebab(item.name): getattr(self, item.name)
+            for item in fields(self)
+            if item.metadata["decides"] and not (item.metadata["later"] and getattr(self, item.name) == item.default)
+        }
 
     def plugins(self) -> dict[str, str]:
         """What decides a run's weights and comes from plugins: "codec 'sign'" → its file's name and digest."""

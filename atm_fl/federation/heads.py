@@ -1,0 +1,52 @@
+"""A party's head: made once from its own data, and kept on its machine."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from atm_fl import models, tasks
+from atm_fl.federation.shared_model import SharedModel
+from atm_fl.files import atomic_write
+from atm_fl.models.hubs import zero_shot
+from atm_fl.seeds import derive_seed
+from atm_fl.settings import Settings
+from atm_fl.tasks import Dataset
+
+
+def kept_head(settings: Settings, data: Dataset, model: SharedModel, task: str) -> models.Head:
+    """The head of `task`, on the model's device; on disk it outlives rounds and restarts. It never leaves this machine.
+
+    The model is left with its pretrained weights if the head is made here.
+    """
+    # A head out of the records that are tuned on would tell of them in every gradient, past any accountant.
+    source = data.validation if settings.private and settings.split == "train" else data.train
+    seed = derive_seed(settings.seed, "head", task)
+    made_by = [inspect.getsource(made) for made in (models.Head, models.prototypes, models.linear_probe, zero_shot)]
+    machine = str(model.device), settings.threads, torch.__version__
+    content = model.digest, data.classes, source.digests, settings.shots, seed
+    named = settings.model, settings.weights, data.prompts()
+    plugin = str(models.HEADS.plugin(settings.head) or "")
+    key = derive_seed(settings.head, content, named, made_by, plugin, machine)
+    path = tasks.cache_dir() / "heads" / f"{key:016x}.safetensors"
+    if not path.exists():
+        model.load(model.pretrained)
+        made = models.HEADS[settings.head](
+            models.HeadSource(
+                model.module,
+                source,
+                data.classes,
+                data.prompts(),
+                settings.model,
+                settings.weights,
+                settings.shots,
+                seed,
+                settings.workers,
+            )
+        )
+        with atomic_write(path, private=True) as part:
+            save_file(made.state(), str(part))
+    # Tensors out of a file are not aligned as torch's own are, and with that a product's last bits may differ.
+    return models.Head(**{name: tensor.clone() for name, tensor in load_file(str(path)).items()}).to(model.device)
