@@ -84,7 +84,7 @@ def run(config: dict[str, Any], where: str, **changed: Any) -> tuple[Run, Run]:
 CHOICES = {
     "a codec": {"codec-up": "sign"},
     "a step's codec": {"codec-down": "sign"},
-    "a defence": {"merge": "sign-mean", "merge-options": "size=0.02"},
+    "a defence": {"merge": "sign-mean:size=0.02"},
     "a head": {"head": "random"},
     "a local optimizer": {"optimizer": "adagrad"},
     "a server optimizer": {"server-optimizer": "lazy"},
@@ -103,7 +103,7 @@ def test_each_changes_what_a_run_makes_alike_with_and_without_flower(config: dic
         without[what] = plain.base
         noted = json.loads((plain.directory / "config.json").read_text())["plugins"]
         (thing,), value = noted, next(iter(chosen.values()))
-        assert repr(value) in thing
+        assert repr(value.partition(":")[0]) in thing
         assert re.fullmatch(r"\w+\.py [0-9a-f]{16}", noted[thing])
 
 
@@ -236,7 +236,7 @@ def test_a_broken_file_or_a_name_that_is_taken_is_one_line_and_leaves_nothing(
         ({"tasks": "flatt"}, "task 'flatt' is unknown; did you mean 'flat'?"),
         ({"head": "chance"}, "it takes one of prototypes, linear-probe, zero-shot, random"),
         ({"optimizer": "adam"}, "it takes one of adamw, sgd, adagrad"),
-        ({"server-optimizer": "x"}, "it takes one of none, momentum, nesterov, adam, yogi, adagrad, lazy"),
+        ({"server-optimizer": "lzy"}, "server-optimizer='lzy' is unknown; did you mean 'lazy'?"),
         ({"metric-sinks": "line"}, "metric sink 'line' is unknown; did you mean 'lines'?"),
     ],
 )
