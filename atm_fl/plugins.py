@@ -15,7 +15,7 @@ import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -62,10 +62,20 @@ class Registry(MutableMapping[str, Thing]):
     """All things of one kind by name, this package's own first. What asks it has loaded the plugins.
 
     SettingError, naming the file, when a plugin cannot be imported or takes a name that is taken.
+
+    options: the options of a thing, which a text may give after its name (see `atm_fl.options`), as dataclass fields.
+    elsewhere: names of options that are settings of their own. bare: whether older versions wrote one without its key.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(
+        self,
+        kind: str,
+        options: Callable[[Any], Sequence[Any]] = lambda thing: (),
+        elsewhere: Sequence[str] = (),
+        bare: bool = False,
+    ) -> None:
         self.kind = kind
+        self.options, self.elsewhere, self.bare = options, elsewhere, bare
         self._things: dict[str, Thing] = {}
         self._plugins: dict[str, Plugin] = {}
         self._complete = False

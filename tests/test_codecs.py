@@ -364,14 +364,14 @@ def test_a_vector_that_is_not_finite_is_not_sent(text: str, value: float) -> Non
     ("text", "words"),
     [
         ("fp61", "codec-up='fp61': codec 'fp61' is unknown; did you mean 'fp16'"),
-        ("fp16:3", "codec-up='fp16:3': fp16 takes no number"),
-        ("int8:x", "codec-up='int8:x': the block after the colon must be a whole number"),
-        ("int8:0", "codec-up='int8:0': the block after the colon must be an even number from 2 to"),
+        ("fp16:3", "codec-up='fp16:3': codec 'fp16' takes no options; write codec-up='fp16'"),
+        ("int8:x", "codec-up='int8:x': block='x': it must be a whole number"),
+        ("int8:0", "codec-up='int8:0': block=0: it must be at least 2"),
         ("int4:7", "even number"),
-        ("topk:2", "codec-up='topk:2': the density after the colon must be above 0 and at most 1"),
-        ("topk:", "codec-up='topk:': the density after the colon must be a number"),
-        ("topk:nan", "above 0 and at most 1"),
-        ("low-rank:0", "the rank after the colon must be at least 1"),
+        ("topk:density=2", "codec-up='topk:density=2': density=2: it must be above 0 and at most 1"),
+        ("topk:", "codec-up='topk:': density='': it must be a finite number"),
+        ("topk:nan", "must be a finite number"),
+        ("low-rank:0", "rank=0: it must be at least 1"),
     ],
 )
 def test_codecs_that_cannot_be_are_named(text: str, words: str) -> None:

@@ -24,7 +24,7 @@ ROWS = """
 single = { kind = "single" }
 joint = { kind = "joint", tune = { learning-rate = [1e-3, 2e-3] }, tuning-rounds = 1 }
 average = { kind = "one-shot" }
-ties = { kind = "one-shot", merge = "ties", tune = { merge-options = ["density=0.2", "density=0.5"], scaling = [1] } }
+ties = { kind = "one-shot", merge = "ties", tune = { merge = ["ties:density=0.2", "ties:density=0.5"], scaling = [1] } }
 atm = { tune = { scaling = [1.0, 1.5] }, tuning-rounds = 1, report = [2, 4], rounds = 4 }
 parts = { rounds = 8, local-epochs = 0.5, validate-every = 2, alignment = true, keep-checkpoints = 0 }
 huge = { merge = "task-arithmetic", scaling = 1e38 }

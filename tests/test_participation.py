@@ -96,7 +96,7 @@ def test_a_fraction_that_cannot_work_is_said(config: dict[str, Any], fraction: f
 
 def test_a_merge_needs_enough_tasks_in_a_fraction(config: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match="needs at least 3 tasks, not 2"):
-        Settings.parse({**config, "fraction": 0.67, "merge": "multi-krum", "merge-options": "f=0"})
+        Settings.parse({**config, "fraction": 0.67, "merge": "multi-krum:f=0"})
 
 
 # ------------------------------------------------------------------------------------------------------- min-successful

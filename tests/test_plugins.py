@@ -85,7 +85,7 @@ CHOICES = {
     "a codec": {"codec-up": "sign"},
     "a step's codec": {"codec-down": "sign"},
     "a transform": {"transforms": "grid:step=0.001"},
-    "a defence": {"merge": "sign-mean", "merge-options": "size=0.02"},
+    "a defence": {"merge": "sign-mean:size=0.02"},
     "a head": {"head": "random"},
     "a local optimizer": {"optimizer": "adagrad"},
     "a server optimizer": {"server-optimizer": "lazy"},
@@ -242,7 +242,7 @@ def test_a_broken_file_or_a_name_that_is_taken_is_one_line_and_leaves_nothing(
         ({"tasks": "flatt"}, "task 'flatt' is unknown; did you mean 'flat'?"),
         ({"head": "chance"}, "it takes one of prototypes, linear-probe, zero-shot, random"),
         ({"optimizer": "adam"}, "it takes one of adamw, sgd, adagrad"),
-        ({"server-optimizer": "x"}, "it takes one of none, momentum, nesterov, adam, yogi, adagrad, lazy"),
+        ({"server-optimizer": "lzy"}, "server-optimizer='lzy' is unknown; did you mean 'lazy'?"),
         ({"metric-sinks": "line"}, "metric sink 'line' is unknown; did you mean 'lines'?"),
     ],
 )

@@ -125,7 +125,7 @@ def test_a_participation_that_cannot_work_is_said(config: dict[str, Any], text: 
 
 def test_a_merge_needs_enough_tasks_in_every_round(config: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match="needs at least 3 tasks, not 2"):
-        Settings.parse({**config, "participation": "red=2-", "merge": "multi-krum", "merge-options": "f=0"})
+        Settings.parse({**config, "participation": "red=2-", "merge": "multi-krum:f=0"})
 
 
 def test_fedprox_is_the_gradient_of_its_loss(config: dict[str, Any]) -> None:

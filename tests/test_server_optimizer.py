@@ -72,7 +72,7 @@ def test_yogi_equals_flowers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
 def test_a_resumed_run_equals_an_unbroken_one(name: str, config: dict[str, Any], tmp_path: Path) -> None:
-    config |= {"server-optimizer": name, "server-learning-rate": 0.01, "rounds": 3}
+    config |= {"server-optimizer": f"{name}:learning-rate=0.01", "rounds": 3}
     whole = digest(run_loop(Settings.parse(config)).base)
     broken = config | {"run-dir": str(tmp_path / "broken")}
     run_loop(Settings.parse(broken | {"rounds": 2}))
@@ -93,15 +93,15 @@ def test_momentum_goes_on_with_the_steps_of_earlier_rounds(config: dict[str, Any
     ("change", "words"),
     [
         ({"server-optimizer": "adm"}, "server-optimizer='adm'.*adam"),
-        ({"server-momentum": 1.0}, "server-momentum=1.0: it must be at least 0 and below 1"),
-        ({"server-learning-rate": 0.0}, "server-learning-rate=0.0"),
+        ({"server-optimizer": "momentum:momentum=1"}, "momentum=1: it must be at least 0 and below 1"),
+        ({"server-optimizer": "none:learning-rate=0"}, "learning-rate=0: it must be above 0"),
         ({"merge": "tise"}, "merge='tise' is unknown; did you mean 'ties'"),
-        ({"merge": "ties", "merge-options": "densty=0.1"}, "no option 'densty'; did you mean 'density'"),
-        ({"merge": "ties", "merge-options": "density=2"}, "density=2: it must be above 0 and at most 1"),
-        ({"merge": "ties", "merge-options": "density"}, "'density' is not of the form name=value"),
-        ({"merge": "ties", "merge-options": "scaling=2"}, "scaling is a setting of its own"),
+        ({"merge": "ties:densty=0.1"}, "no option 'densty'; did you mean 'density'"),
+        ({"merge": "ties:density=2"}, "density=2: it must be above 0 and at most 1"),
+        ({"merge": "ties:density"}, "'density' is not of the form key=value"),
+        ({"merge": "ties:scaling=2"}, "scaling is a setting of its own; write scaling=2"),
         (
-            {"merge": "multi-krum", "merge-options": "f=1"},
+            {"merge": "multi-krum:f=1"},
             "merge='multi-krum' with scaling=1.0, f=1 needs at least 5 tasks, not 3",
         ),
         ({"task-scaling": "rad=2"}, "there is no task 'rad'; did you mean 'red'"),

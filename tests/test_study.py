@@ -22,8 +22,9 @@ def merges(config: dict[str, Any], tmp_path: Path) -> Path:
         'rounds = 3\nearly = 2\ntuning-rounds = 1\nreference = "mean"\n[settings]',
         *(f"{key} = {json.dumps(value)}" for key, value in config.items()),
         "[rows]\nmean = { values = [2.0] }",
-        'momentum = { server-optimizer = "momentum", tune = "server-learning-rate", values = [0.5] }',
         'huge = { merge = "task-arithmetic", scaling = 1e38, values = [0.2] }',
+        '[rows.momentum]\nserver-optimizer = "momentum"\ntune = "server-optimizer"',
+        'values = ["momentum:learning-rate=0.5"]',
     ]
     path = tmp_path / "merges.toml"
     path.write_text("\n".join(lines))

@@ -43,7 +43,7 @@ from atm_fl.models import EVALUATION_BATCH
 from atm_fl.privacy.budget import Account, Budget
 from atm_fl.runs.run import Run
 from atm_fl.seeds import derive_seed
-from atm_fl.settings import Settings
+from atm_fl.settings import Settings, stored
 from atm_fl.tasks import Split
 from atm_fl.transforms import Context
 
@@ -310,8 +310,11 @@ def study(
     about = {"settings": settings.decisive(), "rounds": settings.rounds, "task": task, "members": members}
     about["format"] = FORMAT
     config = folder / "config.json"
-    if config.exists() and json.loads(config.read_text()) != about:
-        raise SettingError(f"--folder {folder} holds a study of other settings; choose another")
+    if config.exists():
+        known = json.loads(config.read_text())
+        if known | {"settings": stored(known["settings"])} != about:
+            raise SettingError(f"--folder {folder} holds a study of other settings; choose another")
+        about = known  # seeds derive from it
     asked = membership_target(settings, task, members)
     with atomic_write(config) as part:
         part.write_text(json.dumps(about, indent=2) + "\n")

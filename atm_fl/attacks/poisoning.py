@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from atm_fl.federation.loop import run_loop
 from atm_fl.files import atomic_write
 from atm_fl.merging.kinds import LinearCombination
 from atm_fl.merging.robust import Median, TrimmedMean
+from atm_fl.options import Choice, option, read_choice
 from atm_fl.plugins import Registry
 from atm_fl.privacy.budget import Account
 from atm_fl.runs.metrics import read_metrics
@@ -67,17 +68,25 @@ Forge = Callable[[Sight], Tensor]
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack: the vector [n] sent instead of the attacker's own, and the strength at which it is measured."""
+    """An attack: the vector [n] sent instead of the attacker's own, and its strength; None if it has none to set."""
 
     forge: Forge
-    strength: float
+    strength: float | None
 
 
-ATTACKS: Registry[Attack] = Registry("attack")
+def _options_of(attack: Attack) -> Sequence[Any]:
+    if attack.strength is None:
+        return ()
+    return fields(
+        make_dataclass("Strength", [("strength", float, option(attack.strength, "factor on the forged vector", ge=0))])
+    )
 
 
-def attack(name: str, strength: float = 1.0) -> Callable[[Forge], Forge]:
-    """Register the decorated function as the attack `name`."""
+ATTACKS: Registry[Attack] = Registry("attack", _options_of)
+
+
+def attack(name: str, strength: float | None = None) -> Callable[[Forge], Forge]:
+    """Register the decorated function as the attack `name`; with a strength, another can be said: name:strength=2."""
 
     def register(forge: Forge) -> Forge:
         ATTACKS[name] = Attack(forge, strength)
@@ -132,7 +141,7 @@ def forge(
     return ATTACKS[attack].forge(Sight(own, strength, honest, parties, step, seed))
 
 
-@attack("none", strength=0.0)
+@attack("none")
 @attack("counts")
 def as_tuned(sight: Sight) -> Tensor:
     """The attacker's own."""
@@ -159,7 +168,7 @@ def gaussian(sight: Sight) -> Tensor:
     return noise * (sight.strength * sight.own.norm() / noise.norm())
 
 
-@attack("alie")
+@attack("alie", strength=1.0)
 def alie(sight: Sight) -> Tensor:
     """A little is enough."""
     stack = torch.stack(list(sight.honest))
@@ -278,9 +287,14 @@ def kept_shares(merge: Any, vectors: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(names, kept.tolist(), strict=True))
 
 
+def read_attack(text: str) -> Choice:
+    """An attack and its options, as sign-flip:strength=2. SettingError if there is none."""
+    return read_choice("attack", text, ATTACKS)
+
+
 def check(settings: Settings, attack: str, attackers: Sequence[str]) -> None:
     """SettingError if the attack cannot be run."""
-    ATTACKS.find(attack, f"--attack {attack}: it")
+    read_attack(attack)
     for task in attackers:
         if task not in settings.party_names:
             raise SettingError(f"--attackers {task}: it is not in tasks={settings.tasks!r}")
@@ -303,8 +317,8 @@ def study(settings: Settings, attack: str, attackers: Sequence[str]) -> dict[str
     tasks are counted.
     """
     check(settings, attack, attackers)
-    path = Path(settings.run_dir)
-    plugin = str(ATTACKS.plugin(attack) or "")
+    choice, path = read_attack(attack), Path(settings.run_dir)
+    plugin = str(ATTACKS.plugin(choice.name) or "")
     if (known := result_in(path)) is not None:
         if known.get("plugin", "") != plugin:
             raise SettingError(
@@ -312,9 +326,10 @@ def study(settings: Settings, attack: str, attackers: Sequence[str]) -> dict[str
                 f"{plugin or 'no plugin'}; choose another --folder"
             )
         return known
-    scene = PoisoningSimulation(settings, attack, ATTACKS[attack].strength, attackers)
+    strength = choice.values.get("strength", ATTACKS[choice.name].strength)
+    scene = PoisoningSimulation(settings, choice.name, 1.0 if strength is None else strength, attackers)
     players = [
-        AdversarialClient(settings, client, task, scene, attacks and attack != "none")
+        AdversarialClient(settings, client, task, scene, attacks and choice.name != "none")
         for attacks in (False, True)
         for client, task in zip(settings.party_names, settings.task_names, strict=True)
         if (client in attackers) == attacks
@@ -325,9 +340,9 @@ def study(settings: Settings, attack: str, attackers: Sequence[str]) -> dict[str
     honest = {task: accuracy for task, accuracy in tests.items() if task not in attackers}
     triggered = {player.client: _triggered(player, run.base) for player in players}
     result = {
-        "attack": attack,
+        "attack": str(choice),
         **({"plugin": plugin} if plugin else {}),
-        "merge": f"{settings.merge} {settings.merge_options}".strip(),
+        "merge": _shown(settings),
         "mean": sum(honest.values()) / len(honest),
         "worst": min(honest.values()),
         "tasks": honest,
@@ -350,7 +365,12 @@ def result_in(place: Path) -> dict[str, Any] | None:
 
 def place_of(folder: Path, attack: str, merge: str) -> Path:
     """The run directory of one of `studies`. merge: the name alone."""
-    return folder / f"{attack}-{merge}"
+    return folder / f"{str(read_attack(attack)).replace(':', '-')}-{merge}"
+
+
+def _shown(settings: Settings) -> str:
+    choice = settings.merge_choice
+    return f"{choice.name} {choice.options}".strip()
 
 
 @torch.inference_mode()
@@ -376,14 +396,13 @@ def studies(
 ) -> list[dict[str, Any]]:
     """`study` of every attack under every merge, each in a run directory in `folder`; finished ones are not run again.
 
-    merges: as 'mean' or 'multi-krum:f=2'.
+    attacks, merges: as 'sign-flip' or 'multi-krum:f=2'.
     """
     runs = []
     for merge in merges:
-        name, _, options = merge.partition(":")
         for attack in attacks:
-            place = str(place_of(folder, attack, name).resolve())
-            config = {**settings.as_config(), "merge": name, "merge-options": options, "run-dir": place}
+            place = str(place_of(folder, attack, merge.partition(":")[0]).resolve())
+            config = {**settings.as_config(), "merge": merge, "run-dir": place}
             runs.append((attack, Settings.parse(config)))
             check(runs[-1][1], attack, attackers)
     results = []
@@ -393,7 +412,7 @@ def studies(
             for file in Path(chosen.run_dir).glob("checkpoint/*"):
                 file.unlink()
         results.append(study(chosen, attack, attackers))
-        say(f"{attack}, {chosen.merge}: mean {results[-1]['mean']:.3f}, worst {results[-1]['worst']:.3f}")
+        say(f"{attack}, {chosen.merge_choice.name}: mean {results[-1]['mean']:.3f}, worst {results[-1]['worst']:.3f}")
     return results
 
 

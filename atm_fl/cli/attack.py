@@ -83,7 +83,9 @@ def poison(
     config: Config,
     folder: Annotated[Path, typer.Option(help="where the runs go; finished ones are not run again")],
     override: Override = None,
-    attacks: Annotated[str, typer.Option(help="separated by commas; docs/privacy.md lists them")] = "none,sign-flip",
+    attacks: Annotated[
+        str, typer.Option(help="with commas between, as none,scale:strength=4: docs/privacy.md")
+    ] = "none,sign-flip",
     attackers: Annotated[str, typer.Option(help="tasks whose parties attack")] = "mnist,digits",
     merge: Annotated[list[str] | None, typer.Option(help="a defence, as multi-krum:f=2; as often as needed")] = None,
 ) -> None:

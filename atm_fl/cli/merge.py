@@ -97,15 +97,21 @@ def merge(
     files: Annotated[list[Path], typer.Argument(help="models fine-tuned from the base, safetensors")],
     base: Annotated[Path, typer.Option(help="the model they were fine-tuned from, safetensors")],
     out: Annotated[Path, typer.Option(help="the file to write")],
-    method: Annotated[str, typer.Option(help="how to merge; see `atm-fl merges`")] = "mean",
+    method: Annotated[str, typer.Option(help="how to merge, as ties:density=0.1; see `atm-fl merges`")] = "mean",
     task_scaling: Annotated[str, typer.Option(help="factors on single files, as 'A=0.5, C=2'")] = "",
     layer_scaling: Annotated[str, typer.Option(help="factors on the merged tensors, as '*.mlp.*=1.5'")] = "",
     seed: Annotated[int, typer.Option(help="of methods that draw random numbers")] = 0,
 ) -> None:
     """Merge files of any model, fine-tuned from one base, into one: base + merged."""
+    from atm_fl.merging import MERGES
     from atm_fl.merging.checkpoint_files import merge_files
     from atm_fl.merging.scaling import read_factors
+    from atm_fl.options import read_choice
 
+    choice = read_choice("--method", method, MERGES)
+    for name in choice.values.keys() & ctx.obj:
+        option = f"--{name.replace('_', '-')}"
+        raise SettingError(f"--method {method} and {option} {ctx.obj[name]}: say it once")
     begin = time.monotonic()
     bar = Progress(console=console, transient=True, disable=not console.is_terminal)
     with terminated_as_exit(), bar:
@@ -115,8 +121,8 @@ def merge(
                 base,
                 files,
                 out,
-                method,
-                chosen=ctx.obj,
+                choice.name,
+                chosen=choice.values | ctx.obj,
                 task_scaling=read_factors("task-scaling", task_scaling),
                 layer_scaling=read_factors("layer-scaling", layer_scaling),
                 seed=seed,

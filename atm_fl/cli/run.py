@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -173,18 +172,21 @@ def ledger(delta: Annotated[float, typer.Option(help="the δ at which ε is told
 
 @app.command("settings")
 def list_settings() -> None:
-    """List every setting with its default, and the plugins with what they add."""
+    """List every setting with its default, by section, and the plugins with what they add."""
     from atm_fl.plugins import loaded
-    from atm_fl.settings import Settings, kebab
+    from atm_fl.settings import kebab, sections
 
     table = Table("setting", "default", "meaning")
-    for item in fields(Settings):
-        choices, names = item.metadata["choices"], item.metadata["names"]
-        told = [" | ".join(choices)] if choices else []
-        if names is not None and not choices and (more := [name for name in names if names.plugin(name)]):
-            told = [f"from plugins: {', '.join(more)}"]
-        meaning = item.metadata["meaning"] + "".join(f" ({text})" for text in told)
-        table.add_row(kebab(item.name), str(item.default), escape(meaning))
+    for title, items in sections().items():
+        table.add_section()
+        table.add_row(f"[bold]{title}[/bold]")
+        for item in items:
+            choices, names = item.metadata["choices"], item.metadata["names"]
+            told = [" | ".join(choices)] if choices else []
+            if names is not None and not choices and (more := [name for name in names if names.plugin(name)]):
+                told = [f"from plugins: {', '.join(more)}"]
+            meaning = item.metadata["meaning"] + "".join(f" ({text})" for text in told)
+            table.add_row(kebab(item.name), str(item.default), escape(meaning))
     console.print(table)
     for plugin, things in loaded().items():
         console.print(f"{plugin.name}: {', '.join(things)}", soft_wrap=True, highlight=False, markup=False)

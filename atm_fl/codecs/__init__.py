@@ -1,16 +1,15 @@
 """Task vectors, steps and bases ↔ the few arrays that travel. docs/wire.md has the table of codecs.
 
-A codec is a name and at most one number, as in `int8`, `int4:128`, `topk:0.01`. Codecs that round at random are
-unbiased: their errors average out over clients and rounds. With those that leave something out (`error_feedback`)
-nothing is lost for good: the sender keeps what the encoding lost, the residual, and adds it to its next vector.
+A codec is a name, with options where it has any, as in `int8`, `int4:block=128`, `topk:density=0.05`. Codecs that round
+at random are unbiased: their errors average out over clients and rounds. With those that leave something out
+(`error_feedback`) nothing is lost for good: the sender keeps what the encoding lost, the residual, and adds it to its
+next vector.
 
 Every decoder is made of additions and multiplications of single elements in a fixed order, so that arrays decode to the
 same bits on every machine and with any number of threads; a server and its clients rely on it.
 """
 
 from __future__ import annotations
-
-from dataclasses import fields, is_dataclass
 
 from atm_fl.codecs.codec import CODECS, Arrays, Codec, Made, codec, size_of
 from atm_fl.codecs.floats import Bf16, Fp16, Fp32, exponent, half, lowered
@@ -28,6 +27,7 @@ from atm_fl.codecs.integers import (
 from atm_fl.codecs.low_rank import LowRank
 from atm_fl.codecs.sparse import TopK, largest_elements, pack_positions, unpack_positions
 from atm_fl.errors import SettingError
+from atm_fl.options import read_choice
 
 __all__ = [
     "CODECS",
@@ -61,21 +61,9 @@ __all__ = [
 
 
 def make_codec(text: str, setting: str = "codec") -> Codec:
-    """The codec that `text` says: a name, or name:number. SettingError, naming `setting`, if there is no such codec."""
-    name, colon, number = text.partition(":")
-    made = CODECS.find(name, f"{setting}={text!r}: codec {name!r}")
-    options = fields(made) if is_dataclass(made) else ()
-    if not colon:
-        return made()
-    if not options:
-        raise SettingError(f"{setting}={text!r}: {name} takes no number; write {setting}={name!r}")
-    kind = int if options[0].type == "int" else float
+    """The codec that `text` says, as `topk:density=0.05`. SettingError, naming `setting`, if there is no such codec."""
+    choice = read_choice(setting, text, CODECS)
     try:
-        value = kind(number)
-    except ValueError:
-        wanted = "a whole number" if kind is int else "a number"
-        raise SettingError(f"{setting}={text!r}: the {options[0].name} after the colon must be {wanted}") from None
-    try:
-        return made(value)
+        return CODECS[choice.name](**choice.values)
     except ValueError as error:
         raise SettingError(f"{setting}={text!r}: {error}") from None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import ClassVar, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -85,11 +86,17 @@ class Codec(ABC):
 
 
 Made = TypeVar("Made", bound=type[Codec])
-CODECS: Registry[type[Codec]] = Registry("codec")
+
+
+def _options_of(made: type[Codec]) -> Sequence[Any]:
+    return fields(made) if is_dataclass(made) else ()
+
+
+CODECS: Registry[type[Codec]] = Registry("codec", _options_of, bare=True)
 
 
 def codec(name: str) -> Callable[[Made], Made]:
-    """Register a codec class, a dataclass with at most one field, under its name."""
+    """Register a codec class under its name; where it has options, it is a dataclass of them."""
 
     def add(made: Made) -> Made:
         made.name = name

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from atm_fl.codecs.codec import Arrays, Codec, codec
+from atm_fl.options import option
 from atm_fl.vectors import Layout
 from atm_fl.vectors.blocks import BLOCK
 
@@ -27,7 +28,7 @@ class Integers(Codec):
     `entropy_encode`.
     """
 
-    block: int = 256
+    block: int = option(256, "elements that share a scale, an even number", ge=2, le=BLOCK)
     levels: ClassVar[int] = 127
     """The largest whole number."""
     stochastic: ClassVar[bool] = True
@@ -36,7 +37,7 @@ class Integers(Codec):
 
     def __post_init__(self) -> None:
         if not 2 <= self.block <= BLOCK or self.block % 2:
-            raise ValueError(f"the block after the colon must be an even number from 2 to {BLOCK}")
+            raise ValueError(f"block={self.block}: it must be an even number from 2 to {BLOCK}")
 
     def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
         packed = torch.empty(-(-len(vector) // self.per_byte), dtype=torch.uint8)
@@ -130,7 +131,7 @@ class Int8(Integers):
 class Int4(Integers):
     """Two elements a byte, the first in the lower half, each plus 8; entropy-coded; and 4 bytes a block."""
 
-    block: int = 64
+    block: int = option(64, "elements that share a scale, an even number", ge=2, le=BLOCK)
     levels: ClassVar[int] = 7
     per_byte: ClassVar[int] = 2
 

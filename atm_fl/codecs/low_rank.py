@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atm_fl.codecs.codec import Arrays, Codec, codec
 from atm_fl.codecs.floats import exponent, lowered
+from atm_fl.options import check_options, option
 from atm_fl.vectors import Layout
 from atm_fl.vectors.linalg import svd
 
@@ -27,14 +28,13 @@ class LowRank(Codec):
     PowerSGD (Vogels et al. 2019, arXiv:1905.13727).
     """
 
-    rank: int = 8
+    rank: int = option(8, "directions of a matrix that are sent", ge=1)
     error_feedback: ClassVar[bool] = True
     TOP: ClassVar[int] = 10
     """Lifts the largest element to below 2¹⁰: the factors' are then at most 2⁵ (m n)^¼, which half precision holds."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError("the rank after the colon must be at least 1")
+        check_options(self)
 
     def _matrix(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """The matrix [m, n] that an entry is sent as, if it pays."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atm_fl.codecs.codec import Arrays, Codec, codec
 from atm_fl.codecs.floats import Fp16, exponent, half, lowered
+from atm_fl.options import check_options, option
 from atm_fl.vectors import Layout
 from atm_fl.vectors.blocks import parts, ranked_magnitudes
 
@@ -24,12 +25,11 @@ class TopK(Codec):
     With error feedback: Stich et al. 2018, "Sparsified SGD with memory" (arXiv:1809.07599).
     """
 
-    density: float = 0.01
+    density: float = option(0.01, "part of the elements that is sent", gt=0, le=1)
     error_feedback: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ValueError("the density after the colon must be above 0 and at most 1")
+        check_options(self)
 
     def count(self, size: int) -> int:
         """How many of `size` elements are sent."""

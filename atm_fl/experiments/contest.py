@@ -50,7 +50,7 @@ from atm_fl.models.flops import operations
 from atm_fl.runs.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import processor
-from atm_fl.settings import Settings
+from atm_fl.settings import Settings, stored
 from atm_fl.training.evaluation import mean_accuracy
 from atm_fl.transforms import Context
 from atm_fl.vectors import Layout
@@ -296,13 +296,18 @@ def _claim(unit: ContestUnit, settings: Settings) -> None:
     config = unit.folder / "config.json"
     if config.exists():
         found = json.loads(config.read_text())
-        # Results from before a setting was there were made with its default.
-        if found | {"settings": Settings().decisive() | found["settings"]} != decides:
+        if _decided(found) != _decided(decides):
             raise SettingError(
                 f"{unit.folder} holds results of another configuration; choose another folder or delete it"
             )
     with atomic_write(config) as part:
         part.write_text(json.dumps(decides, indent=1))
+
+
+def _decided(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a unit's config.json says, of any version: the settings of each choice."""
+    tune = config["tune"]
+    return [stored(config["settings"] | dict(zip(tune, values, strict=True))) for values in product(*tune.values())]
 
 
 def _single(unit: ContestUnit) -> None:

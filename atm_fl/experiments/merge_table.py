@@ -28,7 +28,7 @@ class MergeRow:
     name: str
     settings: dict[str, Any]
     tune: str
-    values: tuple[float, ...]
+    values: tuple[float | str, ...]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,12 @@ class MergeStudy:
     def of(cls, values: dict[str, Any]) -> MergeStudy:
         """The study of a file's values. TypeError or KeyError for a wrong key, SettingError for a wrong setting."""
         rows = [
-            MergeRow(name, row, row.pop("tune", "scaling"), tuple(map(float, row.pop("values"))))
+            MergeRow(
+                name,
+                row,
+                row.pop("tune", "scaling"),
+                tuple(v if isinstance(v, str) else float(v) for v in row.pop("values")),
+            )
             for name, row in values["rows"].items()
         ]
         study = cls(**values | {"folder": Path(values["folder"]), "rows": rows})
@@ -70,13 +75,13 @@ class MergeUnit:
     study: MergeStudy
     seed: int
     row: MergeRow
-    value: float | None
+    value: float | str | None
     rounds: int
 
     @property
     def folder(self) -> Path:
         """Its run directory."""
-        own = "default" if self.value is None else f"{self.row.tune}-{self.value:g}"
+        own = "default" if self.value is None else f"{self.row.tune}-{_text(self.value).replace(':', '-')}"
         return self.study.folder / f"seed-{self.seed}" / self.row.name / own
 
     def settings(self) -> dict[str, Any]:
@@ -93,8 +98,12 @@ class MergeUnit:
         }
 
     def __str__(self) -> str:
-        own = "default" if self.value is None else f"{self.row.tune} {self.value:g}"
+        own = "default" if self.value is None else f"{self.row.tune} {_text(self.value)}"
         return f"seed {self.seed}, {self.row.name}, {own}, {self.rounds} rounds"
+
+
+def _text(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def phases(study: MergeStudy) -> Iterator[list[MergeUnit]]:
@@ -123,7 +132,7 @@ def finished(unit: MergeUnit) -> bool:
     return _failure(unit).exists() or len(_accuracies(unit, "test", unit.rounds)) == len(tasks)
 
 
-def best_value(study: MergeStudy, seed: int, row: MergeRow) -> float | None:
+def best_value(study: MergeStudy, seed: int, row: MergeRow) -> float | str | None:
     """The value (None: the default) with the best mean validation accuracy after `tuning-rounds` rounds."""
     return max(
         (None, *row.values), key=lambda value: validation(MergeUnit(study, seed, row, value, 0), study.tuning_rounds)
@@ -144,7 +153,7 @@ def table(study: MergeStudy) -> str:
         best = {seed: best_value(study, seed, row) for seed in study.seeds}
         plain = [MergeUnit(study, seed, row, None, last) for seed in study.seeds]
         tuned = [MergeUnit(study, seed, row, best[seed], last) for seed in study.seeds]
-        values = ", ".join(sorted({"default" if value is None else f"{value:g}" for value in best.values()}))
+        values = ", ".join(sorted({"default" if value is None else _text(value) for value in best.values()}))
         cells = [row.name, *_cells(plain, goals), f"{row.tune} {values}", *_cells(tuned, goals)]
         found.append((max(_test(tuned), _test(plain)), "| " + " | ".join(cells) + " |"))
     return "\n".join([*lines, *(line for _, line in sorted(found, key=lambda pair: -pair[0]))])

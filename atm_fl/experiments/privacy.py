@@ -32,7 +32,7 @@ from atm_fl.experiments import contest, reconstruction
 from atm_fl.files import atomic_write
 from atm_fl.runs import pages
 from atm_fl.runs.metrics import read_metrics
-from atm_fl.settings import Settings
+from atm_fl.settings import Settings, stored
 
 ATTACKS = ("reconstruction", "membership", "poisoning")
 HEAD = ["setting", "seeds", "mean %", "worst %", "ε", "PSNR", "of the mean image", "SSIM", "LPIPS"]
@@ -128,9 +128,7 @@ class AttackUnit:
             membership.write(found, self.folder)
         else:
             own, settings = self._part("attack", "attackers")
-            poisoning.studies(
-                settings, ["none", own["attack"]], [self._merge(settings)], self._attackers, self.folder, _quiet
-            )
+            poisoning.studies(settings, ["none", own["attack"]], [settings.merge], self._attackers, self.folder, _quiet)
 
     def result(self) -> Any:
         """What was measured, None if it was not yet or with other values: as the attack's own module returns it."""
@@ -141,7 +139,7 @@ class AttackUnit:
         if self.attack == "membership":
             path = self.folder / "result.json"
             return json.loads(path.read_text())["rows"] if path.exists() else None
-        merge, attacks = self.run.parse().merge, ("none", self.values["attack"])
+        merge, attacks = self.run.parse().merge_choice.name, ("none", self.values["attack"])
         found = [poisoning.result_in(poisoning.place_of(self.folder, attack, merge)) for attack in attacks]
         return found if None not in found else None
 
@@ -181,15 +179,14 @@ class AttackUnit:
         return {"attack": own, "rounds": settings.rounds, "settings": settings.decisive()}
 
     def _same(self) -> bool:
-        return self._about.exists() and json.loads(self._about.read_text()) == self._decides()
+        if not self._about.exists():
+            return False
+        known = json.loads(self._about.read_text())
+        return known | {"settings": stored(known["settings"])} == self._decides()
 
     @property
     def _attackers(self) -> list[str]:
         return [name.strip() for name in str(self.values["attackers"]).split(",")]
-
-    @staticmethod
-    def _merge(settings: Settings) -> str:
-        return f"{settings.merge}:{settings.merge_options}".rstrip(":")
 
     def __str__(self) -> str:
         return f"{self.row.name}, {self.attack}"

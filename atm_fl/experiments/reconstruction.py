@@ -24,6 +24,7 @@ from atm_fl.errors import SettingError
 from atm_fl.files import atomic_write
 from atm_fl.runs.pages import document, figure, told
 from atm_fl.runs.pages import table as html_table
+from atm_fl.settings import modern
 
 SHOWN = 10
 """Images of a row that the page shows."""
@@ -54,7 +55,8 @@ class ReconstructionUnit:
         if not self.path.is_file():
             return None
         kept = json.loads(self.path.read_text())
-        return kept["result"] if kept["values"] == self.values else None
+        same = modern(kept["values"], strict=False) == modern(self.values, strict=False)
+        return kept["result"] if same else None
 
 
 @dataclass(frozen=True)

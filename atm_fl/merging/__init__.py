@@ -12,8 +12,8 @@ that registers a class of one of the kinds in `kinds.py`::
         def block(self, stack, block, scratch):
             return stack.sign_().mean(0) * self.size
 
-Its options can then be set in a run (`merge-options = "size=0.1"`), on the command line (`atm-fl merge --size 0.1`) and
-in Python (`make_merge("sign-mean", layout, size=0.1)`), each checked as declared.
+Its options can then be set in a run (`merge = "sign-mean:size=0.1"`), on the command line (`atm-fl merge --size 0.1`)
+and in Python (`make_merge("sign-mean", layout, size=0.1)`), each checked as declared.
 
 A merge that needs no more than the vectors' sum and number says so (`of_sum`), and how (`sum_factor`, `from_sum`). Then
 it goes with secure aggregation, where there is only the sum, and with client-level DP, where the sum gets the noise.
@@ -21,31 +21,31 @@ it goes with secure aggregation, where there is only the sum, and with client-le
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 from torch import Tensor
 
 from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.options import check_option, check_options, option, options, type_name
 from atm_fl.plugins import Registry
 from atm_fl.vectors import Layout
 
-
-def option(
-    default: Any,
-    meaning: str,
-    *,
-    ge: float = -math.inf,
-    gt: float = -math.inf,
-    le: float = math.inf,
-    lt: float = math.inf,
-) -> Any:
-    """An option of a merge: its default, a line of documentation and its bounds (≥ `ge`, > `gt`, ≤ `le`, < `lt`)."""
-    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    return field(default=default, metadata={"meaning": meaning, "bounds": bounds})
+__all__ = [
+    "MERGES",
+    "Merge",
+    "check_option",
+    "find_merge",
+    "make_merge",
+    "merge",
+    "merges",
+    "merges_of_sum",
+    "option",
+    "options",
+    "type_name",
+]
 
 
 @dataclass(kw_only=True)
@@ -67,8 +67,7 @@ class Merge(ABC):
     scaling: float = option(1.0, "factor on the merged vector (λ)")
 
     def __post_init__(self) -> None:
-        for item in options(type(self)):
-            check_option(item.name, getattr(self, item.name), item)
+        check_options(self)
 
     def combine(self, vectors: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Tensor:
         """The merged vector of `vectors`, by task; weights default to 1.
@@ -126,7 +125,11 @@ class Merge(ABC):
             )
 
 
-MERGES: Registry[type[Merge]] = Registry("merge")
+def _options_of_a_run(made: type[Merge]) -> list[Any]:
+    return [item for item in options(made) if item.name != "scaling"]
+
+
+MERGES: Registry[type[Merge]] = Registry("merge", _options_of_a_run, elsewhere=("scaling",))
 _Class = TypeVar("_Class", bound=type[Merge])
 
 
@@ -150,37 +153,6 @@ def merges() -> dict[str, type[Merge]]:
 def merges_of_sum() -> list[str]:
     """The names of the merges that need the sum of the vectors alone, sorted."""
     return [name for name, found in merges().items() if found.of_sum]
-
-
-def options(found: type[Any]) -> list[Any]:
-    """What a merge, or another class, declares with `option`, as dataclass fields: name, type, default, metadata."""
-    return [item for item in fields(found) if "bounds" in item.metadata]
-
-
-def type_name(item: Any) -> str:
-    """An option's type: "float", "int" or "bool", whether or not its file has annotations as strings."""
-    return getattr(item.type, "__name__", item.type)
-
-
-def check_option(name: str, value: Any, item: Any) -> None:
-    """SettingError if `value` is not of the option's type or is outside its bounds."""
-    kind = type_name(item)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    right = {
-        "float": number and math.isfinite(value),
-        "int": isinstance(value, int) and number,
-        "bool": isinstance(value, bool),
-    }
-    if not right[kind]:
-        words = {"float": "a finite number", "int": "a whole number", "bool": "true or false"}
-        raise SettingError(f"{name.replace('_', '-')}={value!r}: it must be {words[kind]}")
-    bounds = item.metadata["bounds"]
-    if number and not (
-        bounds["ge"] <= value <= bounds["le"] and (bounds["gt"] < value < bounds["lt"] or kind == "bool")
-    ):
-        words_ = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-        told = " and ".join(f"{words_[end]} {bound:g}" for end, bound in bounds.items() if math.isfinite(bound))
-        raise SettingError(f"{name.replace('_', '-')}={value!r}: it must be {told}")
 
 
 def find_merge(name: str) -> type[Merge]:

@@ -11,21 +11,19 @@ from typing import Any
 from torch import Tensor
 
 from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.options import read_items
 from atm_fl.vectors import Layout
 
 
 def read_table(key: str, text: str) -> dict[str, Any]:
     """A text of the form 'name=value, name=value' as a table, values as in TOML. SettingError if it cannot be read."""
-    found: dict[str, Any] = {}
-    for item in text.split(",") if text.strip() else ():
-        name, separator, value = (part.strip() for part in item.partition("="))
+    table: dict[str, Any] = {}
+    for name, value in read_items(f"{key}={text!r}", text) if text.strip() else ():
         try:
-            found[name] = tomllib.loads(f"value = {value}")["value"]
+            table[name] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            separator = ""
-        if not separator or not name:
-            raise SettingError(f"{key}={text!r}: {item.strip()!r} is not of the form name=value, with commas between")
-    return found
+            raise SettingError(f"{key}={text!r}: {name}={value!r} must be a number, as {name}=0.5") from None
+    return table
 
 
 def read_factors(key: str, text: str) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Server optimizers: what the base model makes of the merged vector, round after round.
 
 A merged task vector is minus a gradient times the clients' rate (see tests/test_theory.py), so the server can treat it
-as an optimizer treats a gradient. Δ is the merged vector of this round, η `server-learning-rate`, β₁ `server-momentum`,
-β₂ `server-beta2`, ε `server-epsilon`; the base moves by
+as an optimizer treats a gradient. Δ is the merged vector of this round, η the option `learning-rate`, β₁ `momentum`,
+β₂ `beta2`, ε `epsilon` (`adam:learning-rate=0.001`); the base moves by
 
     none       η Δ
     momentum   η m                  m ← β₁ m + Δ                      FedAvgM, Hsu et al. 2019 (arXiv:1909.06335)
@@ -19,47 +19,43 @@ m and v start at 0. The adaptive three move every element by about η: an η of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from atm_fl.options import check_options, option, options
 from atm_fl.plugins import Registry
 
 Step = Callable[["ServerOptimizer", Tensor, int], Tensor]
 
 
 class Rule(NamedTuple):
-    """A server optimizer: the names of the moments that it keeps (`first` is m, `second` is v), and its step."""
+    """A server optimizer: the moments that it keeps (`first` is m, `second` is v), its step and its options."""
 
     moments: tuple[str, ...]
     step: Step
+    takes: tuple[str, ...]
 
 
-SERVER_OPTIMIZERS: Registry[Rule] = Registry("server-optimizer")
-
-
-def server_optimizer(name: str, *moments: str) -> Callable[[Step], Step]:
-    """Register the decorated (optimizer, Δ float32 [n], round) → step [n]; `optimizer.state` holds its `moments`."""
-
-    def register(step: Step) -> Step:
-        SERVER_OPTIMIZERS[name] = Rule(moments, step)
-        return step
-
-    return register
-
-
+@dataclass
 class ServerOptimizer:
-    """One run's optimizer. `state` holds its moments, float32 [n] each; it is what a checkpoint must keep."""
+    """One run's optimizer. `state` holds its moments, float32 [n] each; it is what a checkpoint must keep.
 
-    def __init__(self, name: str, learning_rate: float, momentum: float, beta2: float, epsilon: float) -> None:
-        self.name = name
-        self.learning_rate = learning_rate
-        self.momentum = momentum
-        self.beta2 = beta2
-        self.epsilon = epsilon
-        self.state: dict[str, Tensor] = {}
+    SettingError if an option is outside its bounds.
+    """
+
+    name: str
+    learning_rate: float = option(1.0, "η, the factor on the step; about 0.001 for adam, yogi and adagrad", gt=0)
+    momentum: float = option(0.9, "β₁", ge=0, lt=1)
+    beta2: float = option(0.99, "β₂", ge=0, lt=1)
+    epsilon: float = option(1e-3, "ε", gt=0)
+    state: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def step(self, merged: Tensor, round_number: int) -> Tensor:
         """What to add to the base in round `round_number` (from 1), float32 [n]. `merged` may be changed."""
@@ -69,19 +65,42 @@ class ServerOptimizer:
         return rule.step(self, merged, round_number)
 
 
-@server_optimizer("none")
+OPTIONS = tuple(item.name for item in options(ServerOptimizer))
+
+
+def _options_of(rule: Rule) -> list[Any]:
+    return [item for item in options(ServerOptimizer) if item.name in rule.takes]
+
+
+SERVER_OPTIMIZERS: Registry[Rule] = Registry("server-optimizer", _options_of)
+
+
+def server_optimizer(name: str, *moments: str, takes: Sequence[str] = OPTIONS) -> Callable[[Step], Step]:
+    """Register the decorated (optimizer, Δ float32 [n], round) → step [n]; `optimizer.state` holds its `moments`.
+
+    takes: the options that it reads off the optimizer; no other can be set.
+    """
+
+    def register(step: Step) -> Step:
+        SERVER_OPTIMIZERS[name] = Rule(moments, step, tuple(takes))
+        return step
+
+    return register
+
+
+@server_optimizer("none", takes=("learning_rate",))
 def none(optimizer: ServerOptimizer, merged: Tensor, round_number: int) -> Tensor:
     """The merged vector times the rate."""
     return merged.mul_(optimizer.learning_rate)
 
 
-@server_optimizer("momentum", "first")
+@server_optimizer("momentum", "first", takes=("learning_rate", "momentum"))
 def momentum(optimizer: ServerOptimizer, merged: Tensor, round_number: int) -> Tensor:
     """FedAvgM."""
     return optimizer.state["first"].mul_(optimizer.momentum).add_(merged) * optimizer.learning_rate
 
 
-@server_optimizer("nesterov", "first")
+@server_optimizer("nesterov", "first", takes=("learning_rate", "momentum"))
 def nesterov(optimizer: ServerOptimizer, merged: Tensor, round_number: int) -> Tensor:
     """Momentum that looks ahead."""
     first = optimizer.state["first"].mul_(optimizer.momentum).add_(merged)
@@ -110,7 +129,7 @@ def yogi(optimizer: ServerOptimizer, merged: Tensor, round_number: int) -> Tenso
     return (first / second.sqrt().add_(optimizer.epsilon)).mul_(optimizer.learning_rate)
 
 
-@server_optimizer("adagrad", "second")
+@server_optimizer("adagrad", "second", takes=("learning_rate", "epsilon"))
 def adagrad(optimizer: ServerOptimizer, merged: Tensor, round_number: int) -> Tensor:
     """FedAdagrad."""
     second = optimizer.state["second"].addcmul_(merged, merged)

@@ -31,7 +31,7 @@ from atm_fl.runs import pages
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.pages import Series
 from atm_fl.runs.references import find_references
-from atm_fl.settings import defaults
+from atm_fl.settings import defaults, stored
 
 COLUMNS = 8
 """At most so many evaluated rounds in a table."""
@@ -151,7 +151,7 @@ class Record:
     @property
     def settings(self) -> dict[str, Any]:
         """All settings, with the rounds that were planned; those from before a setting was there have its default."""
-        return {**defaults(), **self.config["settings"], "rounds": self.config["rounds"]}
+        return {**defaults(), **stored(self.config["settings"]), "rounds": self.config["rounds"]}
 
     @property
     def rounds_done(self) -> int:

@@ -39,7 +39,7 @@ from atm_fl.models.trainable import set_trainable
 from atm_fl.runs.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.seeds import derive_seed
-from atm_fl.settings import Settings, defaults
+from atm_fl.settings import Settings, defaults, stored
 from atm_fl.sinks import SINKS
 from atm_fl.vectors.finite import is_finite
 
@@ -258,9 +258,8 @@ def check_run_dir(settings: Settings) -> None:
     config = directory / "config.json"
     if not config.exists():
         raise SettingError(f"run-dir={str(directory)!r} holds checkpoints but no config.json; choose another run-dir")
-    # A run from before a setting was there ran with its default.
     known = json.loads(config.read_text())
-    theirs, ours = (defaults() | decisive for decisive in (known["settings"], settings.decisive()))
+    theirs, ours = (defaults() | decisive for decisive in (stored(known["settings"]), settings.decisive()))
     other = next((key for key in ours if theirs[key] != ours[key]), None)
     if other:
         raise SettingError(

@@ -1,14 +1,19 @@
-"""The settings of a run: what there is (schema), what cannot be (rules), how it is written (text)."""
+"""The settings of a run: what there is (schema), what cannot be (rules), how it is written (text, spelling)."""
 
 from atm_fl.settings.rules import OF_DEPLOYMENT
-from atm_fl.settings.schema import Settings, defaults, setting
+from atm_fl.settings.schema import Settings, defaults, sections, setting, stored
+from atm_fl.settings.spelling import OldSpelling, modern
 from atm_fl.settings.text import kebab, typed
 
 __all__ = [
     "OF_DEPLOYMENT",
+    "OldSpelling",
     "Settings",
     "defaults",
     "kebab",
+    "modern",
+    "sections",
     "setting",
+    "stored",
     "typed",
 ]

@@ -61,7 +61,7 @@ def check(settings: Settings) -> None:
         raise SettingError(f"proportion={settings.proportion:g}: it must be at least 1, or 0 for any length")
     if settings.resume_from and not settings.resume:
         raise SettingError(f"resume-from={settings.resume_from}: it needs resume=true")
-    for name in ("server_momentum", "server_beta2", "holdout", "replay"):
+    for name in ("holdout", "replay"):
         if not 0 <= getattr(settings, name) < 1:
             raise SettingError(f"{kebab(name)}={getattr(settings, name)}: it must be at least 0 and below 1")
     epochs = settings.local_epochs
@@ -82,8 +82,6 @@ def check(settings: Settings) -> None:
     positive = (
         "learning_rate",
         "lora_alpha",
-        "server_learning_rate",
-        "server_epsilon",
         "node_timeout",
         "round_timeout",
     )
@@ -112,7 +110,7 @@ def check(settings: Settings) -> None:
     settings.make_merge(Layout((), ()), 0).check_count(min(settings.needed, fewest_tasks(settings)))
     check_task_scaling(settings.task_scalings, settings.client_tasks)
     check_participation(settings.participations, settings.client_tasks)
-    settings.layer_scalings, settings.uplink, settings.downlink  # noqa: B018 (what cannot be read is an error)
+    settings.layer_scalings, settings.uplink, settings.downlink, settings.make_server_optimizer()
     for task, name in zip(settings.client_tasks, settings.task_names, strict=True):
         if (settings.client_tasks.count(task) > 1 and "/" not in name) or settings.party_names.count(task) > 1:
             raise SettingError(
@@ -174,7 +172,7 @@ def check_sums(settings: Settings) -> None:
         (f"dp-client-clip={settings.dp_client_clip:g}", settings.dp_client_clip),
         *((f"transforms={made.name!r}", made.has("total")) for made in make_transforms(settings.transforms)),
     ):
-        if wanted and not find_merge(settings.merge).of_sum:
+        if wanted and not find_merge(settings.merge_choice.name).of_sum:
             raise SettingError(
                 f"merge={settings.merge!r}: not with {key}, which bounds what a sum tells; choose a merge of the sum "
                 f"alone: {', '.join(merges_of_sum())}"

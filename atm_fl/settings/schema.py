@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -13,13 +13,15 @@ from atm_fl import merging, models, tasks
 from atm_fl.codecs import CODECS, Codec, make_codec
 from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.merging import Merge, make_merge
-from atm_fl.merging.scaling import read_factors, read_table
+from atm_fl.merging.scaling import read_factors
 from atm_fl.merging.server_optimizer import SERVER_OPTIMIZERS, ServerOptimizer
 from atm_fl.optimizers import OPTIMIZERS
+from atm_fl.options import Choice, read_choice
 from atm_fl.plugins import Registry
 from atm_fl.seeds import derive_seed
 from atm_fl.settings.participation import read_participation
 from atm_fl.settings.rules import OF_DEPLOYMENT, check
+from atm_fl.settings.spelling import CHOSEN, modern
 from atm_fl.settings.text import kebab, typed
 from atm_fl.sinks import SINKS
 from atm_fl.transforms import TRANSFORMS
@@ -35,15 +37,24 @@ def setting(
     later: bool = False,
     choices: Iterable[str] = (),
     names: Registry[Any] | None = None,
+    section: str = "",
 ) -> Any:
     """A setting with its default and a line of documentation. `decides`: whether it can change a run's weights.
 
     later: whether it is younger than files and keys made of `Settings.decisive`, which lacks it at its default.
 
-    names: what it names things of, several with commas, or with something after a colon, where it has no `choices`.
+    names: what it names things of, several with commas, or one with options after a colon, where it has no `choices`.
+    section: of this setting and those that follow it.
     """
     names = choices if isinstance(choices, Registry) else names
-    metadata = {"meaning": meaning, "decides": decides, "later": later, "choices": choices, "names": names}
+    metadata = {
+        "meaning": meaning,
+        "decides": decides,
+        "later": later,
+        "choices": choices,
+        "names": names,
+        "section": section,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -56,6 +67,7 @@ class Settings:
         "the parties' tasks in order, separated by commas; one with a slash is a folder of images, and folders of one "
         "name are several parties of one task",
         names=tasks.tasks(),
+        section="Tasks and model",
     )
     model: str = setting(
         "vit_micro",
@@ -71,7 +83,7 @@ class Settings:
     head: str = setting("prototypes", "how a party makes its head", choices=models.HEADS)
     shots: int = setting(5, "images a class behind a prototype")
     start: str = setting("pretrained", "first base: 'pretrained', or a run directory whose merged model to go on from")
-    rounds: int = setting(10, "rounds K of tuning and merging", decides=False)
+    rounds: int = setting(10, "rounds K of tuning and merging", decides=False, section="Rounds")
     local_epochs: float = setting(
         1.0, "epochs E that a client tunes a round; 1/m: the m-th part of an epoch, the next part in the next round"
     )
@@ -84,8 +96,12 @@ class Settings:
     )
     replay: float = setting(0.0, "part of its data on which a task whose last round is past still tunes each round")
     fraction: float = setting(1.0, "part of the tasks whose turn it is that take part in a round, drawn for each round")
-    merge: str = setting("mean", "how the task vectors become one step; see `atm-fl merges`", names=merging.MERGES)
-    merge_options: str = setting("", "options of the merge, as 'density=0.1, agreement=3'")
+    merge: str = setting(
+        "mean",
+        "how the task vectors become one step, with its options: ties:density=0.1; see `atm-fl merges`",
+        names=merging.MERGES,
+        section="Merging",
+    )
     scaling: float = setting(
         0.0, "factor on the merged vector (λ; the mean's is T times the paper's α); 0: the merge's own"
     )
@@ -94,17 +110,17 @@ class Settings:
         "", "factors on the merged vector's entries, as '*.mlp.*=1.5, *norm*=0.5'; first match"
     )
     server_optimizer: str = setting(
-        "none", "what the server makes of the merged vectors of all rounds", choices=SERVER_OPTIMIZERS
+        "none",
+        "what the server makes of the merged vectors of all rounds: none, momentum, nesterov, adam, yogi or adagrad, "
+        "with options: adam:learning-rate=0.001,momentum=0.9,beta2=0.99,epsilon=0.001",
+        names=SERVER_OPTIMIZERS,
     )
-    server_learning_rate: float = setting(1.0, "its factor on the step; about 1e-3 for adam, yogi and adagrad")
-    server_momentum: float = setting(0.9, "its β₁, of all but none and adagrad")
-    server_beta2: float = setting(0.99, "its β₂, of adam and yogi")
-    server_epsilon: float = setting(1e-3, "its ε, of adam, yogi and adagrad")
     codec_up: str = setting(
         "fp32",
-        "how task vectors travel: fp32, fp16, bf16, int8, int4, topk:0.01, low-rank:8, …; in a deployment "
-        f"{OF_DEPLOYMENT['codec-up']} if not said; see docs/wire.md",
+        "how task vectors travel: fp32, fp16, bf16, int8, int4, topk:density=0.05, low-rank:rank=16, …; in a "
+        f"deployment {OF_DEPLOYMENT['codec-up']} if not said; see docs/wire.md",
         names=CODECS,
+        section="Transport",
     )
     codec_down: str = setting(
         "fp32",
@@ -119,7 +135,7 @@ class Settings:
         later=True,
         names=TRANSFORMS,
     )
-    optimizer: str = setting("adamw", "the clients' optimizer", choices=OPTIMIZERS)
+    optimizer: str = setting("adamw", "the clients' optimizer", choices=OPTIMIZERS, section="Training")
     keep_optimizer: bool = setting(
         False, "keep its state (AdamW's moments) on the party's disk from round to round; false: new every round"
     )
@@ -128,6 +144,8 @@ class Settings:
     momentum: float = setting(0.0, "its momentum, of sgd only")
     batch_size: int = setting(32, "images a step")
     accumulate: int = setting(1, "parts of a batch that go through the model one after another; it divides batch-size")
+    proximal: float = setting(0.0, "FedProx's μ: adds μ/2 ‖θ − base‖² to the clients' loss")
+    clip_norm: float = setting(10.0, "gradient norm above which a gradient is scaled down; 0: never; not of dp-sgd")
     precision: str = setting(
         "fp32", "of the backbone's passes: autocast to bf16 or fp16", choices=("fp32", "bf16", "fp16")
     )
@@ -135,12 +153,12 @@ class Settings:
     channels_last: bool = setting(False, "hand images over in channels-last order")
     compile: bool = setting(False, "torch.compile the backbone: seconds to minutes at the start of every process")
     workers: int = setting(0, "processes that decode images that are not in memory", decides=False)
-    proximal: float = setting(0.0, "FedProx's μ: adds μ/2 ‖θ − base‖² to the clients' loss")
     privacy: str = setting(
         "none",
         "dp-sgd: bound what a task vector tells of any one training record; clip-only: the same without noise, which "
         "bounds nothing",
         choices=("none", "dp-sgd", "clip-only"),
+        section="Privacy",
     )
     dp_epsilon: float = setting(0.0, "of dp-sgd: the ε that the whole run may cost a party's records; 0: dp-noise says")
     dp_noise: float = setting(0.0, "of dp-sgd: the noise multiplier σ, instead of dp-epsilon; 0: dp-epsilon says")
@@ -163,9 +181,24 @@ class Settings:
         0.0,
         "L2 norm by which the base may move in a round: a client refuses one that moved further; 0: it may go anywhere",
         decides=False,
+        section="Reliability",
     )
-    clip_norm: float = setting(10.0, "gradient norm above which a gradient is scaled down; 0: never; not of dp-sgd")
-    seed: int = setting(0, "from which every client's and round's random numbers derive")
+    proportion: float = setting(
+        20.0,
+        "how many times as long as usual in this round and the past a client's task vector may be; 0: any length",
+        decides=False,
+    )
+    min_successful: int = setting(
+        0, "clients that must succeed in a round under skip, of those that take part in it; 0: all", decides=False
+    )
+    on_failure: str = setting(
+        "abort", "when a client fails: end the run, or go on without it", decides=False, choices=("abort", "skip")
+    )
+    node_timeout: float = setting(300.0, "seconds to wait for the parties to come online", decides=False)
+    round_timeout: float = setting(
+        3600.0, "seconds to a round's deadline: who is later has failed in that round; not of plain", decides=False
+    )
+    seed: int = setting(0, "from which every client's and round's random numbers derive", section="Run")
     threads: int = setting(1, "CPU threads of one client; sums in another order give other bits")
     device: str = setting("auto", "where clients compute: cpu, cuda, cuda:1, …; auto: a GPU if there is one")
     alignment: bool = setting(
@@ -184,29 +217,16 @@ class Settings:
     resume_from: int = setting(
         0, "of resume: go back to the checkpoint after so many rounds; 0: the newest", decides=False
     )
-    proportion: float = setting(
-        20.0,
-        "how many times as long as usual in this round and the past a client's task vector may be; 0: any length",
-        decides=False,
-    )
-    min_successful: int = setting(
-        0, "clients that must succeed in a round under skip, of those that take part in it; 0: all", decides=False
-    )
-    on_failure: str = setting(
-        "abort", "when a client fails: end the run, or go on without it", decides=False, choices=("abort", "skip")
-    )
-    node_timeout: float = setting(300.0, "seconds to wait for the parties to come online", decides=False)
-    round_timeout: float = setting(
-        3600.0, "seconds to a round's deadline: who is later has failed in that round; not of plain", decides=False
-    )
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> Settings:
         """Settings from a run config with kebab-case keys; missing keys take their defaults.
 
-        SettingError names the first key that is unknown or has a value that cannot work, and the fix.
+        SettingError names the first key that is unknown or has a value that cannot work, and the fix. Old spellings
+        (`settings.spelling`) are read, with a warning of `OldSpelling`.
         """
         known = {kebab(item.name): item for item in fields(cls)}
+        config = modern(config)
         values = {}
         for key, value in config.items():
             if key not in known:
@@ -312,14 +332,16 @@ class Settings:
         return self.replay if round_number > last else float(round_number >= first)
 
     def make_merge(self, layout: Layout, round_number: int) -> Merge:
-        """The merge of one round. SettingError if `merge`, `merge-options` or `scaling` cannot work."""
-        table = read_table("merge-options", self.merge_options)
-        chosen = {name.replace("-", "_"): value for name, value in table.items()}
-        if "scaling" in chosen:
-            raise SettingError(f"merge-options={self.merge_options!r}: scaling is a setting of its own")
-        if self.scaling:
-            chosen["scaling"] = self.scaling
-        return make_merge(self.merge, layout, seed=derive_seed(self.seed, "merge", round_number), **chosen)
+        """The merge of one round. SettingError if `merge` or `scaling` cannot work."""
+        choice = self.merge_choice
+        strength = {"scaling": self.scaling} if self.scaling else {}
+        seed = derive_seed(self.seed, "merge", round_number)
+        return make_merge(choice.name, layout, seed=seed, **choice.values, **strength)
+
+    @property
+    def merge_choice(self) -> Choice:
+        """`merge` as a name and its options. SettingError if it is none."""
+        return read_choice("merge", self.merge, merging.MERGES)
 
     @property
     def uplink(self) -> Codec:
@@ -334,13 +356,8 @@ class Settings:
 
     def make_server_optimizer(self) -> ServerOptimizer:
         """The optimizer of a run, at its start."""
-        return ServerOptimizer(
-            self.server_optimizer,
-            self.server_learning_rate,
-            self.server_momentum,
-            self.server_beta2,
-            self.server_epsilon,
-        )
+        choice = read_choice("server-optimizer", self.server_optimizer, SERVER_OPTIMIZERS)
+        return ServerOptimizer(choice.name, **choice.values)
 
     def decisive(self) -> dict[str, Any]:
         """The settings that decide a run's weights, by kebab-case key; `later` ones only if not at their default."""
@@ -355,10 +372,11 @@ class Settings:
         found = {}
         for item in fields(self):
             registry = item.metadata["names"]
-            for text in (
-                getattr(self, item.name).split(",") if registry is not None and item.metadata["decides"] else ()
-            ):
-                name = text.strip().partition(":")[0]
+            if registry is None or not item.metadata["decides"]:
+                continue
+            text = getattr(self, item.name)
+            for name in [text] if kebab(item.name) in CHOSEN else text.split(","):
+                name = name.partition(":")[0].strip()
                 if plugin := registry.plugin(name):
                     found[f"{registry.kind} {name!r}"] = str(plugin)
         return found
@@ -371,3 +389,21 @@ class Settings:
 def defaults() -> dict[str, Any]:
     """Every setting's default by kebab-case key."""
     return Settings().as_config()
+
+
+def stored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What decided a run, by kebab-case key, of a file of any version: in today's spelling.
+
+    A run from before a setting was there ran with its default.
+    """
+    return Settings().decisive() | modern(values, strict=False)
+
+
+def sections() -> dict[str, list[Field[Any]]]:
+    """The settings by section, in order."""
+    table: dict[str, list[Field[Any]]] = {}
+    title = ""
+    for item in fields(Settings):
+        title = item.metadata["section"] or title
+        table.setdefault(title, []).append(item)
+    return table

@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, dataclass_transfo
 
 from torch import Tensor
 
-from atm_fl.errors import SettingError, did_you_mean
-from atm_fl.merging import check_option, option, options
-from atm_fl.merging.scaling import read_table
+from atm_fl.errors import SettingError
+from atm_fl.options import check_options, option, options, read_choice
 from atm_fl.plugins import Registry
 from atm_fl.seeds import derive_seed
 from atm_fl.vectors import Layout
@@ -84,8 +83,7 @@ class Transform:
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for item in options(type(self)):
-            check_option(item.name, getattr(self, item.name), item)
+        check_options(self)
 
     def check(self, settings: Settings) -> None:
         """SettingError if it can't go with the other settings of the run."""
@@ -107,7 +105,7 @@ class Transform:
         return getattr(type(self), hook) is not getattr(Transform, hook)
 
 
-TRANSFORMS: Registry[type[Transform]] = Registry("transform")
+TRANSFORMS: Registry[type[Transform]] = Registry("transform", options)
 _Class = TypeVar("_Class", bound=type[Transform])
 
 
@@ -137,17 +135,11 @@ def make_transforms(text: str) -> list[Transform]:
             raise SettingError(f"transforms={text!r} names {name!r} twice; leave one out")
         else:
             chosen[name] = [first] if first else []
-    return [_make(text, name, ",".join(values)) for name, values in chosen.items()]
-
-
-def _make(text: str, name: str, values: str) -> Transform:
-    made = TRANSFORMS.find(name, f"transforms={text!r}: transform {name!r}")
-    table = read_table(f"transforms={text!r}: options", values)
-    known = {item.name.replace("_", "-"): item.name for item in options(made)}
-    for key in table:
-        if key not in known:
-            raise SettingError(f"transforms={text!r}: {name!r} has no option {key!r}{did_you_mean(key, known)}")
-    try:
-        return made(**{known[key]: value for key, value in table.items()})
-    except SettingError as error:
-        raise SettingError(f"transforms={text!r}: {error}") from None
+    made = []
+    for name, items in chosen.items():
+        try:
+            choice = read_choice("transform", f"{name}:{','.join(items)}" if items else name, TRANSFORMS)
+        except SettingError as error:
+            raise SettingError(f"transforms={text!r}: {error}") from None
+        made.append(TRANSFORMS[name](**choice.values))
+    return made

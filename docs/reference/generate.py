@@ -6,16 +6,17 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import mkdocs_gen_files
 from mkdocs_gen_files import Nav
 
 from atm_fl import codecs, merging, tasks
 from atm_fl.attacks import poisoning
-from atm_fl.settings import Settings, kebab
+from atm_fl.plugins import Registry
+from atm_fl.settings import kebab, sections
 
 PACKAGES = ("atm_fl", "server", "clients")
 
@@ -33,6 +34,11 @@ def first_line(thing: object) -> str:
     return " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
 
 
+def option_text(registry: Registry[Any], made: object) -> str:
+    """The options of a thing with their defaults."""
+    return ", ".join(f"`{kebab(item.name)}={item.default}`" for item in registry.options(made))
+
+
 def write(path: str, title: str, *parts: str) -> None:
     """A page of the site."""
     with mkdocs_gen_files.open(f"reference/{path}", "w") as page:
@@ -41,20 +47,24 @@ def write(path: str, title: str, *parts: str) -> None:
 
 def settings() -> None:
     """All settings of a run."""
-    rows = [
-        (
-            f"`{kebab(item.name)}`",
-            f"`{item.default}`" if item.default != "" else "",
-            ", ".join(item.metadata["choices"]),
-            item.metadata["meaning"],
-        )
-        for item in fields(Settings)
-    ]
+    tables = []
+    for title, items in sections().items():
+        rows = [
+            (
+                f"`{kebab(item.name)}`",
+                f"`{item.default}`" if item.default != "" else "",
+                ", ".join(item.metadata["choices"]),
+                item.metadata["meaning"],
+            )
+            for item in items
+        ]
+        tables += [f"## {title}", table(("setting", "default", "takes", "meaning"), rows)]
     write(
         "settings.md",
         "Settings",
-        "Keys of a run's TOML, of `-c key=value`, and of Flower's run config. `atm-fl settings` prints them.",
-        table(("setting", "default", "takes", "meaning"), rows),
+        "Keys of a run's TOML, of `-c key=value`, and of Flower's run config. `atm-fl settings` prints them. "
+        "What has options is written `name:key=value,key=value`.",
+        *tables,
     )
 
 
@@ -62,7 +72,7 @@ def merges() -> None:
     """All merges with their options."""
     rows = []
     for name, made in merging.merges().items():
-        options = ", ".join(f"`{kebab(item.name)}={item.default}`" for item in merging.options(made))
+        options = option_text(merging.MERGES, made)
         papers = ", ".join(
             f"[{key}](https://arxiv.org/abs/{key})" for key in re.findall(r"arXiv:([\d.]+\d)", made.__doc__ or "")
         )
@@ -77,12 +87,15 @@ def merges() -> None:
 
 def codec_page() -> None:
     """All codecs."""
-    rows = [(f"`{name}`", first_line(made)) for name, made in sorted(codecs.CODECS.items())]
+    rows = [
+        (f"`{name}`", option_text(codecs.CODECS, made), first_line(made))
+        for name, made in sorted(codecs.CODECS.items())
+    ]
     write(
         "codecs.md",
         "Codecs",
         "Of `codec-up` and `codec-down`: [the wire](../wire.md).",
-        table(("codec", "what travels"), rows),
+        table(("codec", "options", "what travels"), rows),
     )
 
 
