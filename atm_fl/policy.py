@@ -232,7 +232,7 @@ _BROKEN: dict[str, Callable[[Any, Settings, str], str]] = {
     ),
     "weights": lambda value, run, task: (
         ""
-        if not run.weights or _named(value, os.path.realpath(run.weights))
+        if not os.path.lexists(run.weights) or _named(value, os.path.realpath(run.weights))
         else f"the run has weights={run.weights!r}"
     ),
     "devices": lambda value, run, task: (

@@ -136,12 +136,13 @@ def test_weights_are_read_where_the_rule_says_whatever_the_way_there(config: dic
     def asked(weights: str) -> Settings:
         return replace(settings, weights=weights)
 
-    policy.check(asked(""), "red")  # the model's own
+    for name in ("pretrained", "random", "laion2b_s34b_b88k"):  # are no files
+        policy.check(asked(name), "red")
     policy.check(asked(str(tmp_path / "lent" / "vit.safetensors")), "red")
     for other in ("own/vit.safetensors", "lent/../own/vit.safetensors", "lent/link.safetensors"):
         with pytest.raises(RunError, match="red: refused by this party's policy, weights=.*: the run has weights="):
             policy.check(asked(f"{tmp_path}/{other}"), "red")
-    Policy(weights=("",)).check(asked(""), "red")
+    Policy(weights=("",)).check(asked("pretrained"), "red")
     with pytest.raises(RunError, match="weights=: the run has weights="):
         Policy(weights=("",)).check(asked(str(tmp_path / "lent" / "vit.safetensors")), "red")
 
