@@ -15,6 +15,8 @@ import typer
 
 import atm_fl.cli  # noqa: F401 (registers the commands)
 from atm_fl.cli.terminal import app
+from atm_fl.merging import MERGES
+from atm_fl.settings import defaults
 
 ROOT = Path(__file__).parents[1]
 GUIDES = [
@@ -94,3 +96,28 @@ def test_every_import_of_ours_works(guide: Path) -> None:
                     module = importlib.import_module(str(node.module))
                     missing = [name.name for name in node.names if not hasattr(module, name.name)]
                     assert not missing, line
+
+
+def rows_with_defaults(guide: Path) -> list[str]:
+    """The rows of tables that say settings' defaults."""
+    tables = re.findall(r"^\| setting \| default \|.*\n\|[-| ]+\n((?:\|.*\n)+)", guide.read_text(), re.MULTILINE)
+    return "".join(tables).splitlines()
+
+
+def test_the_guides_have_such_tables() -> None:
+    assert sum(len(rows_with_defaults(guide)) for guide in GUIDES) >= 11
+
+
+@each_guide
+def test_every_default_in_a_table_is_the_settings_own(guide: Path) -> None:
+    for row in rows_with_defaults(guide):
+        names, value = (cell.strip() for cell in row.split("|")[1:3])
+        for name in re.findall(r"`([a-z0-9-]+)`", names):
+            own = defaults()[name]
+            shown = value.strip("`").partition(" ")[0]
+            assert shown == str(own).lower() or (isinstance(own, int | float) and float(shown) == own), row
+
+
+def test_the_readme_counts_the_merges_that_there_are() -> None:
+    words = {18: "Eighteen", 19: "Nineteen", 20: "Twenty", 21: "Twenty-one", 22: "Twenty-two", 23: "Twenty-three"}
+    assert f"{words[len(MERGES)]} merges" in (ROOT / "README.md").read_text()
