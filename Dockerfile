@@ -2,26 +2,26 @@
 #
 #   docker build -t atm-fl .                                                    for CPUs
 #   docker build -t atm-fl --build-arg TORCH_INDEX=https://pypi.org/simple .    for CUDA, whose libraries PyPI's torch has
+# `deploy/refresh base` pins BASE to the digest that its registry has: python:3.11-slim@sha256:…
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 
 ENV PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 
-# Layers from what changes least to what changes most: torch, the other dependencies, the project.
+# Layers from what changes least to what changes most: dependencies by their hashes, torch with what it alone needs by
+# their versions (its index has other wheels for CPUs), the project. `pip check` fails if anything is missing.
 WORKDIR /app
-COPY deploy/constraints.txt ./
+COPY deploy/requirements.lock deploy/constraints.txt ./
+RUN pip install --require-hashes --no-deps --requirement requirements.lock
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --index-url "${TORCH_INDEX}" --constraint constraints.txt torch torchvision
 COPY pyproject.toml ./
-RUN python -c "import tomllib as t; print(*t.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-        > requirements.txt \
-    && pip install --constraint constraints.txt --requirement requirements.txt setuptools
 COPY LICENSE README.md ./
 COPY atm_fl atm_fl
 COPY server server
 COPY clients clients
 COPY configs configs
-RUN pip install --no-deps --no-build-isolation . && rm -r build *.egg-info
+RUN pip install --no-deps --no-build-isolation . && pip check && rm -r build *.egg-info
 
 # Nothing calls home, looks for updates or installs packages at run time.
 ENV FLWR_TELEMETRY_ENABLED=0 \

@@ -6,13 +6,19 @@ refused before any data are read, by one line that names the rule. `atm-fl polic
 
 from __future__ import annotations
 
+import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from atm_fl.errors import RunError, SettingError, did_you_mean
 from atm_fl.settings import Settings, kebab
@@ -59,6 +65,16 @@ class Policy:
         "a file of the parties' public keys; sums only among those named there (docs/privacy.md)",
         "secure-aggregation",
     )
+    apps: tuple[str, ...] = rule(
+        (),
+        "who must have signed an app (ssh-ed25519 …), or apps by their bytes (sha256:…); none named: any app runs",
+    )
+    weights: tuple[str, ...] = rule(
+        (), 'files of weights that may be read, by path or pattern; [""]: none; none named: any', "weights"
+    )
+    devices: tuple[str, ...] = rule((), "where to compute, as 'cpu' or 'cuda:*'; none named: anywhere", "device")
+    threads: int = rule(0, "the most CPU threads", "threads")
+    workers: int = rule(0, "the most processes that decode images", "workers")
     batch_size: int = rule(0, "the largest batch", "batch-size")
     local_epochs: float = rule(0.0, "the most epochs a round", "local-epochs")
     rounds: int = rule(0, "the most rounds of a run", "rounds")
@@ -127,6 +143,8 @@ def _typed(value: Any, item: Any) -> Any:
             raise ValueError(f"it takes {', '.join(choices)}{did_you_mean(wrong, choices)}")
         if not value and item.name == "splits":
             raise ValueError("it must name one at least")
+        if item.name == "apps":
+            return tuple(_app(entry) for entry in value)
         return tuple(value)
     if isinstance(default, bool | str):
         if type(value) is not type(default):
@@ -139,6 +157,26 @@ def _typed(value: Any, item: Any) -> Any:
     if isinstance(default, int) and value != int(value):
         raise ValueError("it must be a whole number")
     return type(default)(value)
+
+
+def _app(entry: str) -> str:
+    """Who may sign apps, without the key's comment, or one app. ValueError if it is neither."""
+    kind, _, rest = entry.partition(" ")
+    key = rest.partition(" ")[0]
+    if kind == "ssh-ed25519":
+        with suppress(ValueError, UnsupportedAlgorithm):
+            load_ssh_public_key(f"{kind} {key}".encode())
+            return f"{kind} {key}"
+    if re.fullmatch("sha256:[0-9a-f]{64}", entry):
+        return entry
+    raise ValueError(f"{entry!r} is neither a public key, ssh-ed25519 AAAA…, nor an app, sha256: and 64 hex digits")
+
+
+def _device(name: str) -> str:
+    """What a run's `device` is on this machine."""
+    import torch  # seconds, for whoever only reads a policy
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _named(patterns: tuple[str, ...], name: str) -> bool:
@@ -192,6 +230,18 @@ _BROKEN: dict[str, Callable[[Any, Settings, str], str]] = {
         if run.secure_aggregation and run.threshold < value
         else ""
     ),
+    "weights": lambda value, run, task: (
+        ""
+        if not os.path.lexists(run.weights) or _named(value, os.path.realpath(run.weights))
+        else f"the run has weights={run.weights!r}"
+    ),
+    "devices": lambda value, run, task: (
+        ""
+        if _named(value, _device(run.device))
+        else f"the run has device={run.device!r}, which is {_device(run.device)} here"
+    ),
+    "threads": lambda value, run, task: "" if run.threads <= value else f"the run has threads={run.threads}",
+    "workers": lambda value, run, task: "" if run.workers <= value else f"the run has workers={run.workers}",
     "batch_size": lambda value, run, task: (
         "" if run.batch_size <= value else f"the run has batch-size={run.batch_size}"
     ),
@@ -201,7 +251,7 @@ _BROKEN: dict[str, Callable[[Any, Settings, str], str]] = {
     "rounds": lambda value, run, task: "" if run.rounds <= value else f"the run has rounds={run.rounds}",
 }
 """Rule → what a run does that breaks it, "" if nothing. A rule at its default is not asked. The others (`tell`,
-`max-update-norm`, `trusted-parties`) bound what this party does, not what a run may say."""
+`apps`, `max-update-norm`, `trusted-parties`) bound what this party does, not what a run may say."""
 
 
 NODE = {
@@ -210,6 +260,7 @@ NODE = {
     "policy": "its policy.toml",
     "max-update-norm": "the policy's rule of this name, for a party without a policy",
     "trusted-parties": "the policy's rule of this name, for a party without a policy",
+    "apps-checked": "set by clients/supernode.py, which keeps the rule `apps`",
     "partition-id": "set by a simulation",
     "num-partitions": "set by a simulation",
 }
@@ -248,13 +299,14 @@ def _read(path: Path, changed: int) -> Policy:
     return Policy.read(path)
 
 
-def template() -> str:
-    """A policy.toml with every rule, its meaning and its default, all commented out."""
+def template(**rules: Any) -> str:
+    """A policy.toml with every rule, its meaning and its default, all commented out but `rules`, by their values."""
     lines = ["# What this party lends, and no run gets past. A rule that is commented out bounds nothing."]
     for item in fields(Policy):
         choices = item.metadata["choices"]
         meaning = item.metadata["meaning"] + (f" ({', '.join(choices)})" if choices else "")
-        lines += ["", f"# {meaning}", f"# {kebab(item.name)} = {_toml(item.default)}"]
+        line = f"{kebab(item.name)} = {_toml(rules.get(item.name, item.default))}"
+        lines += ["", f"# {meaning}", line if item.name in rules else f"# {line}"]
     return "\n".join(lines) + "\n"
 
 

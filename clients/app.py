@@ -49,6 +49,11 @@ def party_of(context: Context) -> Party:
     """
     settings, node = Settings.parse(context.run_config), context.node_config
     policy = policy_of(node)
+    if policy.apps and not node.get("apps-checked"):
+        raise RunError(
+            "this party's policy has the rule apps, which its SuperNode does not keep; start it as python -m "
+            "clients.supernode"
+        )
     secure.check(settings, secure.trusted(context))
     if "task" in node or "data" in node:
         data, name = str(node.get("data", node.get("task"))), str(node.get("task", ""))

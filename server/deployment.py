@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import time
+from base64 import urlsafe_b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flwr.cli.build import build_fab_from_disk
 from flwr.cli.supernode.register import try_load_public_key
 from flwr.cli.typing import SuperLinkConnection
 from flwr.cli.utils import flwr_cli_exc_handler, init_http_client_from_connection
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.primitives.asymmetric_ed25519 import create_message_to_sign, load_private_key, sign_message
 
+from atm_fl.deployment.keys import key_id
 from atm_fl.errors import RunError, SettingError
+from atm_fl.files import atomic_write
 from atm_fl.settings import Settings
 from server.simulation import check_app, environment, flower_run
 
@@ -59,6 +68,39 @@ def register(superlink: str, authority: Path, keys: Path) -> Iterator[str]:
             if key not in wanted:
                 client.UnregisterNode(UnregisterNodeRequest(node_id=stranger.node_id))
                 yield f"{stranger.name or stranger.node_id}: removed, its public key is not in {keys}"
+
+
+def sign(app: Path, key: Path, folder: Path) -> Iterator[str]:
+    """Sign the bundle that `flwr run` would make of the checkout `app`; yields its hash, who signed, and the file.
+
+    The signature joins those of other keys in `folder`/HASH.json, which is in the form that Flower's SuperNodes take
+    from its hub: Ed25519 of the time, 8 bytes, and the bundle's SHA-256. SettingError if there is no such checkout or
+    key.
+    """
+    check_app(app)
+    try:
+        secret = load_private_key(key)
+    except OSError as error:
+        raise SettingError(
+            f"{key} cannot be read ({error.strerror}); `atm-fl deploy init` makes it, --key names another"
+        ) from error
+    except ValueError as error:
+        raise SettingError(
+            f"{key} is no Ed25519 key in OpenSSH's form: {error}; make one by ssh-keygen -t ed25519"
+        ) from error
+    bundle, now = build_fab_from_disk(app), int(time.time())
+    digest = hashlib.sha256(bundle).digest()
+    signer = key_id(secret.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
+    signature = urlsafe_b64encode(sign_message(secret, create_message_to_sign(digest, now))).decode().rstrip("=")
+    file = folder / f"{digest.hex()}.json"
+    known = json.loads(file.read_text()) if file.exists() else {"valid_license": "Valid"}
+    known[signer] = json.dumps({"signed_at": now, "signature": signature})
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as part:
+        part.write_text(json.dumps(known, indent=1) + "\n")
+    file.chmod(0o644)  # the SuperLink's container may run as another user
+    yield f"app: sha256:{digest.hex()}"
+    yield f"signed by {signer}: {file}"
 
 
 def submit(settings: Settings, app: Path, superlink: str, authority: Path) -> None:

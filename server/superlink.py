@@ -16,20 +16,25 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import json
 import logging
 import os
 from base64 import b64decode
 from collections import defaultdict
 from contextlib import nullcontext, suppress
 from ipaddress import ip_address
+from pathlib import Path
 
 from fastapi import HTTPException
+from flwr.common.serde import fab_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.supercore.fab import Fab
 from flwr.superlink import extensions
 from flwr.superlink.cli import flower_superlink
 from flwr.superlink.dependencies.linkstate import get_linkstate
 from flwr.superlink.routers.fleet.node_auth import authenticate_node
+from flwr.superlink.servicer.fleet import fleet_handlers
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
@@ -46,6 +51,8 @@ ANYONE = 64 * 2**10
 """Bytes of a body that are read from a sender who is not known: what asks to be let in has less than 1,000."""
 CHUNK = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE"
 """The variable by which Flower cuts arrays, whatever the model's size: no object that is sent holds more bytes."""
+APPS = "ATM_FL_APPS"
+"""The variable that names the folder of apps' signatures, if it is not /etc/atm-fl/apps."""
 AT_ONCE = 8
 """Bodies of more than ANYONE bytes that are held of one party at a time; the rest of them waits in its sockets."""
 log = logging.getLogger("flwr")
@@ -160,6 +167,20 @@ def _local(scope: Scope) -> bool:
     return client is not None and ip_address(client[0]).is_loopback
 
 
+def with_signatures(fab: Fab) -> Fab:
+    """An app as it is handed to parties: with the signatures that APPS/HASH.json has of it (`atm-fl deploy sign`).
+
+    Flower's own come with an app from its hub; one that is uploaded has none. Whom to believe is for the party.
+    """
+    file = Path(os.environ.get(APPS, "/etc/atm-fl/apps"), f"{fab.hash_str}.json")
+    try:
+        signatures = json.loads(file.read_text()) if file.exists() else {}
+        return Fab(fab.hash_str, fab.content, {**fab.verifications, **signatures})
+    except (OSError, ValueError, TypeError) as error:
+        log.error("the signatures in %s cannot be read: %s", file, error)
+        return fab
+
+
 def return_memory() -> None:
     """Have blocks of a megabyte and more mapped one by one, where the C library is glibc."""
     with suppress(AttributeError, OSError):
@@ -171,6 +192,7 @@ def main() -> None:
     pace.set_variables()
     return_memory()
     extensions.get_middleware = lambda: (Middleware(LocalControl), Middleware(WholeBodies))
+    fleet_handlers.fab_to_proto = lambda fab: fab_to_proto(with_signatures(fab))
     flower_superlink()
 
 

@@ -45,12 +45,12 @@ class Federation:
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self) -> None:
+    def start(self, **settings: str) -> None:
         """The SuperLink, and once it answers and knows the keys, all SuperNodes."""
         self.start_superlink()
         list(register(self.address, self.secrets / "ca.crt", self.secrets / "parties"))
         for name in self.data:
-            self.start_supernode(name)
+            self.start_supernode(name, **settings)
 
     def start_superlink(self) -> None:
         """Start the SuperLink, again with the same database, and wait until it answers."""
@@ -70,8 +70,8 @@ class Federation:
         return False
 
     def start_supernode(self, name: str, *more: str, key: str = "", **settings: str) -> subprocess.Popen[bytes]:
-        """Start a party's SuperNode; settings: another authority `ca`, address `through` which it goes, and name of
-        its log, `called`. key: whose key it holds. more: arguments in place of those for TLS."""
+        """Start a party's SuperNode; settings: another authority `ca`, address `through` which it goes, `policy`, and
+        name of its log, `called`. key: whose key it holds. more: arguments in place of those for TLS."""
         held = key or name
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -82,7 +82,8 @@ class Federation:
             *[sys.executable, "-m", "clients.supernode", f"--superlink={settings.get('through') or self.address}"],
             *[f"--port={port}", *trust],
             f"--auth-supernode-private-key={self.home / 'federation' / 'parties' / held / 'key'}",
-            f'--node-config=data="{self.data[name]}"',
+            f'--node-config=data="{self.data[name]}"'
+            + (f' policy="{settings["policy"]}"' if "policy" in settings else ""),
         )
 
     def return_supernode(self, name: str, through: str = "") -> None:
@@ -101,6 +102,7 @@ class Federation:
         folder = self.home / "machines" / name
         folder.mkdir(parents=True, exist_ok=True)
         own = {"FLWR_HOME": str(folder / "flower"), "ATM_FL_CACHE": str(folder / "cache"), "HOME": str(folder)}
+        own["ATM_FL_APPS"] = str(self.secrets / "apps")
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         variables = {**os.environ, **QUIET, **own, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with open(self.home / f"{name}.log", "ab") as log:
@@ -172,9 +174,9 @@ class Federation:
             over.set()
             thread.join()
 
-    def run(self, config: dict[str, Any]) -> Submitted:
-        """Submit a run, which goes on beside the drill."""
-        return Submitted(self, Settings.parse(config))
+    def run(self, config: dict[str, Any], app: Path = ROOT) -> Submitted:
+        """Submit a run of the checkout `app`'s apps, which goes on beside the drill."""
+        return Submitted(self, Settings.parse(config), app)
 
     def stop(self) -> None:
         """Kill all that is left of what was started."""
@@ -190,7 +192,7 @@ class Federation:
 class Submitted:
     """A run that was submitted to a federation with `atm-fl run --runtime deployment`."""
 
-    def __init__(self, federation: Federation, settings: Settings) -> None:
+    def __init__(self, federation: Federation, settings: Settings, app: Path) -> None:
         self.federation, self.directory = federation, Path(settings.run_dir)
         words = [word for key, value in settings.as_config().items() for word in ("-c", f"{key}={_toml(value)}")]
         empty = federation.home / "empty.toml"
@@ -207,7 +209,7 @@ class Submitted:
                 "--runtime",
                 "deployment",
             ],
-            *["--superlink", federation.address, "--ca", str(authority), "--app", str(ROOT), *words],
+            *["--superlink", federation.address, "--ca", str(authority), "--app", str(app), *words],
         )
         self.name = next(reversed(federation.processes))
 

@@ -84,7 +84,7 @@ def test_every_secret_is_its_owners_alone_and_in_a_folder_that_git_ignores(check
         os.umask(before)
     secrets = [path for path in checkout.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
     names = {str(path.relative_to(checkout / "federation")) for path in secrets}
-    assert names == {"ca.key", "superlink/superlink.key", "parties/mnist/key", "parties/digits/key"}
+    assert names == {"ca.key", "apps.key", "superlink/superlink.key", "parties/mnist/key", "parties/digits/key"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in secrets} == {0o600}
     assert stat.S_IMODE((checkout / "federation").stat().st_mode) == 0o700
     assert (checkout / "federation" / ".gitignore").read_text() == "*\n"
@@ -207,6 +207,7 @@ def test_the_compose_files_give_each_role_no_more_than_it_needs(checkout: Path) 
     assert not any("/data" in volume for volume in found["mnist"]["volumes"])
     assert found["superlink"]["volumes"][0] == "./federation/superlink:/etc/atm-fl:ro"
     assert "--enable-supernode-auth" in found["superlink"]["command"]
+    assert found["superlink"]["environment"]["ATM_FL_APPS"] == "/etc/atm-fl/apps"
     assert yaml.safe_load((checkout / "docker-compose.yml").read_text())["networks"]["federation"] == {"internal": True}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,14 @@ RULES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         {"secure-aggregation": True, "secure-threshold": 3},
         "least-parties=3: the run has secure-threshold=2",
     ),
+    (
+        'devices = ["cuda:*"]',
+        {"device": "cpu"},
+        {"device": "cuda:1"},
+        "devices=cuda:*: the run has device='cpu', which",
+    ),
+    ("threads = 1", {"threads": 2}, {"threads": 1}, "threads=1: the run has threads=2"),
+    ("workers = 1", {"workers": 2}, {"workers": 1}, "workers=1: the run has workers=2"),
     ("batch-size = 4", {}, {"batch-size": 4}, "batch-size=4: the run has batch-size=8"),
     ("local-epochs = 0.5", {}, {"local-epochs": 0.5}, "local-epochs=0.5: the run has local-epochs=1"),
     ("rounds = 2", {}, {"rounds": 2}, "rounds=2: the run has rounds=3"),
@@ -107,8 +116,45 @@ def test_a_run_that_asks_for_more_is_refused_before_data_are_read(
 
 def test_every_rule_is_tested_here() -> None:
     lines = {line.partition(" =")[0] for line, *_ in RULES}
-    assert lines == {kebab(name) for name in _BROKEN}
-    assert {item.name for item in fields(Policy)} - set(_BROKEN) == {"tell", "max_update_norm", "trusted_parties"}
+    assert lines | {"weights"} == {kebab(name) for name in _BROKEN}
+    assert {item.name for item in fields(Policy)} - set(_BROKEN) == {
+        "tell",
+        "apps",
+        "max_update_norm",
+        "trusted_parties",
+    }
+
+
+def test_weights_are_read_where_the_rule_says_whatever_the_way_there(config: dict[str, Any], tmp_path: Path) -> None:
+    for folder in ("lent", "own"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "vit.safetensors").touch()
+    (tmp_path / "lent" / "link.safetensors").symlink_to(tmp_path / "own" / "vit.safetensors")
+    settings = Settings.parse(config)
+    policy = Policy(weights=(f"{os.path.realpath(tmp_path)}/lent/*",))
+
+    def asked(weights: str) -> Settings:
+        return replace(settings, weights=weights)
+
+    for name in ("pretrained", "random", "laion2b_s34b_b88k"):  # are no files
+        policy.check(asked(name), "red")
+    policy.check(asked(str(tmp_path / "lent" / "vit.safetensors")), "red")
+    for other in ("own/vit.safetensors", "lent/../own/vit.safetensors", "lent/link.safetensors"):
+        with pytest.raises(RunError, match="red: refused by this party's policy, weights=.*: the run has weights="):
+            policy.check(asked(f"{tmp_path}/{other}"), "red")
+    Policy(weights=("",)).check(asked("pretrained"), "red")
+    with pytest.raises(RunError, match="weights=: the run has weights="):
+        Policy(weights=("",)).check(asked(str(tmp_path / "lent" / "vit.safetensors")), "red")
+
+
+def test_the_device_that_auto_is_here_counts(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.parse({**config, "device": "auto"})
+    policy = Policy(devices=("cpu",))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    policy.check(settings, "red")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(RunError, match="devices=cpu: the run has device='auto', which is cuda here"):
+        policy.check(settings, "red")
 
 
 def test_the_noise_that_a_target_leads_to_counts_as_well(config: dict[str, Any], tmp_path: Path) -> None:
@@ -231,7 +277,18 @@ def test_nothing_in_a_node_config_is_passed_over(config: dict[str, Any], node: d
 @tries(max_examples=100, deadline=None)
 @given(st.text(max_size=20), st.one_of(st.integers(), st.floats(), st.text(), st.booleans()))
 def test_no_key_but_the_known_ones_is_taken(key: str, value: Any) -> None:
-    known = {"task", "data", "policy", "max-update-norm", "trusted-parties", "partition-id", "num-partitions"}
+    known = {
+        *(
+            "task",
+            "data",
+            "policy",
+            "max-update-norm",
+            "trusted-parties",
+            "apps-checked",
+            "partition-id",
+            "num-partitions",
+        )
+    }
     if key not in known:
         with pytest.raises(SettingError, match="is unknown"):
             policy_of({key: value})

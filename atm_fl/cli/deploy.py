@@ -40,6 +40,21 @@ def init(
 
 
 @deploy.command()
+def sign(
+    app_dir: Annotated[Path, typer.Option("--app", help="the checkout whose apps `atm-fl run` ships")] = Path(),
+    key: Annotated[Path, typer.Option(help="the private key, Ed25519 in OpenSSH's form")] = Path("federation/apps.key"),
+    to: Annotated[Path, typer.Option(help="the folder of signatures that the SuperLink hands out")] = Path(
+        "federation/superlink/apps"
+    ),
+) -> None:
+    """Sign the apps of a checkout, so that parties whose policy names the key in `apps` run them, and no others."""
+    from server.deployment import sign
+
+    for line in sign(app_dir, key, to):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+@deploy.command()
 def check(
     superlink: Superlink,
     ca: Authority,

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from atm_fl import tasks
-from atm_fl.deployment.keys import SECRET_MODE
+from atm_fl.deployment.keys import SECRET_MODE, key_id
 from atm_fl.errors import SettingError
 from atm_fl.policy import Policy
 
@@ -61,7 +61,7 @@ def check(machine: Machine) -> Iterator[tuple[str, str, bool]]:
         *([("key", _key)] if machine.key else []),
         *([("task", _task)] if machine.task else []),
         *([("data", _data)] if machine.data else []),
-        *([("policy", _policy)] if machine.policy else []),
+        *([("policy", _policy), ("apps", _apps)] if machine.policy else []),
         ("disk", _disk),
         ("memory", _memory),
     ]
@@ -201,6 +201,20 @@ def _policy(machine: Machine) -> str:
     except SettingError as error:
         raise Wrong(str(error)) from None
     return ", ".join(bounds) or f"{machine.policy} bounds nothing: a run may ask for anything"
+
+
+def _apps(machine: Machine) -> str:
+    assert machine.policy is not None
+    try:
+        apps = Policy.read(machine.policy).apps
+    except SettingError:
+        raise Wrong("not seen, since the policy cannot be read") from None
+    if not apps:
+        return (
+            f"any code that the SuperLink sends runs here; name who must sign it in {machine.policy}, "
+            'apps = ["ssh-ed25519 …"] (the operator\'s federation/apps.pub)'
+        )
+    return "only those " + ", or ".join(f"signed by {key_id(app)}" if " " in app else f"with {app}" for app in apps)
 
 
 def _disk(machine: Machine) -> str:

@@ -2,7 +2,9 @@
 
     .env                          what docker-compose.yml asks for, and which parties' files belong to it
     federation/ca.key             the authority's secret; no container sees it, and it may be kept elsewhere
-    federation/superlink/         all that the SuperLink sees: ca.crt, superlink.crt, superlink.key, parties/NAME.pub
+    federation/apps.key           signs apps (`atm-fl deploy sign`), in the same way; apps.pub is its public half
+    federation/superlink/         all that the SuperLink sees: ca.crt, superlink.crt, superlink.key, parties/NAME.pub,
+                                  apps/HASH.json, the signatures of apps
     federation/parties/NAME/      all that a party sees: ca.crt, key, policy.toml; its compose file, `join`, README
 
 The folder itself is the record of what there is. A second call adds parties and leaves every key as it is.
@@ -18,7 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from atm_fl import tasks
-from atm_fl.deployment.keys import certified_hosts, make_authority, make_certificate, make_key_pair
+from atm_fl.deployment.keys import certified_hosts, make_authority, make_certificate, make_key_pair, make_signing_key
 from atm_fl.errors import SettingError
 from atm_fl.files import atomic_write
 from atm_fl.policy import template
@@ -125,6 +127,9 @@ def lay_out(root: Path, parties: str = "", host: str = "", port: int = 0, renew:
     home.chmod(0o700)
     (home / ".gitignore").write_text("*\n")
     _certify(home, host, renew)
+    (home / "superlink" / "apps").mkdir(exist_ok=True)
+    if not (home / "apps.pub").exists():
+        make_signing_key(home / "apps.key", home / "apps.pub")
     folders = [_add_party(home, plan, f"{host}:{port}" if host else "") for plan in plans]
     _write_environment(root, port)
     return folders
@@ -157,7 +162,7 @@ def _add_party(home: Path, plan: PartyPlan, address: str) -> Path:
         _hand_over(key)
     (folder / "ca.crt").write_bytes((home / "superlink" / "ca.crt").read_bytes())
     if not (folder / "policy.toml").exists():
-        (folder / "policy.toml").write_text(template())
+        (folder / "policy.toml").write_text(template(apps=((home / "apps.pub").read_text().strip(),)))
     superlink = address or f"superlink:{PORT}"
     values = {
         "party": plan.name,

@@ -6,7 +6,9 @@ Elliptic curve P-384 throughout, which is what SuperNode authentication asks for
 
 from __future__ import annotations
 
+import hashlib
 import os
+from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -14,7 +16,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -95,6 +97,19 @@ def make_key_pair(key: Path, public: Path, comment: str) -> None:
     write_secret(key, secret.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     line = secret.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     public.write_bytes(line + f" {comment}\n".encode())
+
+
+def make_signing_key(key: Path, public: Path) -> None:
+    """Write the Ed25519 key pair by which apps are signed, as OpenSSH files; neither may exist yet."""
+    secret = ed25519.Ed25519PrivateKey.generate()
+    write_secret(key, secret.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    public.write_bytes(secret.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b" apps\n")
+
+
+def key_id(public: str) -> str:
+    """The fingerprint of a public key in OpenSSH's form, "ssh-ed25519 AAAA…", as `ssh-keygen -l` tells it."""
+    digest = hashlib.sha256(b64decode(public.split()[1])).digest()
+    return f"SHA256:{b64encode(digest).decode().rstrip('=')}"
 
 
 def _begin(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
