@@ -171,6 +171,8 @@ class SecureExchange:
             else:
                 del self.failures[client]
                 yield client, record
+            finally:
+                boundary.forget(reply)
         self.seconds += time.perf_counter() - begin
         for client in contents:
             if client in self.failures:

@@ -102,10 +102,12 @@ class AtmStrategy(Strategy):
         for client, reply in self._successes(replies, failures):
             try:
                 update = boundary.update(reply, self.run.layout.size, client in takers, splits)
-                del reply
+                boundary.forget(reply)
                 current.add(client, update, self._bytes_down(client))
             except ValueError as error:
                 failures[client] = f"refused: {error}"
+            finally:
+                boundary.forget(reply)
         failures |= self._out_of_proportion(current)
         self._enforce(failures, takers, f"round {current.number}")
         return current, failures
@@ -157,6 +159,8 @@ class AtmStrategy(Strategy):
                 accuracies[client] = found
             except boundary.Refused as error:
                 failures[client] = f"refused: {error}"
+            finally:
+                boundary.forget(reply)
         self._enforce(failures, self._due(), "the final evaluation")
         return _flower_metrics(accuracies)
 
@@ -217,6 +221,7 @@ class AtmStrategy(Strategy):
                 yield reply
             else:
                 asking.append(node)
+                boundary.forget(reply)
                 log(INFO, "%s asks for the whole base", self.nodes[node])
         asking += self._return_of(set(lost))
         for node in lost.keys() - asking:
@@ -261,6 +266,7 @@ class AtmStrategy(Strategy):
                 boundary.check_info(reply, {"task": self.run.settings.task_of[client], **expected})
             except boundary.Refused as error:
                 failures[client] = f"refused: {error}"
+                boundary.forget(reply)
             else:
                 del failures[client]
                 yield client, reply

@@ -21,7 +21,7 @@ class ServerRound:
     """The server's side of one round, without any transport: take in updates, then merge and move the base."""
 
     def __init__(self, run: Run, recorded: Collection[str] = ()) -> None:
-        """recorded: clients whose lines of this round are in metrics.jsonl already, of a first time that was given up."""
+        """recorded: clients whose lines of this round are in metrics.jsonl already, of a time that was given up."""
         self.run = run
         self.recorded = set(recorded)
         self.number = run.rounds_done + 1
