@@ -14,7 +14,7 @@ from torch import Tensor
 
 from atm_fl import models, tasks
 from atm_fl.codecs import Arrays
-from atm_fl.errors import RunError, SettingError
+from atm_fl.errors import RunError, SettingError, with_figures
 from atm_fl.federation.client_state import ClientState
 from atm_fl.federation.shared_model import shared_model
 from atm_fl.files import atomic_write
@@ -74,8 +74,9 @@ class Party:
         source = str(Path(task).resolve()) if "/" in task else task
         self.budget = Budget(settings, self.task, self.tuned_on, ledgers, source, self.client, lifetime, lifetime_delta)
         if settings.chunks_per_epoch > len(self.tuned_on):
-            raise SettingError(
-                f"local-epochs={settings.local_epochs:g}: {self.task} has only {len(self.tuned_on)} images"
+            raise with_figures(
+                SettingError(f"local-epochs={settings.local_epochs:g}: {self.task} has too few images for it"),
+                f"{self.task} has {len(self.tuned_on)} images; a round takes one at least",
             )
 
     def _parted(self, data: Split, share: float, purpose: str) -> tuple[Split, Split]:
