@@ -382,6 +382,7 @@ def fuzz_the_server(
     return replies
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("remembered")
 def test_whatever_a_client_sends_a_run_ends_by_policy_with_the_honest_bits(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
