@@ -1,9 +1,16 @@
-"""The two errors a user meets: a setting that cannot work, and a run that cannot go on."""
+"""The two errors a user meets: a setting that cannot work, and a run that cannot go on.
+
+A party's error goes to the server. So its text says the rule, and what tells of its data or its disk (`figures`) is a
+note of the exception, which goes to the party's own log.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TypeVar
+
+E = TypeVar("E", bound=Exception)
 
 
 class SettingError(ValueError):
@@ -12,6 +19,18 @@ class SettingError(ValueError):
 
 class RunError(RuntimeError):
     """A run cannot go on (too few clients succeeded, a damaged run directory, …). The message says which and why."""
+
+
+def with_figures(error: E, figures: str) -> E:
+    """The error, with what only this machine's log is to say of it."""
+    error.add_note(figures)
+    return error
+
+
+def figures(error: BaseException) -> list[str]:
+    """All that the error, and what caused it, keep for this machine's log."""
+    held = list(getattr(error, "__notes__", []))
+    return held + (figures(error.__cause__) if error.__cause__ else [])
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from logging import ERROR
+from logging import ERROR, WARNING
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
@@ -12,7 +12,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 
-from atm_fl.errors import RunError, SettingError, printable
+from atm_fl.errors import RunError, SettingError, figures, printable
 
 
 def named_errors(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -21,6 +21,8 @@ def named_errors(message: Message, context: Context, call_next: ClientAppCallabl
         return call_next(message, context)
     except (RunError, SettingError) as error:
         reason = str(error)
+        for figure in figures(error):
+            log(WARNING, "%s: %s", _task(context), figure)
     except Exception as error:
         log(ERROR, traceback.format_exc())
         reason = f"{type(error).__name__}: {error}"

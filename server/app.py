@@ -92,6 +92,8 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
         except boundary.Refused as error:
             failures.append(f"{called}: refused: {error}")
             continue
+        finally:
+            boundary.forget(reply)
         if task not in holders:
             told = f"node {node} holds task {boundary.shown(task)}, which tasks={settings.tasks!r} does not name"
             if not skip:

@@ -71,6 +71,14 @@ def info(reply: Message) -> dict[str, Any]:
     return {"needs-base": False, **found}
 
 
+def forget(reply: Message) -> None:
+    """Free what a reply holds. It is a reference cycle, whose bytes would wait for the garbage collector, which counts
+    objects: a client that is refused round after round would fill the memory."""
+    if reply.has_content():
+        for name in list(reply.content):
+            del reply.content[name]
+
+
 def check_info(reply: Message, expected: Mapping[str, object], also: Collection[str] = ()) -> None:
     """Refused if the reply's strings are not the `expected` ones, or it has records beside RECORDS and `also`."""
     said = info(reply)

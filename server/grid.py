@@ -17,6 +17,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from server import boundary
+
 LOST = (
     ErrorCode.NODE_UNAVAILABLE,
     ErrorCode.CLIENT_APP_CRASHED,
@@ -79,7 +81,9 @@ class StreamingGrid(Grid):
                 found = self._pulled(message_id, node)
                 if found:
                     del waiting[message_id]
-                    del found[1:]  # one message has one reply
+                    for another in found[1:]:  # one message has one reply
+                        boundary.forget(another)
+                    del found[1:]
                     found[0].metadata.__dict__["_src_node_id"] = node
                     yield found.pop()
             waited = time.monotonic() - begin

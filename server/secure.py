@@ -13,7 +13,15 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from atm_fl.errors import RunError
-from atm_fl.privacy.secure_aggregation import SEALED_BYTES, check_keys, duplicates, session_of, settle, unmask
+from atm_fl.privacy.secure_aggregation import (
+    SEALED_BYTES,
+    UnjoinedShares,
+    check_keys,
+    duplicates,
+    session_of,
+    settle,
+    unmask,
+)
 from atm_fl.runs.run import Run
 from server import boundary
 
@@ -21,18 +29,27 @@ from server import boundary
 class SecureExchange:
     """One round's messages beside the one that asks for the vectors; see atm_fl/privacy/secure_aggregation.py.
 
-    nodes: node id → client of the parties at the roll call. deadline: of the round, on the monotonic clock.
+    nodes: node id → client of the parties at the roll call. deadline: of the round, on the monotonic clock. excluded:
+    clients that take no part, with the reason.
     """
 
-    def __init__(self, run: Run, grid: Grid, nodes: Mapping[int, str], round_number: int, deadline: float) -> None:
+    def __init__(
+        self,
+        run: Run,
+        grid: Grid,
+        nodes: Mapping[int, str],
+        round_number: int,
+        deadline: float,
+        excluded: Mapping[str, str],
+    ) -> None:
         self._run, self._grid, self._round, self._deadline = run, grid, round_number, deadline
-        self._nodes = {client: node for node, client in nodes.items()}
+        self._nodes = {client: node for node, client in nodes.items() if client not in excluded}
         self._keys: dict[str, bytes] = {}
         self._sealed: dict[str, dict[str, bytes]] = {}
         """By sender: what it sealed, by recipient."""
         self.clients: list[str] = []
         """Those that mask their vectors for each other."""
-        self.failures: dict[str, str] = {}
+        self.failures = dict(excluded)
         """Clients that dropped out, with the reason."""
         self.seconds = 0.0
         """Spent here so far."""
@@ -82,7 +99,11 @@ class SecureExchange:
         ]
 
     def unmask(self, words: np.ndarray, summed: list[str]) -> str:
-        """Take the masks off the sum of `summed`, in place. Returns who did not help; RunError if too few did."""
+        """Take the masks off the sum of `summed`, in place. Returns who did not help.
+
+        RunError if too few did, UnjoinedShares if a client's secret does not come out of its shares; then nothing is
+        changed.
+        """
         settings, failures, self.failures = self._run.settings, self.failures, {}
         what: dict[str, dict[str, Any]] = {"summed": {"clients": summed}}
         signatures, revealed = {}, {}
@@ -100,6 +121,8 @@ class SecureExchange:
         begin, keys = time.perf_counter(), {client: self._keys[client] for client in self.clients}
         try:
             wrong = unmask(words, self._session, settings.party_names, settings.threshold, keys, summed, revealed)
+        except UnjoinedShares:
+            raise
         except RunError as error:
             raise RunError(
                 "; ".join([str(error), *(f"{client}: {reason}" for client, reason in silent.items())])
@@ -148,6 +171,8 @@ class SecureExchange:
             else:
                 del self.failures[client]
                 yield client, record
+            finally:
+                boundary.forget(reply)
         self.seconds += time.perf_counter() - begin
         for client in contents:
             if client in self.failures:

@@ -15,6 +15,7 @@ from atm_fl import codecs
 from atm_fl.errors import RunError
 from atm_fl.federation.client import evaluated_splits
 from atm_fl.federation.server_round import ServerRound
+from atm_fl.privacy.secure_aggregation import UnjoinedShares
 from atm_fl.runs.run import Run
 from server import boundary
 from server.grid import LOST, await_return
@@ -35,7 +36,8 @@ class AtmStrategy(Strategy):
     So is, once, one whose ClientApp or SuperNode died, if it is back within `node-timeout`: it answers with what it
     would have.
 
-    Under secure aggregation keys and shares are exchanged before, and the sum is unmasked when the vectors are in.
+    Under secure aggregation keys and shares are exchanged before, and the sum is unmasked when the vectors are in. If
+    it stays masked, since a client dealt shares that do not join, the round is done again without that client.
 
     nodes: node id → client (`Settings.party_names`), in the order of the setting `tasks`. One that has nothing to do in
     a round, neither to tune nor to evaluate, is sent nothing.
@@ -56,6 +58,8 @@ class AtmStrategy(Strategy):
         """Clients that asked for the whole base in this round."""
         self._exchange: SecureExchange | None = None
         """Of this round, under secure aggregation."""
+        self._excluded: dict[str, str] = {}
+        """Clients without which this round is done again, with the reason."""
 
     def summary(self) -> None:
         settings = self.run.settings
@@ -80,26 +84,62 @@ class AtmStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        current, failures, exchange = ServerRound(self.run), self._unheard(), self._exchange
+        current, failures = self._taken_in(replies, ServerRound(self.run))
+        seconds = 0.0
+        while self._exchange and (unjoined := self._unmasked(current)):
+            seconds += self._exchange.seconds
+            current, failures = self._repeated(current, self._excluded | unjoined)
+        costs = {"seconds_secure": seconds + self._exchange.seconds} if self._exchange else {}
+        current.close(failures, costs)
+        return self.arrays(), None
+
+    def _taken_in(self, replies: Iterable[Message], current: ServerRound) -> tuple[ServerRound, dict[str, str]]:
+        """The round with all vectors that belong in it, and who failed; RunError if the policy does not allow that."""
+        failures, exchange = self._unheard(), self._exchange
         failures |= exchange.failures if exchange else {}
         takers = self._takers(current.number)
         splits = evaluated_splits(self.run.settings, current.number - 1)
         for client, reply in self._successes(replies, failures):
             try:
                 update = boundary.update(reply, self.run.layout.size, client in takers, splits)
-                del reply
+                boundary.forget(reply)
                 current.add(client, update, self._bytes_down(client))
             except ValueError as error:
                 failures[client] = f"refused: {error}"
+            finally:
+                boundary.forget(reply)
         failures |= self._out_of_proportion(current)
         self._enforce(failures, takers, f"round {current.number}")
-        if exchange:
-            silent = exchange.unmask(current.vectors.words, current.vectors.clients)
-            if silent:
-                self._warn(f"round {current.number}: its sum was unmasked without {silent}")
-            current.check_sum()
-        current.close(failures, {"seconds_secure": exchange.seconds} if exchange else {})
-        return self.arrays(), None
+        return current, failures
+
+    def _unmasked(self, current: ServerRound) -> dict[str, str]:
+        """Take the masks off the round's sum. Returns whose shares do not join, with the reason: then it is masked."""
+        assert self._exchange
+        try:
+            silent = self._exchange.unmask(current.vectors.words, current.vectors.clients)
+        except UnjoinedShares as error:
+            return {client: f"refused: its shares do not join: {why}" for client, why in error.reasons.items()}
+        if silent:
+            self._warn(f"round {current.number}: its sum was unmasked without {silent}")
+        current.check_sum()
+        return {}
+
+    def _repeated(self, current: ServerRound, excluded: dict[str, str]) -> tuple[ServerRound, dict[str, str]]:
+        """Do the round again without the `excluded`, with fresh keys; what it measured is not recorded twice."""
+        when = f"round {current.number}"
+        self._enough(excluded, self._takers(current.number), when)
+        self._warn(f"{when} is given up, its sum still masked, and done again without {_told(excluded)}")
+        self._excluded, grid = excluded, self._sent[0]
+        self._deadline = time.monotonic() + self.run.settings.round_timeout
+        clients = self._exchanged(grid, current.number)
+        # They have the base: where steps travel, which one it is says enough.
+        arrays = self.arrays() if self.run.delta is None else _record({})
+        messages = self._messages(self._nodes_of(clients), arrays, "" if self.run.delta is None else self._digest)
+        replies = grid.send_and_receive(messages, timeout=max(0.0, self._deadline - time.monotonic()))
+        return self._taken_in(replies, ServerRound(self.run, recorded=current.recorded))
+
+    def _nodes_of(self, clients: Iterable[str]) -> list[int]:
+        return [node for node, client in self.nodes.items() if client in clients]
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -119,6 +159,8 @@ class AtmStrategy(Strategy):
                 accuracies[client] = found
             except boundary.Refused as error:
                 failures[client] = f"refused: {error}"
+            finally:
+                boundary.forget(reply)
         self._enforce(failures, self._due(), "the final evaluation")
         return _flower_metrics(accuracies)
 
@@ -126,14 +168,15 @@ class AtmStrategy(Strategy):
         before = "" if self.run.delta is None else self._digest
         self._digest, self._sent, self._asked = self.run.digest, (grid, kind, round_number), set()
         self._deadline = time.monotonic() + self.run.settings.round_timeout
-        due, self._exchange = self._due(), None
+        due, self._exchange, self._excluded = self._due(), None, {}
         if kind == "train" and self.run.settings.secure_aggregation:
             due = self._exchanged(grid, round_number)
-        return self._messages([node for node, client in self.nodes.items() if client in due], arrays, before)
+        return self._messages(self._nodes_of(due), arrays, before)
 
     def _exchanged(self, grid: Grid, round_number: int) -> list[str]:
         """Exchange keys and shares; the clients that are still there. RunError if they are too few."""
-        self._exchange = exchange = SecureExchange(self.run, grid, self.nodes, round_number, self._deadline)
+        exchange = SecureExchange(self.run, grid, self.nodes, round_number, self._deadline, self._excluded)
+        self._exchange = exchange
         absent = {client: reason for client, reason in self._unheard().items() if client not in self.nodes.values()}
         for step in (exchange.advertise, exchange.share, exchange.confirm):
             step()
@@ -178,6 +221,7 @@ class AtmStrategy(Strategy):
                 yield reply
             else:
                 asking.append(node)
+                boundary.forget(reply)
                 log(INFO, "%s asks for the whole base", self.nodes[node])
         asking += self._return_of(set(lost))
         for node in lost.keys() - asking:
@@ -222,6 +266,7 @@ class AtmStrategy(Strategy):
                 boundary.check_info(reply, {"task": self.run.settings.task_of[client], **expected})
             except boundary.Refused as error:
                 failures[client] = f"refused: {error}"
+                boundary.forget(reply)
             else:
                 del failures[client]
                 yield client, reply

@@ -171,7 +171,7 @@ def test_a_lifetime_ends_a_run_and_any_later_one(config: dict[str, Any], tmp_pat
     first = epsilon([Spent(12 / 36, 1.0, 3)], 1e-5)
     line = f"lifetime-epsilon = {1.01 * first}"
     grid, settings = grid_with(run, tmp_path, line)
-    with pytest.raises(RunError, match="round 2 would bring the ε of .* over this party's lifetime-epsilon="):
+    with pytest.raises(RunError, match="round 2 would bring its ε over all runs over this party's lifetime-epsilon="):
         serve(grid, settings)
     spent = [
         line["epsilon"]
@@ -180,7 +180,7 @@ def test_a_lifetime_ends_a_run_and_any_later_one(config: dict[str, Any], tmp_pat
     ]
     assert spent == pytest.approx([first])
     grid, settings = grid_with({**run, "seed": 1, "run-dir": run["run-dir"] + "-2"}, tmp_path, line)
-    with pytest.raises(RunError, match="round 1 would bring the ε of .* over this party's lifetime-epsilon="):
+    with pytest.raises(RunError, match="round 1 would bring its ε over all runs over this party's lifetime-epsilon="):
         serve(grid, settings)
 
 

@@ -73,7 +73,7 @@ def test_epochs_are_whole_or_one_part_of_m(config: dict[str, Any], epochs: float
 
 def test_an_epoch_in_more_parts_than_images_is_refused(config: dict[str, Any]) -> None:
     settings = Settings.parse({**config, "local-epochs": 0.01})
-    with pytest.raises(SettingError, match="local-epochs=0.01: red has only 36 images"):
+    with pytest.raises(SettingError, match="local-epochs=0.01: red has too few images for it"):
         Party(settings, settings.task_names[0])
 
 

@@ -136,7 +136,7 @@ def test_what_makes_no_vector_of_the_model_is_named(folder: Folder, config: dict
         ({"transforms": "doubled", **SECURE}, "transforms='doubled': not with secure-aggregation=true"),
         ({"transforms": "signs", "merge": "ties"}, "merge='ties': not with transforms='signs'"),
         ({"transforms": "signs", "fraction": 0.5}, "fraction=0.5: not with transforms='signs'"),
-        ({"transforms": "times:factor"}, "'factor' is not of the form name=value"),
+        ({"transforms": "times:factor"}, "'factor' is not of the form key=value"),
         ({"transforms": "factor=2"}, "transform 'factor=2' is unknown"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from typing import Any
 
 from atm_fl.codecs import size_of
@@ -19,8 +20,10 @@ from atm_fl.vectors.blocks import l2_norm
 class ServerRound:
     """The server's side of one round, without any transport: take in updates, then merge and move the base."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, recorded: Collection[str] = ()) -> None:
+        """recorded: clients whose lines of this round are in metrics.jsonl already, of a time that was given up."""
         self.run = run
+        self.recorded = set(recorded)
         self.number = run.rounds_done + 1
         self.vectors: Any = SecureSumAggregator(run) if run.settings.secure_aggregation else TaskVectorAggregator(run)
         self._begin = time.perf_counter()
@@ -42,13 +45,18 @@ class ServerRound:
         vector = self.vectors.decode(client, update.arrays)
         costs = {"seconds_decode": time.perf_counter() - begin}
         costs |= {"bytes_up": size_of(update.arrays), "bytes_down": bytes_down}
+        if client not in self.recorded:
+            self._record(client, update, costs)
+        self.vectors.add(client, vector, images)
+
+    def _record(self, client: str, update: Update, costs: dict[str, float]) -> None:
+        self.recorded.add(client)
         if update.evaluation:
             self.run.record("evaluation", self.number - 1, task=client, **update.evaluation)
         self.run.record("tuning", self.number, task=client, **update.tuning, **costs)
         budget, spent = self.run.settings.dp_epsilon, update.tuning.get("epsilon", 0.0)
         if budget and spent > budget:
             self.run.record("warning", self.number, text=f"{client}: its ε is {spent:.3f}, over dp-epsilon={budget:g}")
-        self.vectors.add(client, vector, images)
 
     def out_of_proportion(self) -> dict[str, str]:
         """The clients whose vectors are too long, with the figures; none if the vectors are added up unseen."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from atm_fl import tasks
-from atm_fl.errors import SettingError
+from atm_fl.errors import SettingError, with_figures
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Dataset, Split
@@ -21,7 +21,10 @@ def split_up(data: Dataset, settings: Settings, task: str, device: torch.device)
     if settings.split == "validation" and settings.holdout:
         splits["validation"], tuned_on = random_share(tuned_on, settings.holdout, "holdout", task)
     if settings.chunks_per_epoch > len(tuned_on):
-        raise SettingError(f"local-epochs={settings.local_epochs:g}: {task} has only {len(tuned_on)} images")
+        raise with_figures(
+            SettingError(f"local-epochs={settings.local_epochs:g}: {task} has too few images for it"),
+            f"{task} has {len(tuned_on)} images; a round takes one at least",
+        )
     return splits, tuned_on
 
 

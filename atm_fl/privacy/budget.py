@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from atm_fl import vectors
-from atm_fl.errors import RunError
+from atm_fl.errors import RunError, with_figures
 from atm_fl.privacy import ledger
 from atm_fl.privacy.accounting import Spent, calibrate, epsilon
 from atm_fl.privacy.dp_sgd import sampling_rate, steps_per_round
@@ -101,9 +101,12 @@ class Budget:
             after = ledger.read_run(file, run, self.client) + ([] if entry else [spent])
             total = epsilon(after, delta)
             if settings.dp_epsilon and total > settings.dp_epsilon and settings.dp_policy == "stop":
-                raise RunError(
-                    f"{self.task}: round {round_number} would bring its ε to {total:.3f}, over dp-epsilon="
-                    f"{settings.dp_epsilon:g}; end here, or set dp-policy=warn to go on ({self.ledger.path})"
+                raise with_figures(
+                    RunError(
+                        f"{self.task}: round {round_number} would bring its ε to {total:.3f}, over dp-epsilon="
+                        f"{settings.dp_epsilon:g}; end here, or set dp-policy=warn to go on"
+                    ),
+                    f"the ledger is {self.ledger.path}",
                 )
             if entry is None:
                 self._check_lifetime([*ledger.read_history(file, self.holding), spent], f"round {round_number}")
@@ -121,9 +124,12 @@ class Budget:
 
     def _check_lifetime(self, after: list[Spent], what: str) -> None:
         if self.lifetime and (total := epsilon(after, self.lifetime_delta)) > self.lifetime:
-            raise RunError(
-                f"{self.task}: {what} would bring the ε of {self.holding.source} over all runs to {total:.3f}, over "
-                f"this party's lifetime-epsilon={self.lifetime:g} at δ = {self.lifetime_delta:g} ({self.ledger.path})"
+            raise with_figures(
+                RunError(
+                    f"{self.task}: {what} would bring its ε over all runs over this party's lifetime-epsilon="
+                    f"{self.lifetime:g} at δ = {self.lifetime_delta:g}"
+                ),
+                f"the ε of {self.holding.source} would come to {total:.3f}; the ledger is {self.ledger.path}",
             )
 
 

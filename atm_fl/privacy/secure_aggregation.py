@@ -29,7 +29,9 @@ once, with one kind of share of each other, and t of both kinds would take 2t an
 
 A party whose keys or shares are bad is out by name and the round goes on: the server checks what it can see, and asks
 the parties whom they accept for the rest (`settle`). A wrong share among those that are
-revealed is found by the hash or the public key of what it is to join to, and left out.
+revealed is found by the hash or the public key of what it is to join to, and left out. Who dealt shares that open but
+do not join shows only then (`UnjoinedShares`): its mask stays on the sum, which is given up, and the round is done
+again without it, with fresh keys and seeds.
 """
 
 from __future__ import annotations
@@ -344,6 +346,15 @@ def settle(accepted: Mapping[str, Collection[str]], most: int) -> dict[str, str]
     return out
 
 
+class UnjoinedShares(RunError):
+    """A sum stays masked, since the shares of some parties' secrets do not join; reasons: of each of these, why."""
+
+    def __init__(self, session: str, reasons: dict[str, str]) -> None:
+        told = "; ".join(f"the shares of {name}'s secret do not join: {why}" for name, why in reasons.items())
+        super().__init__(f"secure aggregation of {session}: {told}")
+        self.reasons = reasons
+
+
 def unmask(
     total: np.ndarray,
     session: str,
@@ -355,8 +366,9 @@ def unmask(
 ) -> set[str]:
     """Take the masks off a sum of masked words [n], in place. Returns the holders that revealed a wrong share.
 
-    keys: what U₂ published; summed: U₃; revealed: by holder, what `Member.reveal` returned. RunError, naming whose
-    shares do not join, if fewer than `threshold` answered or too few of them rightly; nothing is changed then.
+    keys: what U₂ published; summed: U₃; revealed: by holder, what `Member.reveal` returned. RunError if fewer than
+    `threshold` answered; UnjoinedShares, naming all dealers whose shares do not join, if too few are right. Nothing is
+    changed then.
     """
     if len(revealed) < threshold:
         raise RunError(
@@ -381,6 +393,7 @@ def _left_over(
 ) -> Iterator[tuple[bytes, int]]:
     """(seed, sign) of every mask that is in the sum of `summed` and does not cancel; `wrong` gets bad holders."""
     numbers = {holder: parties.index(holder) + 1 for holder in revealed}
+    unjoined: dict[str, str] = {}
     for name, published in keys.items():
 
         def right(secret: bytes, published: bytes = published, there: bool = name in summed) -> bool:
@@ -391,8 +404,8 @@ def _left_over(
         try:
             secret, bad = shamir.join_right(shares, threshold, right, {numbers[holder] for holder in wrong})
         except ValueError as error:
-            told = f"the shares of {name}'s secret do not join: {error}. {name} dealt, or too many revealed, wrong ones"
-            raise RunError(f"secure aggregation of {session}: {told}") from error
+            unjoined[name] = f"{error}. {name} dealt, or too many revealed, wrong ones"
+            continue
         wrong |= {holder for holder, number in numbers.items() if number in bad}
         if name in summed:
             yield secret, 1
@@ -400,3 +413,5 @@ def _left_over(
         key = X25519PrivateKey.from_private_bytes(secret)
         for other in summed:
             yield _pair_seed(key, keys[other][:KEY_BYTES], session, name, other), _sign(other, name)
+    if unjoined:
+        raise UnjoinedShares(session, unjoined)

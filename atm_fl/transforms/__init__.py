@@ -137,9 +137,6 @@ def make_transforms(text: str) -> list[Transform]:
             chosen[name] = [first] if first else []
     made = []
     for name, items in chosen.items():
-        try:
-            choice = read_choice("transform", f"{name}:{','.join(items)}" if items else name, TRANSFORMS)
-        except SettingError as error:
-            raise SettingError(f"transforms={text!r}: {error}") from None
+        choice = read_choice("transforms", f"{name}:{','.join(items)}" if items else name, TRANSFORMS)
         made.append(TRANSFORMS[name](**choice.values))
     return made

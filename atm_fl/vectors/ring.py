@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atm_fl.errors import with_figures
 from atm_fl.vectors.blocks import parts
 from atm_fl.vectors.finite import check_finite
 
@@ -45,8 +46,9 @@ class Ring:
             block = vector[part].double()
             largest = max(map(abs, map(float, block.aminmax())))
             if largest > self.reach:
-                raise ValueError(
-                    f"an element of magnitude {largest:.4g}, beyond secure-range={self.reach:g} (raise it)"
+                raise with_figures(
+                    ValueError(f"an element beyond secure-range={self.reach:g} (raise it)"),
+                    f"one of magnitude {largest:.4g}",
                 )
             words[part] = block.div_(self.step).round_().clamp_(-self.levels, self.levels)
         return words.numpy().view(np.uint32).astype(WORD, copy=False)
