@@ -14,8 +14,9 @@ from flwr.common.logger import FLOWER_LOGGER, log
 from flwr.serverapp import Grid, ServerApp
 
 from atm_fl.errors import RunError, printable
+from atm_fl.runs.directory import told_if_full
 from atm_fl.runs.report import write_report
-from atm_fl.runs.run import Run, told_if_full
+from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
 from server import boundary
 from server.grid import LOST, StreamingGrid, await_return

@@ -46,7 +46,7 @@ class AtmStrategy(Strategy):
     def __init__(self, run: Run, nodes: dict[int, str]) -> None:
         self.run = run
         self.nodes = nodes
-        self._digest = "" if run.delta is None else run.digest
+        self._digest = "" if run.downlink.delta is None else run.digest
         """Of the base that was sent last."""
         self._sent: tuple[Grid, str, int]
         """Where, as which kind of message and in which round."""
@@ -73,7 +73,7 @@ class AtmStrategy(Strategy):
 
     def arrays(self) -> ArrayRecord:
         """What travels so that clients know the current base: the base itself or the step to it."""
-        delta = self.run.delta
+        delta = self.run.downlink.delta
         return _record(WHOLE.encode(self.run.base, self.run.layout) if delta is None else delta)
 
     def configure_train(
@@ -165,7 +165,7 @@ class AtmStrategy(Strategy):
         return _flower_metrics(accuracies)
 
     def _broadcast(self, grid: Grid, arrays: ArrayRecord, kind: str, round_number: int) -> list[Message]:
-        before = "" if self.run.delta is None else self._digest
+        before = "" if self.run.downlink.delta is None else self._digest
         self._digest, self._sent, self._asked = self.run.digest, (grid, kind, round_number), set()
         self._deadline = time.monotonic() + self.run.settings.round_timeout
         due, self._exchange, self._excluded = self._due(), None, {}

@@ -26,8 +26,9 @@ from atm_fl.errors import RunError, SettingError, printable
 from atm_fl.federation.bounds import too_long
 from atm_fl.federation.loop import run_loop
 from atm_fl.runs.checkpoints import checkpoints
+from atm_fl.runs.directory import told_if_full
 from atm_fl.runs.metrics import read_metrics
-from atm_fl.runs.run import Run, told_if_full
+from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
 from atm_fl.settings.rules import fewest_tasks
 from atm_fl.vectors.npy import read_array, read_arrays

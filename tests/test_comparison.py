@@ -11,7 +11,7 @@ from test_cli import call
 from test_report import evaluation, merge, tuning, whole_run, write_run
 
 from atm_fl.errors import RunError
-from atm_fl.runs import run as runs
+from atm_fl.runs import directory
 from atm_fl.runs.comparison import Summary, list_runs, names_of, write_comparison
 
 
@@ -41,10 +41,10 @@ def test_a_folder_s_runs_are_listed_with_what_they_reached_and_cost(tmp_path: Pa
 
 def test_a_run_that_a_process_holds_is_running(tmp_path: Path) -> None:
     write_run(tmp_path, whole_run()[:8])
-    with closing(runs.lock(tmp_path)):
+    with closing(directory.lock(tmp_path)):
         assert Summary.of(tmp_path).state == "running"
     assert Summary.of(tmp_path).state == "unfinished"
-    with closing(runs.lock(tmp_path)):  # to look does not take the directory from anyone
+    with closing(directory.lock(tmp_path)):  # to look does not take the directory from anyone
         pass
 
 

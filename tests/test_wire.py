@@ -89,7 +89,7 @@ def test_bytes_both_ways_are_those_of_the_arrays(config: dict[str, Any], up: str
 
 def test_fp32_sends_the_whole_base_and_keeps_nothing_on_disk(settings: Settings) -> None:
     run = in_process(settings)
-    assert run.delta is None
+    assert run.downlink.delta is None
     assert {line["bytes_down"] for line in lines(run, "tuning")} == {4 * run.layout.size}
     assert not (tasks.cache_dir() / "runs" / run.id).exists()
 
@@ -310,14 +310,14 @@ def test_the_base_moves_by_what_clients_decode_and_the_residual_is_in_the_checkp
     whole = run_loop(Settings.parse({**config, "rounds": 1, "run-dir": config["run-dir"] + "-whole"}))
     run = run_loop(Settings.parse({**config, "rounds": 1, "codec-down": SPARSE}))
     start = Run(Settings.parse({**config, "run-dir": config["run-dir"] + "-start"})).base
-    assert run.delta is not None
-    assert run.residual is not None
-    decoded = make_codec(SPARSE).decode(run.delta, run.layout)
+    assert run.downlink.delta is not None
+    assert run.downlink.residual is not None
+    decoded = make_codec(SPARSE).decode(run.downlink.delta, run.layout)
     assert torch.equal(run.base, start + decoded)
-    torch.testing.assert_close(run.base + run.residual, whole.base, rtol=0, atol=1e-6)
+    torch.testing.assert_close(run.base + run.downlink.residual, whole.base, rtol=0, atol=1e-6)
     _, base, state = load_checkpoint(run.directory, run.layout, print)
     assert torch.equal(base, run.base)
-    assert torch.equal(state["residual"], run.residual)
+    assert torch.equal(state["residual"], run.downlink.residual)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -65,8 +65,8 @@ def run(
     ca: Authority = Path("/etc/atm-fl/ca.crt"),
 ) -> None:
     """Run a configuration to its end and print its table. The exit status is 0 only if the run completed."""
+    from atm_fl.runs.directory import check_run_dir, swept_if_failed, told_if_full
     from atm_fl.runs.progress import progress
-    from atm_fl.runs.run import check_run_dir, swept_if_failed, told_if_full
     from atm_fl.settings import OF_DEPLOYMENT
 
     settings = read_config(config, override or [], OF_DEPLOYMENT if runtime is Runtime.DEPLOYMENT else {})

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from atm_fl.federation.client import Party, Update
 from atm_fl.federation.server_round import ServerRound
+from atm_fl.runs.directory import told_if_full
 from atm_fl.runs.report import write_report
-from atm_fl.runs.run import Run, told_if_full
+from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
 
 

@@ -80,3 +80,8 @@ def load_checkpoint(
             return int(about["rounds"]), found.pop("base"), {k.removeprefix(STATE): v for k, v in found.items()}
         warn(f"{path} is damaged (its digest does not match); going back to the checkpoint before it")
     raise RunError(f"{directory} holds no whole checkpoint")
+
+
+def rounds_of(checkpoint: Path) -> int:
+    """The rounds after which a checkpoint was written, by its name."""
+    return int(checkpoint.stem.removeprefix("round-"))

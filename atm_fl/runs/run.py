@@ -10,36 +10,31 @@ report.html       written when the run ends
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import platform
 import secrets
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from atm_fl import vectors
-from atm_fl.codecs import Arrays, Codec, size_of
-from atm_fl.errors import RunError, SettingError
+from atm_fl.codecs import size_of
+from atm_fl.errors import RunError
 from atm_fl.files import atomic_write
 from atm_fl.merging.scaling import check_layer_scaling
 from atm_fl.models import load_backbone
 from atm_fl.models.trainable import set_trainable
-from atm_fl.runs.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from atm_fl.runs.checkpoints import checkpoints, load_checkpoint, rounds_of, save_checkpoint
+from atm_fl.runs.directory import check_run_dir, lock
+from atm_fl.runs.downlink import Downlink
 from atm_fl.runs.metrics import read_metrics
-from atm_fl.seeds import derive_seed
-from atm_fl.settings import Settings, defaults, stored
+from atm_fl.settings import Settings
 from atm_fl.sinks import SINKS
 from atm_fl.vectors.finite import is_finite
 
@@ -61,11 +56,7 @@ class Run:
         self.base = self.layout.flatten(backbone)
         """The current base model, float32 [n]."""
         self.rounds_done = 0
-        self.delta: Arrays | None = {} if settings.downlink and settings.start == "pretrained" else None
-        """The base's last step as it travels; empty at the start and after a resume, where clients have the base. None
-        if the whole base travels: always with codec-down=fp32, and first from another start than the pretrained."""
-        self.residual: Tensor | None = None
-        """What the encoding of that step lost, float32 [n], if `codec-down` has error feedback."""
+        self.downlink = Downlink(settings, self.layout)
         self.optimizer = settings.make_server_optimizer()
         check_layer_scaling(settings.layer_scalings, self.layout)
         self._begin = time.time()
@@ -74,7 +65,7 @@ class Run:
         if settings.resume:
             found = load_checkpoint(self.directory, self.layout, warnings.append, settings.resume_from)
             self.rounds_done, self.base, state = found
-            self.residual = state.pop("residual", None)
+            self.downlink.residual = state.pop("residual", None)
             self.optimizer.state = state
         elif settings.start != "pretrained":
             _, self.base, _ = load_checkpoint(Path(settings.start), self.layout, warnings.append)
@@ -121,22 +112,18 @@ class Run:
     def advance(self, merged: Tensor) -> None:
         """End a round: base ← base + what the server optimizer makes of `merged`, float32 [n], which may be changed.
 
-        Where steps travel, the base moves by what the clients will decode, so that theirs and ours stay bit-equal. All
-        is written to disk before anything else happens. RunError if a value is not finite; the checkpoint before it
-        stays.
+        Where steps travel, the base moves by what the clients will decode (`Downlink`). All is written to disk before
+        anything else happens. RunError if a value is not finite; the checkpoint before it stays.
         """
         step = self.optimizer.step(merged, self.rounds_done + 1)
         if not is_finite(step):
             raise RunError(
                 f"round {self.rounds_done + 1}: the step is not finite; try a lower learning-rate or scaling"
             )
-        if self.settings.downlink:
-            self._send(step, self.settings.downlink)
-        else:
-            self.base.add_(step)
+        self.downlink.move(self.base, step, self.rounds_done + 1)
         self.digest = vectors.digest(self.base)
         self.rounds_done += 1
-        state = self.optimizer.state | ({} if self.residual is None else {"residual": self.residual})
+        state = self.optimizer.state | ({} if self.downlink.residual is None else {"residual": self.downlink.residual})
         kept = self.settings.keep_checkpoints
         save_checkpoint(
             self.directory, self.rounds_done, self.base, self.layout, state, kept, self.digest, self._good()
@@ -152,25 +139,10 @@ class Run:
         best = max(scores, key=lambda number: (scores[number], number), default=0)
         return known.get(best)
 
-    def _send(self, step: Tensor, codec: Codec) -> None:
-        """Make `step`, which may be changed, the `delta`, and move the base by what that decodes to."""
-        if self.residual is not None:
-            step.add_(self.residual)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self.settings.threads)  # sums in another order give other bits
-        self.delta = codec.encode(step, self.layout, derive_seed(self.settings.seed, "codec", self.rounds_done + 1))
-        torch.set_num_threads(threads)
-        if codec.error_feedback:
-            decoded = codec.decode(self.delta, self.layout)
-            self.base.add_(decoded)
-            self.residual = step.sub_(decoded)
-        else:
-            codec.add(self.delta, self.layout, self.base)
-
     @property
     def bytes_down(self) -> int:
         """Bytes of what a client is sent to know the current base."""
-        return self.base.nbytes if self.delta is None else size_of(self.delta)
+        return self.base.nbytes if self.downlink.delta is None else size_of(self.downlink.delta)
 
     def close(self) -> None:
         """Close the sinks and let others have the directory."""
@@ -235,114 +207,6 @@ class Run:
 
 
 SET_ASIDE = "set-aside"
-
-
-def check_run_dir(settings: Settings) -> None:
-    """SettingError if `run-dir` holds a run and `resume` is false, holds one of another configuration, or has no
-    checkpoint to resume from. A directory without a checkpoint holds nothing worth keeping and may be used again."""
-    directory, start = Path(settings.run_dir), settings.start
-    make_run_dir(directory)
-    if start != "pretrained" and not checkpoints(Path(start)):
-        raise SettingError(f"start={start!r} is neither 'pretrained' nor the directory of a run with a checkpoint")
-    if not checkpoints(directory):
-        if settings.resume:
-            raise SettingError(f"resume=true, but run-dir={str(directory)!r} holds no checkpoint")
-        return
-    if settings.resume_from:
-        there = [rounds_of(path) for path in checkpoints(directory)]
-        if settings.resume_from not in there:
-            raise SettingError(
-                f"resume-from={settings.resume_from}: run-dir={str(directory)!r} has no checkpoint after so many "
-                f"rounds; there are {', '.join(map(str, there))}"
-            )
-    config = directory / "config.json"
-    if not config.exists():
-        raise SettingError(f"run-dir={str(directory)!r} holds checkpoints but no config.json; choose another run-dir")
-    known = json.loads(config.read_text())
-    theirs, ours = (defaults() | decisive for decisive in (stored(known["settings"]), settings.decisive()))
-    other = next((key for key in ours if theirs[key] != ours[key]), None)
-    if other:
-        raise SettingError(
-            f"run-dir={str(directory)!r} holds a run with {other}={theirs.get(other)!r}, not {ours[other]!r}; choose "
-            "another run-dir"
-        )
-    before, now = known.get("plugins", {}), settings.plugins()
-    changed = next((thing for thing in {**before, **now} if before.get(thing) != now.get(thing)), None)
-    if changed:
-        raise SettingError(
-            f"run-dir={str(directory)!r} holds a run whose {changed} was {before.get(changed, 'no plugin')}, not "
-            f"{now.get(changed, 'no plugin')}; bring back that file, or choose another run-dir"
-        )
-    if not settings.resume:
-        raise SettingError(
-            f"run-dir={str(directory)!r} holds a run already; go on from it with -c resume=true, choose another "
-            "run-dir, or delete it"
-        )
-
-
-def make_run_dir(directory: Path) -> None:
-    """SettingError if `directory` is a file, or can't be made or written to."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with open(directory / "lock", "a"):
-            pass
-    except FileExistsError:
-        raise SettingError(f"run-dir={str(directory)!r} is a file; choose a directory") from None
-    except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) in FULL:
-            raise
-        told = getattr(error, "strerror", None) or str(error)
-        raise SettingError(
-            f"run-dir={str(directory)!r} can't be made or written to ({told}); choose another directory"
-        ) from None
-
-
-@contextmanager
-def swept_if_failed(directory: Path) -> Iterator[None]:
-    """If the body fails before anything was measured, remove the run's directory, unless it was there before.
-
-    A log of Flower's that the error names stays.
-    """
-    made = not directory.exists()
-    try:
-        yield
-    except BaseException as error:
-        log, metrics = directory / "flower.log", directory / "metrics.jsonl"
-        empty = not checkpoints(directory) and not (metrics.exists() and metrics.stat().st_size)
-        if made and empty and str(log) not in str(error):
-            shutil.rmtree(directory, ignore_errors=True)
-        raise
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def rounds_of(checkpoint: Path) -> int:
-    """The rounds after which a checkpoint was written, by its name."""
-    return int(checkpoint.stem.removeprefix("round-"))
-
-
-def lock(directory: Path) -> Any:
-    """Hold a run's directory until the returned file is closed or the process ends. RunError if it is held already."""
-    file = open(directory / "lock", "w")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise RunError(f"run-dir={str(directory)!r} is in use by another process; wait for it or end it") from None
-    return file
-
-
-@contextmanager
-def told_if_full(directory: Path) -> Iterator[None]:
-    """Make a RunError, in one line, of what a full disk raises: the checkpoint before it is whole and stays."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) not in FULL and "os error 28" not in str(error):
-            raise
-        remedy = "go on with resume=true" if checkpoints(directory) else "start it again: no round was finished"
-        raise RunError(f"the disk of run-dir={str(directory)!r} is full; make room and {remedy}") from error
 
 
 def processor() -> str:

@@ -1,0 +1,120 @@
+"""Whether a run may have its directory, and what becomes of it when the run fails."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from atm_fl.errors import RunError, SettingError
+from atm_fl.runs.checkpoints import checkpoints, rounds_of
+from atm_fl.settings import Settings, defaults, stored
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def check_run_dir(settings: Settings) -> None:
+    """SettingError if `run-dir` holds a run and `resume` is false, holds one of another configuration, or has no
+    checkpoint to resume from. A directory without a checkpoint holds nothing worth keeping and may be used again."""
+    directory, start = Path(settings.run_dir), settings.start
+    make_run_dir(directory)
+    if start != "pretrained" and not checkpoints(Path(start)):
+        raise SettingError(f"start={start!r} is neither 'pretrained' nor the directory of a run with a checkpoint")
+    if not checkpoints(directory):
+        if settings.resume:
+            raise SettingError(f"resume=true, but run-dir={str(directory)!r} holds no checkpoint")
+        return
+    if settings.resume_from:
+        there = [rounds_of(path) for path in checkpoints(directory)]
+        if settings.resume_from not in there:
+            raise SettingError(
+                f"resume-from={settings.resume_from}: run-dir={str(directory)!r} has no checkpoint after so many "
+                f"rounds; there are {', '.join(map(str, there))}"
+            )
+    config = directory / "config.json"
+    if not config.exists():
+        raise SettingError(f"run-dir={str(directory)!r} holds checkpoints but no config.json; choose another run-dir")
+    known = json.loads(config.read_text())
+    theirs, ours = (defaults() | decisive for decisive in (stored(known["settings"]), settings.decisive()))
+    other = next((key for key in ours if theirs[key] != ours[key]), None)
+    if other:
+        raise SettingError(
+            f"run-dir={str(directory)!r} holds a run with {other}={theirs.get(other)!r}, not {ours[other]!r}; choose "
+            "another run-dir"
+        )
+    before, now = known.get("plugins", {}), settings.plugins()
+    changed = next((thing for thing in {**before, **now} if before.get(thing) != now.get(thing)), None)
+    if changed:
+        raise SettingError(
+            f"run-dir={str(directory)!r} holds a run whose {changed} was {before.get(changed, 'no plugin')}, not "
+            f"{now.get(changed, 'no plugin')}; bring back that file, or choose another run-dir"
+        )
+    if not settings.resume:
+        raise SettingError(
+            f"run-dir={str(directory)!r} holds a run already; go on from it with -c resume=true, choose another "
+            "run-dir, or delete it"
+        )
+
+
+def make_run_dir(directory: Path) -> None:
+    """SettingError if `directory` is a file, or can't be made or written to."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(directory / "lock", "a"):
+            pass
+    except FileExistsError:
+        raise SettingError(f"run-dir={str(directory)!r} is a file; choose a directory") from None
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in FULL:
+            raise
+        told = getattr(error, "strerror", None) or str(error)
+        raise SettingError(
+            f"run-dir={str(directory)!r} can't be made or written to ({told}); choose another directory"
+        ) from None
+
+
+@contextmanager
+def swept_if_failed(directory: Path) -> Iterator[None]:
+    """If the body fails before anything was measured, remove the run's directory, unless it was there before.
+
+    A log of Flower's that the error names stays.
+    """
+    made = not directory.exists()
+    try:
+        yield
+    except BaseException as error:
+        log, metrics = directory / "flower.log", directory / "metrics.jsonl"
+        empty = not checkpoints(directory) and not (metrics.exists() and metrics.stat().st_size)
+        if made and empty and str(log) not in str(error):
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def lock(directory: Path) -> Any:
+    """Hold a run's directory until the returned file is closed or the process ends. RunError if it is held already."""
+    file = open(directory / "lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RunError(f"run-dir={str(directory)!r} is in use by another process; wait for it or end it") from None
+    return file
+
+
+@contextmanager
+def told_if_full(directory: Path) -> Iterator[None]:
+    """Make a RunError, in one line, of what a full disk raises: the checkpoint before it is whole and stays."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) not in FULL and "os error 28" not in str(error):
+            raise
+        remedy = "go on with resume=true" if checkpoints(directory) else "start it again: no round was finished"
+        raise RunError(f"the disk of run-dir={str(directory)!r} is full; make room and {remedy}") from error
