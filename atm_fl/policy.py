@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from atm_fl.errors import RunError, SettingError, did_you_mean
 from atm_fl.settings import Settings, kebab
+from atm_fl.tables import markdown
 
 TELL = ("validation", "test", "loss", "norm", "alignment", "counts")
 """What a party may tell beside its vector: accuracies, the training loss, its vector's norm and alignment, numbers of
@@ -318,8 +319,8 @@ def _toml(value: Any) -> str:
 
 def table() -> str:
     """The Markdown table of docs/privacy.md: what a run's settings decide, and what the party's policy does."""
-    lines = ["| rule of the party | bounds the run's | meaning |", "|---|---|---|"]
+    rows = []
     for item in fields(Policy):
         bounded = ", ".join(f"`{name.strip()}`" for name in item.metadata["settings"].split(",") if name.strip())
-        lines.append(f"| `{kebab(item.name)}` | {bounded or '–'} | {item.metadata['meaning']} |")
-    return "\n".join(lines)
+        rows.append((f"`{kebab(item.name)}`", bounded or "–", item.metadata["meaning"]))
+    return markdown(("rule of the party", "bounds the run's", "meaning"), rows)

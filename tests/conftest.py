@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from atm_fl import models
+from atm_fl import models, tasks
 from atm_fl.settings import Settings
+from atm_fl.tasks import Source
 
 
 @models.backbone("tiny")
@@ -82,3 +83,18 @@ def clip(tmp_path: Path) -> str:
 @pytest.fixture
 def settings(config: dict[str, Any]) -> Settings:
     return Settings.parse(config)
+
+
+@pytest.fixture
+def noise() -> Iterator[str]:
+    """An embedded task of noise with meaningless labels: what is right on it can only have been learnt by heart."""
+
+    def build() -> Source:
+        random = np.random.default_rng(0)
+        return Source(
+            random.integers(0, 256, (340, 32, 32, 3), dtype=np.uint8), random.integers(0, 3, 340), list("abc")
+        )
+
+    tasks.add(tasks.Embedded("noise", "CC0", "a test", build))
+    yield "noise"
+    tasks._registry.pop("noise")

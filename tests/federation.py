@@ -1,4 +1,4 @@
-"""A real federation on loopback for the drills: a SuperLink with TLS, authentication and a database, and SuperNodes.
+"""What tests of whole runs share, and a real federation on loopback: a SuperLink with TLS and SuperNodes.
 
 All are Flower's own programs as containers run them, started by our launchers; nothing is simulated. A drill kills,
 stops or slows them down, and looks at the run's directory and at what they logged.
@@ -20,12 +20,22 @@ from threading import Event, Thread
 from typing import Any
 
 import psutil
+import pytest
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from safetensors.torch import load_file
 
+from atm_fl import cli
 from atm_fl.deployment.federation import lay_out
 from atm_fl.errors import RunError
 from atm_fl.runs.checkpoints import checkpoints
+from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
+from clients.app import app as client_app
+from server.app import serve
 from server.deployment import register
+from server.grid import InProcessGrid
 from server.simulation import QUIET, plain
 
 ROOT = Path(__file__).parents[1]
@@ -280,3 +290,46 @@ def wait(condition: Callable[[], object], what: str, seconds: float = 600) -> No
         if time.monotonic() > deadline:
             raise RunError(f"{what} did not come within {seconds:g} s")
         time.sleep(0.1)
+
+
+def final(run_dir: str | Path) -> dict[str, torch.Tensor]:
+    """The newest checkpoint of a run."""
+    loaded = load_file(str(sorted(Path(run_dir).glob("checkpoint/*.safetensors"))[-1]))
+    return {name: tensor.clone() for name, tensor in loaded.items()}  # the loaded ones are views of the file
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def in_process(settings: Settings, app: ClientApp = client_app) -> Run:
+    return serve(InProcessGrid(app, len(settings.task_names), settings.as_config()), settings)
+
+
+def tampered(change: Callable[[Message, Message], Message], task: str, kind: str = "train") -> ClientApp:
+    """The real ClientApp, with the replies of one task's client changed by `change(message, reply)`."""
+
+    class Tampered(ClientApp):
+        def __call__(self, message: Message, context: Context) -> Message:
+            reply = client_app(message, context)
+            partition = int(context.node_config["partition-id"])
+            held = Settings.parse(context.run_config).task_names[partition]
+            return change(message, reply) if held.endswith(task) and message.metadata.message_type == kind else reply
+
+    return Tampered()
+
+
+def replace_info(key: str, value: str) -> Callable[[Message, Message], Message]:
+    def change(message: Message, reply: Message) -> Message:
+        reply.content.config_records["info"][key] = value
+        return reply
+
+    return change
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit status of `atm-fl` with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["atm-fl", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)

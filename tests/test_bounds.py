@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from federation import final, in_process, same
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from hypothesis import HealthCheck, given, seed
 from hypothesis import settings as tries
 from hypothesis import strategies as st
-from test_runs import final, in_process, same
 
 from atm_fl import vectors
 from atm_fl.errors import RunError, SettingError

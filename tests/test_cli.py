@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
+from federation import call
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from atm_fl import cli
 from atm_fl import tasks as registry
 from atm_fl.cli import terminal
 from atm_fl.errors import RunError, SettingError
@@ -27,14 +27,6 @@ from atm_fl.runs.progress import _print_rounds
 from atm_fl.settings import Settings, defaults
 
 ROOT = Path(__file__).parents[1]
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit status of `atm-fl` with these arguments."""
-    monkeypatch.setattr(sys, "argv", ["atm-fl", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return int(end.value.code or 0)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from federation import final, in_process, same
 from scipy.stats import norm
-from test_runs import final, in_process, same
 from torch import Tensor
 
 from atm_fl.errors import SettingError

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from test_cli import call
+from federation import call
 from test_report import evaluation, merge, tuning, whole_run, write_run
 
 from atm_fl.errors import RunError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from atm_fl.attacks.membership import Curve, MembershipLeak, confidences, lira, 
 from atm_fl.errors import SettingError
 from atm_fl.federation.loop import run_loop
 from atm_fl.settings import Settings
-from atm_fl.tasks import Source, Split
+from atm_fl.tasks import Split
 
 
 def log_density(value: float, mean: float, deviation: float) -> float:
@@ -112,21 +111,6 @@ def test_measures_are_those_of_a_count() -> None:
 
 
 @pytest.fixture
-def noise() -> Iterator[str]:
-    """An embedded task of noise with meaningless labels: what is right on it can only have been learnt by heart."""
-
-    def build() -> Source:
-        random = np.random.default_rng(0)
-        return Source(
-            random.integers(0, 256, (340, 32, 32, 3), dtype=np.uint8), random.integers(0, 3, 340), list("abc")
-        )
-
-    tasks.add(tasks.Embedded("noise", "CC0", "a test", build))
-    yield "noise"
-    tasks._registry.pop("noise")
-
-
-@pytest.fixture
 def run(config: dict[str, Any], noise: str) -> dict[str, Any]:
     """A run of the noise and one other task that learns by heart."""
     config |= {"tasks": f"{noise},{config['tasks'].split(',')[0]}", "rounds": 2, "local-epochs": 20, "scaling": 2.0}
@@ -152,7 +136,7 @@ def test_what_was_learnt_by_heart_is_found_and_the_study_resumes(run: dict[str, 
     again = membership.study(settings, "noise", folder, members=80, count=4, say=said.append)
     assert said[4:] == ["run 3 of 4"]
     assert again["rows"] == result["rows"]
-    with pytest.raises(SettingError, match="holds a study of other settings"):
+    with pytest.raises(SettingError, match="holds results of another configuration; choose another --folder"):
         membership.study(Settings.parse({**run, "local-epochs": 1}), "noise", folder, members=80, count=4)
 
 

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_folder
+from federation import final, same
 from safetensors.torch import load_file
-from test_membership import noise  # noqa: F401 (a fixture)
-from test_runs import final, same
 
 from atm_fl import vectors
 from atm_fl.attacks import membership, poisoning
@@ -98,7 +97,7 @@ def run_bases(settings: Settings, folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def run(config: dict[str, Any], folders: list[str], noise: str) -> dict[str, Any]:  # noqa: F811
+def run(config: dict[str, Any], folders: list[str], noise: str) -> dict[str, Any]:
     """Two rounds of the noise and two other tasks."""
     config |= {"tasks": f"{noise},{folders[0]},{folders[1]}", "rounds": 2, "batch-size": 20, "validate-every": 9}
     return config | {"keep-checkpoints": 0}

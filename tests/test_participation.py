@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_folder
+from federation import final, in_process, same, tampered
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
-from test_runs import final, in_process, same, tampered
 
 from atm_fl.errors import RunError, SettingError
 from atm_fl.federation.aggregation import mean

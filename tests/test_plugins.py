@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cli import call
+from federation import call
 
 from atm_fl import plugins
 from atm_fl.attacks import poisoning

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_folder
+from federation import final, same
 from scipy.stats import norm
-from test_runs import final, same
 
 from atm_fl import tasks
 from atm_fl.attacks import poisoning

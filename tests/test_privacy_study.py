@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_membership import noise  # noqa: F401 (a fixture)
 from typer.testing import CliRunner
 
 from atm_fl.cli import terminal
@@ -47,7 +46,7 @@ ROWS = """
 
 
 @pytest.fixture
-def file(config: dict[str, Any], noise: str, tmp_path: Path) -> Path:  # noqa: F811
+def file(config: dict[str, Any], noise: str, tmp_path: Path) -> Path:
     red = config["tasks"].split(",")[0]
     config |= {"tasks": f"{noise},{config['tasks']}"}
     for key in ("rounds", "run-dir"):
@@ -97,7 +96,7 @@ def test_a_study_measures_every_row_and_resumes(file: Path) -> None:
     file.write_text(file.read_text().replace("members = 60", "members = 50"))
     other = read_study(file, privacy)
     assert all(line.members is None for line in privacy.lines(other))  # not those of sixty
-    with pytest.raises(SettingError, match="holds what was measured with other values"):
+    with pytest.raises(SettingError, match="holds results of another configuration; delete it"):
         run(other)
 
 

@@ -6,8 +6,8 @@ import inspect
 import json
 import pickle
 import shutil
-import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -328,11 +328,7 @@ def test_a_study_makes_a_table_and_pictures_and_resumes(
     assert "data:image/png" in text
 
     monkeypatch.setattr(reconstruction, "attacked", lambda _: pytest.fail("done again"))
-    monkeypatch.setattr(
-        sys.modules["atm_fl.cli.attack"],
-        "run_study",
-        lambda found, kind, _: [kind.run_unit(unit) for unit in found.units],
-    )
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", lambda *_, **named: ThreadPoolExecutor(1))
     shown = CliRunner().invoke(terminal.app, ["attack", "reconstruct", str(file)])
     assert shown.exit_code == 0
     assert lines[0] in shown.output

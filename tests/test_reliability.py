@@ -16,12 +16,11 @@ from typing import Any, ClassVar
 import httpx
 import pytest
 from conftest import make_folder
-from federation import Cable, Federation, wait
+from federation import Cable, Federation, final, in_process, same, wait
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
-from test_runs import final, in_process, same
 
 from atm_fl.deployment.keys import make_authority, make_key_pair
 from atm_fl.errors import RunError

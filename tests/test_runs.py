@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message
-from flwr.clientapp import ClientApp
-from safetensors.torch import load_file
+from federation import final, in_process, replace_info, same, tampered
+from flwr.app import Array, ArrayRecord, Message
 
 from atm_fl.errors import RunError, SettingError
 from atm_fl.federation.loop import run_loop
@@ -25,33 +24,6 @@ from atm_fl.settings import Settings
 from clients.app import app as client_app
 from server.app import serve
 from server.grid import InProcessGrid
-
-
-def final(run_dir: str | Path) -> dict[str, torch.Tensor]:
-    """The newest checkpoint of a run."""
-    loaded = load_file(str(sorted(Path(run_dir).glob("checkpoint/*.safetensors"))[-1]))
-    return {name: tensor.clone() for name, tensor in loaded.items()}  # the loaded ones are views of the file
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def in_process(settings: Settings, app: ClientApp = client_app) -> Run:
-    return serve(InProcessGrid(app, len(settings.task_names), settings.as_config()), settings)
-
-
-def tampered(change: Callable[[Message, Message], Message], task: str, kind: str = "train") -> ClientApp:
-    """The real ClientApp, with the replies of one task's client changed by `change(message, reply)`."""
-
-    class Tampered(ClientApp):
-        def __call__(self, message: Message, context: Context) -> Message:
-            reply = client_app(message, context)
-            partition = int(context.node_config["partition-id"])
-            held = Settings.parse(context.run_config).task_names[partition]
-            return change(message, reply) if held.endswith(task) and message.metadata.message_type == kind else reply
-
-    return Tampered()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -202,14 +174,6 @@ def test_a_failing_client_aborts_the_run_by_name_and_keeps_what_was_done(config:
 def replace_vector(values: np.ndarray) -> Callable[[Message, Message], Message]:
     def change(message: Message, reply: Message) -> Message:
         reply.content["arrays"] = ArrayRecord({"values": Array(values)})
-        return reply
-
-    return change
-
-
-def replace_info(key: str, value: str) -> Callable[[Message, Message], Message]:
-    def change(message: Message, reply: Message) -> Message:
-        reply.content.config_records["info"][key] = value
         return reply
 
     return change

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import make_folder
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from federation import final, in_process, same, tampered
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import given
@@ -22,7 +23,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.stats import chisquare
-from test_runs import final, in_process, same, tampered
 
 from atm_fl import codecs
 from atm_fl.cli import run as cli

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 from conftest import make_folder
-from federation import ROOT, Federation, wait
+from federation import ROOT, Federation, final, same, wait
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
-from test_runs import final, same
 
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.settings import Settings

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from federation import final, in_process, replace_info, same, tampered
 from flwr.app import Array, ArrayRecord, Context, Error, Message
 from flwr.clientapp import ClientApp
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_runs import final, in_process, replace_info, same, tampered
 
 from atm_fl import tasks, vectors
 from atm_fl.codecs import CODECS, make_codec, size_of

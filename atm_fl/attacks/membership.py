@@ -41,9 +41,11 @@ from atm_fl.federation.shared_model import shared_model
 from atm_fl.files import atomic_write
 from atm_fl.models import EVALUATION_BATCH
 from atm_fl.privacy.budget import Account, Budget
+from atm_fl.runs.claims import claim
 from atm_fl.runs.run import Run
 from atm_fl.seeds import derive_seed
-from atm_fl.settings import Settings, stored
+from atm_fl.settings import Settings
+from atm_fl.tables import markdown
 from atm_fl.tasks import Split
 from atm_fl.transforms import Context
 
@@ -310,14 +312,8 @@ def study(
     about = {"settings": settings.decisive(), "rounds": settings.rounds, "task": task, "members": members}
     about["format"] = FORMAT
     config = folder / "config.json"
-    if config.exists():
-        known = json.loads(config.read_text())
-        if known | {"settings": stored(known["settings"])} != about:
-            raise SettingError(f"--folder {folder} holds a study of other settings; choose another")
-        about = known  # seeds derive from it
     asked = membership_target(settings, task, members)
-    with atomic_write(config) as part:
-        part.write_text(json.dumps(about, indent=2) + "\n")
+    about = claim(config, about, "choose another --folder")  # as it is there: seeds derive from it
     named = [pair for pair in zip(settings.party_names, settings.task_names, strict=True) if pair[0] != task]
     run = f"{derive_seed(str(folder.resolve()), about):016x}"
 
@@ -369,18 +365,16 @@ def attacks(seen: Tensor, halves: Tensor, population: Tensor) -> dict[str, Tenso
 
 def table(result: dict[str, Any]) -> str:
     """A study's numbers as a Markdown table, with 95 % intervals, and its note below."""
-    lines = [
-        "| round | model | attack | AUC | " + " | ".join(f"TPR at {rate:.1%} FPR" for rate in RATES) + " |",
-        "|---" * (4 + len(RATES)) + "|",
-    ]
+    head = ["round", "model", "attack", "AUC", *(f"TPR at {rate:.1%} FPR" for rate in RATES)]
+    lines: list[list[str]] = []
     for row in result["rows"]:
         leak: MembershipLeak = row["leak"]
         cells = [f"{leak.auc:.3f} ({leak.auc_interval[0]:.3f}–{leak.auc_interval[1]:.3f})"]
         for rate in RATES:
             low, high = leak.tpr_interval[rate]
             cells.append(f"{leak.tpr[rate]:.2%} ({low:.2%}–{high:.2%})")
-        lines.append("| " + " | ".join([str(row["round"]), row["model"], row["attack"], *cells]) + " |")
-    return "\n".join([*lines, "", result["note"]] if result["note"] else lines)
+        lines.append([str(row["round"]), row["model"], row["attack"], *cells])
+    return markdown(head, lines) + (f"\n\n{result['note']}" if result["note"] else "")
 
 
 def write(result: dict[str, Any], folder: Path) -> str:

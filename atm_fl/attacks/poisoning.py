@@ -43,6 +43,7 @@ from atm_fl.privacy.budget import Account
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
+from atm_fl.tables import markdown
 from atm_fl.tasks import Split
 from atm_fl.vectors.blocks import inner_products
 
@@ -418,8 +419,8 @@ def studies(
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The results as a Markdown table. Discarded: the part of the honest tasks' vectors that the merge left out."""
-    lines = ["| attack | merge | mean | worst honest task | discarded | most discarded | trigger | elsewhere |"]
-    lines.append("|---" * 8 + "|")
+    head = ["attack", "merge", "mean", "worst honest task", "discarded", "most discarded", "trigger", "elsewhere"]
+    lines = []
     for row in results:
         worst = min(row["tasks"], key=row["tasks"].get)
         cells = [row["attack"], row["merge"], f"{row['mean']:.3f}", f"{row['worst']:.3f} ({worst})"]
@@ -431,5 +432,5 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             cells.append(f"{sum(lost.values()) / len(lost):.0%}")
             cells.append(f"{lost[most]:.0%} ({most})" if lost[most] > 0.005 else "–")
         cells += [f"{row['trigger']:.1%}", f"{row['trigger_elsewhere']:+.3f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", UNSEEN] if any(row["kept"] is None for row in results) else lines)
+        lines.append(cells)
+    return markdown(head, lines) + (f"\n\n{UNSEEN}" if any(row["kept"] is None for row in results) else "")

@@ -22,13 +22,9 @@ def reconstruct(
     only_report: OnlyReport = False,
 ) -> None:
     """Look for the images behind task vectors; print what is found under each setting, and write the pictures."""
-    from atm_fl.experiments import read_study, reconstruction
+    from atm_fl.experiments import reconstruction
 
-    found = read_study(config, reconstruction)
-    if not only_report:
-        run_study(found, reconstruction, jobs)
-    console.print(reconstruction.table(found), soft_wrap=True, highlight=False, markup=False)
-    console.print(f"page: {reconstruction.page(found)}", soft_wrap=True, highlight=False, markup=False)
+    run_study(config, reconstruction, jobs, only_report)
 
 
 @attack.command()

@@ -10,6 +10,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
+from atm_fl import tables
 from atm_fl.cli.terminal import app, console
 from atm_fl.errors import SettingError
 
@@ -32,13 +33,13 @@ def tasks(
     head = ("task", "classes", "train", "test", "GB", "licence", "source")
     table = Table("task", "classes, images and where they are; source and licence", box=SIMPLE, pad_edge=False)
     table.columns[0].no_wrap = True
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = []
     for name, found in sorted(registry.tasks().items(), key=lambda item: isinstance(item[1], Published)):
         numbers, there = [""] * 4, "embedded"
         if isinstance(found, Published):
             numbers = [str(found.classes), str(found.train), str(found.test), f"{found.gigabytes:g}"]
             there = "yes" if found.on_disk() else "no"
-            lines.append("| " + " | ".join([name, *numbers, found.licence, found.source]) + " |")
+            rows.append([name, *numbers, found.licence, found.source])
         if not markdown and (there == "embedded" or (build and there == "yes")):
             try:
                 data = registry.load(name)
@@ -55,7 +56,7 @@ def tasks(
             + escape(f"{found.source}. {found.licence}"),
         )
     if markdown:
-        console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+        console.print(tables.markdown(head, rows), soft_wrap=True, markup=False, highlight=False)
     else:
         console.print(table, highlight=False)
         console.print(

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 from typer.core import TyperCommand, TyperOption
 
+from atm_fl import tables
 from atm_fl.cli.terminal import app, console, terminated_as_exit
 from atm_fl.errors import RunError, SettingError
 
@@ -28,15 +29,15 @@ def merges(markdown: Annotated[bool, typer.Option(help="as the table of docs/mer
 
     head = ("merge", "options", "definition", "paper")
     table = Table(*head, box=SIMPLE)
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = []
     for name, found in registry().items():
         text = found.__doc__ or ""
         definition = text.strip().partition("\n")[0]
         chosen = [f"{item.name.replace('_', '-')}={item.default}" for item in options(found)]
         papers = re.findall(r"arXiv:[\d.]+\d", text)
         table.add_row(name, "\n".join(chosen), definition, "\n".join(papers))
-        lines.append(f"| {name} | {', '.join(chosen)} | {definition} | {', '.join(papers)} |")
-    console.print("\n".join(lines) if markdown else table, soft_wrap=markdown, markup=False, highlight=False)
+        rows.append((name, ", ".join(chosen), definition, ", ".join(papers)))
+    console.print(tables.markdown(head, rows) if markdown else table, soft_wrap=markdown, markup=False, highlight=False)
 
 
 class MergeCommand(TyperCommand):

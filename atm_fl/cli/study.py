@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atm_fl.cli.terminal import Jobs, OnlyReport, app, console
+from atm_fl.cli.terminal import Jobs, OnlyReport, app, console, say
+
+if TYPE_CHECKING:
+    from atm_fl.experiments import Study
 
 
 @app.command()
@@ -20,13 +23,9 @@ def compare(
 ) -> None:
     """Run a contest or its ablations, resuming what was begun; print the tables and write table.md, results.csv,
     results.json and report.html."""
-    from atm_fl.experiments import contest, read_study
+    from atm_fl.experiments import contest
 
-    found = read_study(config, contest)
-    if not only_report:
-        run_study(found, contest, jobs)
-    console.print(contest.table(found), soft_wrap=True, highlight=False, markup=False)
-    console.print(f"page: {found.reports / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
+    run_study(config, contest, jobs, only_report)
 
 
 study = typer.Typer(no_args_is_help=True, help="Run a study, resuming what was begun, and print its table.")
@@ -37,17 +36,12 @@ app.add_typer(study, name="study")
 def study_merges(
     config: Annotated[Path, typer.Argument(help="a study's TOML file, as configs/merges.toml")],
     jobs: Jobs = None,
+    only_report: OnlyReport = False,
 ) -> None:
     """Which merges help inside ATM: docs/merging.md."""
-    from atm_fl.experiments import merge_table, read_study
+    from atm_fl.experiments import merge_table
 
-    found = read_study(config, merge_table)
-    run_study(found, merge_table, jobs)
-    text = merge_table.table(found)
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
-    page = found.folder / "table.md"
-    page.write_text(text + "\n")
-    console.print(f"table: {page}", highlight=False, markup=False)
+    run_study(config, merge_table, jobs, only_report)
 
 
 @study.command("privacy")
@@ -57,23 +51,27 @@ def study_privacy(
     only_report: OnlyReport = False,
 ) -> None:
     """What settings protect, by attacks, and what they cost; also writes a page with plots: docs/privacy.md."""
-    from atm_fl.experiments import privacy as kind
-    from atm_fl.experiments import read_study
+    from atm_fl.experiments import privacy
 
-    found = read_study(config, kind)
-    if not only_report:
-        run_study(found, kind, jobs)
-    console.print(kind.table(found), soft_wrap=True, highlight=False, markup=False)
-    console.print(f"page: {kind.page(found)}", soft_wrap=True, highlight=False, markup=False)
+    run_study(config, privacy, jobs, only_report)
 
 
-def run_study(found: Any, kind: Any, jobs: int | None) -> None:
-    """Run the units of a study phase by phase, `jobs` at a time, with a line for each that is done."""
+def run_study(config: Path, kind: Study[Any, Any], jobs: int | None, only_report: bool) -> None:
+    """Read a study's file, run its units phase by phase, `jobs` at a time, and print its table and where its page is.
+
+    only_report: run nothing.
+    """
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
 
-    begin = time.monotonic()
-    with ProcessPoolExecutor(jobs or os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
-        for units in kind.phases(found):
-            for done in as_completed([pool.submit(kind.run_unit, unit) for unit in units]):
-                console.print(f"{(time.monotonic() - begin) / 60:5.1f} min: {done.result()}", highlight=False)
+    from atm_fl.experiments import read_study
+
+    found, begin = read_study(config, kind), time.monotonic()
+    if not only_report:
+        with ProcessPoolExecutor(jobs or os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
+            for units in kind.phases(found):
+                for done in as_completed([pool.submit(kind.run_unit, unit) for unit in units]):
+                    console.print(f"{(time.monotonic() - begin) / 60:5.1f} min: {done.result()}", highlight=False)
+    say(kind.table(found))
+    path = kind.page(found)
+    say(f"{'page' if path.suffix == '.html' else 'table'}: {path}")

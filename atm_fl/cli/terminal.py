@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from atm_fl.errors import SettingError
+from atm_fl.errors import SettingError, figures
 
 console = Console()
 app = typer.Typer(
@@ -28,7 +28,7 @@ Authority = Annotated[Path, typer.Option(help="the certificate that a federation
 
 
 def complain(error: Exception, status: int) -> int:
-    Console(stderr=True, soft_wrap=True).print(f"[red]atm-fl:[/red] {escape(str(error))}", highlight=False)
+    Console(stderr=True, soft_wrap=True).print(f"[red]atm-fl:[/red] {escape(". ".join([str(error), *figures(error)]))}", highlight=False)
     return status
 
 

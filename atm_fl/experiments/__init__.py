@@ -1,16 +1,39 @@
 """Studies: the loop run many times, and the tables of the documentation.
 
-A study is a TOML file. The module that runs it has a function `read`, which checks the file's values, and the functions
-`phases`, `run_unit` and `table`.
+A study is a TOML file, and the module that runs it a `Study`.
 """
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from atm_fl.errors import SettingError
+
+Configuration = TypeVar("Configuration")
+Unit = TypeVar("Unit")
+
+
+class Study(Protocol[Configuration, Unit]):
+    """What a module of this package has that runs a study: `contest`, `merge_table`, `privacy`, `reconstruction`."""
+
+    def read(self, values: dict[str, Any], /) -> Configuration:
+        """The configuration in a file's values. KeyError or TypeError for a wrong key, SettingError for a value."""
+
+    def phases(self, study: Configuration, /) -> Iterator[Sequence[Unit]]:
+        """Units of work that may run side by side; a later phase needs the results of the one before it."""
+
+    def run_unit(self, unit: Unit, /) -> str:
+        """Do one unit in this process, or what is left of it; a line that says so."""
+
+    def table(self, study: Configuration, /) -> str:
+        """What is finished, in Markdown."""
+
+    def page(self, study: Configuration, /) -> Path:
+        """The file with what is finished: a page, or the table."""
+
 
 MARKS = (
     ("common", "atm-fl attack reconstruct"),
@@ -26,7 +49,7 @@ def command_for(values: dict[str, Any]) -> str:
     return next((command for key, command in MARKS if key in values), "atm-fl run")
 
 
-def read_study(path: Path, kind: Any) -> Any:
+def read_study(path: Path, kind: Study[Configuration, Unit]) -> Configuration:
     """The study, of the module `kind`, in a TOML file. SettingError if it is not one, or a value cannot work."""
     try:
         values = tomllib.loads(path.read_text())

@@ -48,9 +48,10 @@ from atm_fl.files import atomic_write
 from atm_fl.models import load_backbone
 from atm_fl.models.flops import operations
 from atm_fl.runs.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from atm_fl.runs.claims import claim
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import processor
-from atm_fl.settings import Settings, stored
+from atm_fl.settings import Settings
 from atm_fl.training.evaluation import mean_accuracy
 from atm_fl.transforms import Context
 from atm_fl.vectors import Layout
@@ -293,21 +294,7 @@ def _landscape(unit: ContestUnit) -> None:
 def _claim(unit: ContestUnit, settings: Settings) -> None:
     """SettingError if the unit's folder holds results of another configuration."""
     decides = {"settings": settings.decisive(), "tune": unit.row.tune}
-    config = unit.folder / "config.json"
-    if config.exists():
-        found = json.loads(config.read_text())
-        if _decided(found) != _decided(decides):
-            raise SettingError(
-                f"{unit.folder} holds results of another configuration; choose another folder or delete it"
-            )
-    with atomic_write(config) as part:
-        part.write_text(json.dumps(decides, indent=1))
-
-
-def _decided(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a unit's config.json says, of any version: the settings of each choice."""
-    tune = config["tune"]
-    return [stored(config["settings"] | dict(zip(tune, values, strict=True))) for values in product(*tune.values())]
+    claim(unit.folder / "config.json", decides, "choose another folder or delete it")
 
 
 def _single(unit: ContestUnit) -> None:
@@ -570,8 +557,9 @@ def table(study: Contest) -> str:
     return f"{contest_page.table(found)}\n\n{contest_page.cost_table(found)}"
 
 
-read = Contest.of
-"""A study of the values in a TOML file: see `read_study`."""
+def page(study: Contest) -> Path:
+    """The page that `table` has written."""
+    return study.reports / "report.html"
 
 
 read = Contest.of

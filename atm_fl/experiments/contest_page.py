@@ -28,6 +28,7 @@ from matplotlib.transforms import Bbox
 from atm_fl.files import atomic_write
 from atm_fl.runs import pages
 from atm_fl.runs.pages import Series
+from atm_fl.tables import markdown
 
 Results = dict[str, Any]
 """A contest's results, as read from results.json."""
@@ -249,8 +250,7 @@ def _amount(value: float) -> str:
 
 def _markdown(cells: Cells) -> str:
     head, lines = cells
-    first, *rest = ("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in (head, *lines))
-    return "\n".join([first, "|---" + "|---:" * (len(head) - 1) + "|", *rest])
+    return markdown(list(map(_markdown_cell, head)), (map(_markdown_cell, line) for line in lines), "|---:")
 
 
 def _markdown_cell(text: str) -> str:

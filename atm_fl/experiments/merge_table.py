@@ -18,6 +18,7 @@ from atm_fl.federation.loop import run_loop
 from atm_fl.runs.checkpoints import checkpoints
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.settings import Settings
+from atm_fl.tables import markdown
 from atm_fl.training.evaluation import mean_accuracy
 
 
@@ -145,7 +146,6 @@ def table(study: MergeStudy) -> str:
     early, last = study.early, study.rounds
     head = ["setting", f"default: test at {early}", f"at {last}", "reaches in"]
     head += ["tuned", f"test at {early}", f"at {last}", "reaches in"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     reference = next(row for row in study.rows if row.name == study.reference)
     goals = {seed: validation(MergeUnit(study, seed, reference, None, last), last) for seed in study.seeds}
     found = []
@@ -155,8 +155,15 @@ def table(study: MergeStudy) -> str:
         tuned = [MergeUnit(study, seed, row, best[seed], last) for seed in study.seeds]
         values = ", ".join(sorted({"default" if value is None else _text(value) for value in best.values()}))
         cells = [row.name, *_cells(plain, goals), f"{row.tune} {values}", *_cells(tuned, goals)]
-        found.append((max(_test(tuned), _test(plain)), "| " + " | ".join(cells) + " |"))
-    return "\n".join([*lines, *(line for _, line in sorted(found, key=lambda pair: -pair[0]))])
+        found.append((max(_test(tuned), _test(plain)), cells))
+    return markdown(head, (cells for _, cells in sorted(found, key=lambda pair: -pair[0])))
+
+
+def page(study: MergeStudy) -> Path:
+    """Write the table to table.md in the study's folder; its path."""
+    path = study.folder / "table.md"
+    path.write_text(table(study) + "\n")
+    return path
 
 
 def _cells(units: list[MergeUnit], goals: dict[int, float]) -> list[str]:
@@ -199,10 +206,6 @@ def _accuracies(unit: MergeUnit, split: str, round_number: int) -> dict[str, flo
 def _failure(unit: MergeUnit) -> Path:
     """Where the error is kept of a run that came to nothing."""
     return unit.folder / "failed.txt"
-
-
-read = MergeStudy.of
-"""A study of the values in a TOML file: see `read_study`."""
 
 
 read = MergeStudy.of

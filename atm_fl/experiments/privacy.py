@@ -31,8 +31,10 @@ from atm_fl.errors import SettingError
 from atm_fl.experiments import contest, reconstruction
 from atm_fl.files import atomic_write
 from atm_fl.runs import pages
+from atm_fl.runs.claims import claim, holds
 from atm_fl.runs.metrics import read_metrics
-from atm_fl.settings import Settings, stored
+from atm_fl.settings import Settings
+from atm_fl.tables import markdown
 
 ATTACKS = ("reconstruction", "membership", "poisoning")
 HEAD = ["setting", "seeds", "mean %", "worst %", "ε", "PSNR", "of the mean image", "SSIM", "LPIPS"]
@@ -118,10 +120,7 @@ class AttackUnit:
         if self.attack == "reconstruction":
             reconstruction.run_unit(self.pictured())
             return
-        if self._about.exists() and not self._same():
-            raise SettingError(f"{self.folder} holds what was measured with other values; delete it")
-        with atomic_write(self._about) as part:
-            part.write_text(json.dumps(self._decides(), indent=1))
+        claim(self._about, self._decides(), "delete it")
         if self.attack == "membership":
             own, settings = self._part("task", "members", "models")
             found = membership.study(settings, own["task"], self.folder, own["members"], own["models"], _quiet)
@@ -179,10 +178,7 @@ class AttackUnit:
         return {"attack": own, "rounds": settings.rounds, "settings": settings.decisive()}
 
     def _same(self) -> bool:
-        if not self._about.exists():
-            return False
-        known = json.loads(self._about.read_text())
-        return known | {"settings": stored(known["settings"])} == self._decides()
+        return holds(self._about, self._decides())
 
     @property
     def _attackers(self) -> list[str]:
@@ -307,8 +303,7 @@ def _tuning(unit: contest.ContestUnit) -> Iterable[Mapping[str, Any]]:
 
 def table(study: PrivacyStudy) -> str:
     """What is measured so far, in Markdown; see CAPTION."""
-    text = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
-    return "\n".join(text + ["| " + " | ".join(line.cells()) + " |" for line in lines(study)])
+    return markdown(HEAD, (line.cells() for line in lines(study)))
 
 
 def page(study: PrivacyStudy) -> Path:
@@ -366,10 +361,6 @@ def _with_legend(drawing: Figure) -> Figure:
     }
     drawing.legend(named.values(), named, loc="outside lower center", ncols=4)
     return drawing
-
-
-read = PrivacyStudy.of
-"""A study of the values in a TOML file: see `read_study`."""
 
 
 read = PrivacyStudy.of

@@ -25,6 +25,7 @@ from atm_fl.files import atomic_write
 from atm_fl.runs.pages import document, figure, told
 from atm_fl.runs.pages import table as html_table
 from atm_fl.settings import modern
+from atm_fl.tables import markdown
 
 SHOWN = 10
 """Images of a row that the page shows."""
@@ -109,8 +110,7 @@ def _stacked(images: list[Tensor]) -> Tensor:
 
 def table(study: ReconstructionStudy) -> str:
     """The rows that are done, in Markdown: means over all images; PSNR in dB, ± its mean's standard error."""
-    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in map(_cells, _done(study))])
+    return markdown(HEAD, map(_cells, _done(study)))
 
 
 def page(study: ReconstructionStudy) -> Path:
@@ -162,10 +162,6 @@ def grid(pictures: dict[str, Tensor]) -> Figure:
     axis.set_xticks([])
     axis.grid(False)
     return drawing
-
-
-read = ReconstructionStudy.of
-"""A study of the values in a TOML file: see `read_study`."""
 
 
 read = ReconstructionStudy.of

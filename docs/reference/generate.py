@@ -17,16 +17,14 @@ from atm_fl import codecs, merging, tasks
 from atm_fl.attacks import poisoning
 from atm_fl.plugins import Registry
 from atm_fl.settings import kebab, sections
+from atm_fl.tables import markdown
 
 PACKAGES = ("atm_fl", "server", "clients")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
-    )
+    return markdown(head, ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in rows))
 
 
 def first_line(thing: object) -> str:
