@@ -2,11 +2,12 @@
 
     python benchmarks/merge_files.py [--gigabytes 1] [--files 3] [--shards 1] [--methods mean,ties] [--cold]
 
-Made-up bf16 models of a language model's shapes and their base are merged by `atm-fl merge`'s function, each measurement
-in a process of its own. The floor is the bytes of all inputs and the output over the bandwidth with which this disk (or,
-warm, its cache) was measured to copy one of the files. Memory: the peaks of anonymous and of all resident memory, above
-what the process had before. --cold drops the files from the cache first (posix_fadvise), and the output is on the disk
-(fsync) before the clock stops.
+Made-up bf16 models of a language model's shapes and their base are merged by `atm-fl merge`'s function, each
+measurement in a process of its own. The floor is the bytes of all inputs and the output over the bandwidth with which
+this disk (or, warm, its cache) was measured to copy one of the files. Processor seconds, of all threads, say more than
+the clock where other work runs beside it. Memory: the peaks of anonymous and of all resident memory, above what the
+process had before. --cold drops the files from the cache first (posix_fadvise), and the output is on the disk (fsync)
+before the clock stops.
 """
 
 from __future__ import annotations
@@ -86,13 +87,13 @@ def measure(folder: Path, method: str, cold: bool) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), time.process_time()
     merge_files(folder / "base", models, folder / "out", method)
-    seconds = time.perf_counter() - begin
+    seconds, busy = time.perf_counter() - begin, time.process_time() - busy
     ended.set()
     watcher.join()
     shutil.rmtree(folder / "out")
-    return {"seconds": seconds, "anonymous": peaks[0] / 1e9, "resident": peaks[1] / 1e9}
+    return {"seconds": seconds, "busy": busy, "anonymous": peaks[0] / 1e9, "resident": peaks[1] / 1e9}
 
 
 def drop(folder: Path) -> None:
@@ -141,23 +142,21 @@ def main() -> None:
         written = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
         rate = median(bandwidth(folder, args.cold) for _ in range(args.repeats))
         floor = (sizes + written) / rate
-        print(
-            f"{args.files} files of {written / 1e9:.2f} GB and their base, {args.shards} shards, {os.cpu_count()} cores"
-        )
-        print(
-            f"copy {rate / 1e9:.2f} GB/s (read + write, fsync, {'cold' if args.cold else 'warm'}); floor {floor:.2f} s\n"
-        )
-        print("| merge | seconds | x floor | anonymous GB | resident GB |\n|---|---|---|---|---|")
+        what = f"{args.files} files of {written / 1e9:.2f} GB and their base, {args.shards} shards"
+        print(f"{what}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+        state = "cold" if args.cold else "warm"
+        print(f"copy {rate / 1e9:.2f} GB/s (read + write, fsync, {state}); floor {floor:.2f} s\n")
+        header = ["merge", "seconds", "x floor", "processor seconds", "anonymous GB", "resident GB"]
+        print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|")
         for method in args.methods.split(","):
             command = [sys.executable, __file__, "--folder", str(folder), "--measure", method, *["--cold"] * args.cold]
             rows = []
             for _ in range(args.repeats):
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 rows.append(json.loads(output.splitlines()[-1]))
-            seconds, anonymous, resident = (median(row[key] for row in rows) for key in rows[0])
-            print(
-                f"| {method} | {seconds:.2f} | {seconds / floor:.1f} | {anonymous:.2f} | {resident:.2f} |", flush=True
-            )
+            seconds, busy, anonymous, resident = (median(row[key] for row in rows) for key in rows[0])
+            times = f"{seconds:.2f} | {seconds / floor:.1f} | {busy:.2f}"
+            print(f"| {method} | {times} | {anonymous:.2f} | {resident:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

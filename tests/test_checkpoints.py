@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from atm_fl import cli
 from atm_fl.errors import SettingError
-from atm_fl.merging import make_merge, merges
+from atm_fl.merging import checkpoint_files, make_merge, merges
 from atm_fl.merging.checkpoint_files import merge_files, prepare
 from atm_fl.merging.checkpoint_inputs import open_checkpoint
 from atm_fl.merging.recipes import read_recipe
 from atm_fl.merging.scaling import depths, factors, read_factors
-from atm_fl.vectors import Layout
+from atm_fl.vectors import Layout, blocks
 
 
 def tensors(seed: int) -> dict[str, Tensor]:
@@ -566,6 +568,104 @@ def test_mergekits_filters_and_gradients_are_factors(base: Path, files: list[Pat
         "layers.1.w": 1,
         "norm.weight": 0.5,
     }
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The exit status of `atm-fl merge` with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["atm-fl", "merge", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def test_the_command_chooses_tensors_and_shows_it_dry(
+    base: Path, files: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["--base", base, "--exclude", "norm.*", "--exclude", "embed*", *files]
+    assert call(monkeypatch, *arguments, "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "layers.0.w F32 [4, 4]: mean of a, b" in lines
+    assert len(lines) == 4
+    assert not out.exists()
+    assert call(monkeypatch, *arguments, "--out", out) == 0
+    written = load_file(out)
+    assert torch.equal(written["norm.weight"], tensors(0)["norm.weight"])
+    torch.testing.assert_close(written["layers.0.w"], average("layers.0.w"))
+    assert call(monkeypatch, *arguments) == 2
+    assert "--out is missing" in capsys.readouterr().err
+
+
+def test_the_command_takes_a_recipe_and_nothing_beside_it(
+    base: Path, files: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    recipe = base.parent / "recipe.toml"
+    recipe.write_text("base = 'base.safetensors'\nmodels = ['a.safetensors', 'b.safetensors']\nout = 'x.safetensors'")
+    assert call(monkeypatch, recipe, "--dry-run") == 0
+    assert "norm.weight F32 [4]: mean of a, b" in capsys.readouterr().out
+    assert call(monkeypatch, recipe) == 0
+    torch.testing.assert_close(load_file(base.parent / "x.safetensors")["norm.weight"], average("norm.weight"))
+    assert call(monkeypatch, recipe, "--out", out) == 0
+    assert out.exists()
+    for beside in (["--seed", "3"], ["--density", "0.5"], [files[0]], ["--to", "adapter"]):
+        assert call(monkeypatch, recipe, *beside) == 2
+        assert "remove" in capsys.readouterr().err
+
+
+def test_entries_too_large_for_memory_are_merged_from_a_file(
+    base: Path, files: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(base, files, out, "iso-c")
+    monkeypatch.setattr(checkpoint_files, "IN_MEMORY", 0)
+    monkeypatch.setattr(blocks, "BLOCK", 7)
+    other = out.with_name("other.safetensors")
+    merge(base, files, other, "iso-c")
+    assert all(torch.equal(tensor, load_file(other)[name]) for name, tensor in load_file(out).items())
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "magnitude", "geometric-median", "clipped-mean"])
+def test_files_of_few_magnitudes_merge_as_vectors_do_however_long(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Differences of bfloat16 numbers take few values, so that a quantile is shared by many elements."""
+    state = {"a": torch.ones(400, 30), "b": torch.ones(3000), "c": torch.randn(5000)}
+    tuned = [
+        {name: (tensor + torch.randint(-9, 9, tensor.shape) * 2**-7).bfloat16() for name, tensor in state.items()}
+        for _ in range(3)
+    ]
+    start = {name: tensor.bfloat16() for name, tensor in state.items()}
+    base = write(tmp_path / "base.safetensors", start)
+    files = [write(tmp_path / f"{n}.safetensors", each) for n, each in enumerate(tuned)]
+    names = list(open_checkpoint(base).entries)
+    layout = Layout(tuple(names), tuple(tuple(start[name].shape) for name in names))
+    vectors = {
+        str(n): torch.cat([(each[name].float() - start[name].float()).reshape(-1) for name in names])
+        for n, each in enumerate(tuned)
+    }
+    merged = layout.views(make_merge(method, layout).combine(vectors))
+    for number, (short, long) in enumerate([(blocks.SHORT, blocks.LONG), (0, blocks.LONG), (0, 0)]):
+        monkeypatch.setattr(blocks, "SHORT", short)
+        monkeypatch.setattr(blocks, "LONG", long)
+        out = tmp_path / f"out{number}.safetensors"
+        merge(base, files, out, method)
+        for name, tensor in load_file(out).items():
+            expected = (start[name].float() + merged[name]).bfloat16()
+            torch.testing.assert_close(tensor, expected, rtol=1e-2, atol=1e-5)
+            assert float((tensor != expected).float().mean()) < 0.001
+
+
+def test_order_statistics_are_exact_by_whichever_way() -> None:
+    random = torch.Generator().manual_seed(0)
+    for vector in (
+        torch.randn(5000, generator=random),
+        torch.randint(-5, 5, (5000,), generator=random) / 8,
+        torch.zeros(5000),
+    ):
+        ordered = vector.abs().sort().values
+        ranks = [0, 17, 2500, 4990, 4999]
+        assert blocks._by_bits(vector, ranks) == [float(ordered[rank]) for rank in ranks]
+        found = blocks._bracketed(vector, ranks)
+        assert found is None or found == [float(ordered[rank]) for rank in ranks]
+    assert blocks._bracketed(torch.randint(-5, 5, (50000,), generator=random) / 8, [40000]) is not None
 
 
 def test_a_dry_run_reads_no_more_than_it_says(base: Path, files: list[Path], out: Path) -> None:
