@@ -133,8 +133,10 @@ class AtmStrategy(Strategy):
         self._deadline = time.monotonic() + self.run.settings.round_timeout
         clients = self._exchanged(grid, current.number)
         # They have the base: where steps travel, which one it is says enough.
-        arrays = self.arrays() if self.run.delta is None else _record({})
-        messages = self._messages(self._nodes_of(clients), arrays, "" if self.run.delta is None else self._digest)
+        arrays = self.arrays() if self.run.downlink.delta is None else _record({})
+        messages = self._messages(
+            self._nodes_of(clients), arrays, "" if self.run.downlink.delta is None else self._digest
+        )
         replies = grid.send_and_receive(messages, timeout=max(0.0, self._deadline - time.monotonic()))
         return self._taken_in(replies, ServerRound(self.run, recorded=current.recorded))
 

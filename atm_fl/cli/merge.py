@@ -17,7 +17,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperOption
 
 from atm_fl import tables
-from atm_fl.cli.terminal import app, console, terminated_as_exit
+from atm_fl.cli.terminal import app, console, say, terminated_as_exit
 from atm_fl.errors import RunError, SettingError
 
 
@@ -95,17 +95,37 @@ def _merge_options() -> list[TyperOption]:
 @app.command(cls=MergeCommand)
 def merge(
     ctx: typer.Context,
-    files: Annotated[list[Path], typer.Argument(help="models fine-tuned from the base, safetensors")],
-    base: Annotated[Path, typer.Option(help="the model they were fine-tuned from, safetensors")],
-    out: Annotated[Path, typer.Option(help="the file to write")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="models fine-tuned from the base: files, folders, LoRA adapters; or one recipe, .toml or .yaml"
+        ),
+    ],
+    base: Annotated[Path | None, typer.Option(help="the model they were fine-tuned from: a file or folder")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the file to write; of a base that is a folder, a new folder")
+    ] = None,
     method: Annotated[str, typer.Option(help="how to merge, as ties:density=0.1; see `atm-fl merges`")] = "mean",
     task_scaling: Annotated[str, typer.Option(help="factors on single files, as 'A=0.5, C=2'")] = "",
     layer_scaling: Annotated[str, typer.Option(help="factors on the merged tensors, as '*.mlp.*=1.5'")] = "",
     seed: Annotated[int, typer.Option(help="of methods that draw random numbers")] = 0,
+    only: Annotated[
+        list[str] | None, typer.Option(help="merge only tensors that match, as '*.mlp.*'; repeatable")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="leave tensors that match as in the base, as 'head.*'; repeatable")
+    ] = None,
+    rows: Annotated[
+        str, typer.Option(help="common: of tensors of other lengths, merge the rows that all have")
+    ] = "same",
+    to: Annotated[str, typer.Option(help="model, or adapter: a PEFT LoRA adapter of --rank")] = "model",
+    rank: Annotated[int, typer.Option(help="of --to adapter")] = 16,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what each tensor gets, and write nothing")] = False,
 ) -> None:
-    """Merge files of any model, fine-tuned from one base, into one: base + merged."""
+    """Merge models, fine-tuned from one base, into one: base + merged."""
     from atm_fl.merging import MERGES
-    from atm_fl.merging.checkpoint_files import merge_files
+    from atm_fl.merging.checkpoint_files import merge_files, prepare
+    from atm_fl.merging.recipes import read_recipe
     from atm_fl.merging.scaling import read_factors
     from atm_fl.options import read_choice
 
@@ -113,29 +133,55 @@ def merge(
     for name in choice.values.keys() & ctx.obj:
         option = f"--{name.replace('_', '-')}"
         raise SettingError(f"--method {method} and {option} {ctx.obj[name]}: say it once")
+
+    def warn(text: str) -> None:
+        say(f"warning: {text}")
+
+    recipe = None
+    if files[0].suffix in (".toml", ".yaml", ".yml"):
+        sources = {str(name): ctx.get_parameter_source(str(name)) for name in ctx.params}
+        given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+        beside = [name for name in given if name not in ("files", "out", "dry_run")] + list(ctx.obj)
+        if len(files) > 1 or beside:
+            more = f"--{beside[0].replace('_', '-')}" if beside else str(files[1])
+            raise SettingError(f"{files[0]} is a recipe, which says all but --out itself; remove {more}")
+        recipe = read_recipe(files[0])
+        out = out or recipe.out
+    elif base is None:
+        raise SettingError("--base is missing: the model that the files were fine-tuned from")
+    arguments: dict[str, Any] = {
+        "method": choice.name,
+        "chosen": choice.values | ctx.obj,
+        "task_scaling": read_factors("task-scaling", task_scaling),
+        "layer_scaling": read_factors("layer-scaling", layer_scaling),
+        "seed": seed,
+        "only": only or [],
+        "exclude": exclude or [],
+        "rows": rows,
+        "warn": warn,
+    }
+    if dry_run:
+        plans = recipe.plans(warn) if recipe else [prepare(base or Path(), files, **arguments)]
+        for plan in plans:
+            for line in plan.lines():
+                say(line)
+        return
+    if out is None:
+        raise SettingError("--out is missing: the file or folder to write")
     begin = time.monotonic()
     bar = Progress(console=console, transient=True, disable=not console.is_terminal)
     with terminated_as_exit(), bar:
-        line = bar.add_task("", total=1)
+        line_number = bar.add_task("", total=1)
+
+        def progress(stage: str, share: float) -> None:
+            bar.update(line_number, description=escape(stage), completed=share)
+
         try:
-            done = merge_files(
-                base,
-                files,
-                out,
-                choice.name,
-                chosen=choice.values | ctx.obj,
-                task_scaling=read_factors("task-scaling", task_scaling),
-                layer_scaling=read_factors("layer-scaling", layer_scaling),
-                seed=seed,
-                progress=lambda stage, share: bar.update(line, description=escape(stage), completed=share),
-                warn=lambda text: console.print(f"warning: {text}", soft_wrap=True, highlight=False, markup=False),
-            )
+            if recipe:
+                done = recipe.run(out, progress, warn)
+            else:
+                done = merge_files(base or Path(), files, out, to=to, rank=rank, progress=progress, **arguments)
         except OSError as error:
             raise RunError(f"{out} was not written: {error}") from error
-    console.print(
-        f"{method} of {len(files)} files: {done.tensors} tensors, {done.elements:,} elements, "
-        f"{time.monotonic() - begin:.1f} s → {out}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
+    what = str(files[0]) if recipe else f"{method} of {len(files)} files"
+    say(f"{what}: {done.tensors} tensors, {done.elements:,} elements, {time.monotonic() - begin:.1f} s → {out}")

@@ -28,7 +28,9 @@ Authority = Annotated[Path, typer.Option(help="the certificate that a federation
 
 
 def complain(error: Exception, status: int) -> int:
-    Console(stderr=True, soft_wrap=True).print(f"[red]atm-fl:[/red] {escape(". ".join([str(error), *figures(error)]))}", highlight=False)
+    Console(stderr=True, soft_wrap=True).print(
+        f"[red]atm-fl:[/red] {escape('. '.join([str(error), *figures(error)]))}", highlight=False
+    )
     return status
 
 

@@ -23,9 +23,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
+import torch
 from torch import Tensor
 
 from atm_fl.errors import SettingError, did_you_mean
@@ -53,7 +54,8 @@ class Merge(ABC):
     """One merge of one set of task vectors; a new object serves every round.
 
     Either all vectors are at hand (`combine`), or they come one by one (`add`, then `result`). Vectors are float32 (or
-    float64) [n], all on one device, where the result is too. None is ever altered.
+    float64) [n], all on one device, where the result is too. None is ever altered. Vectors of half precision (bfloat16,
+    float16) are merged in float32, and the result is rounded once to their dtype.
 
     layout: the vectors' entries, for merges that treat each in its own way.
     seed: of merges that draw random numbers; with the names of the tasks it decides them, whatever their order.
@@ -62,8 +64,11 @@ class Merge(ABC):
     name: ClassVar[str]
     of_sum: ClassVar[bool] = False
     """Whether it is a function of the vectors' sum and their number alone, where all weights are 1."""
+    surveys: ClassVar[bool] = False
+    """Whether it reads the whole vectors once before it can merge a block; for the progress of merges of files."""
     layout: Layout
     seed: int = 0
+    _dtype: torch.dtype | None = field(default=None, init=False, repr=False, compare=False)
     scaling: float = option(1.0, "factor on the merged vector (λ)")
 
     def __post_init__(self) -> None:
@@ -79,7 +84,8 @@ class Merge(ABC):
         if not vectors:
             raise ValueError("a merge needs at least one task vector")
         self.check_count(len(vectors))
-        return self._combine(vectors, weights or dict.fromkeys(vectors, 1.0))
+        wide = {task: self._widened(vector) for task, vector in vectors.items()}
+        return self._rounded(self._combine(wide, weights or dict.fromkeys(vectors, 1.0)))
 
     def min_tasks(self) -> int:
         """How many task vectors the merge needs."""
@@ -116,6 +122,16 @@ class Merge(ABC):
 
     @abstractmethod
     def _combine(self, vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor: ...
+
+    def _widened(self, vector: Tensor) -> Tensor:
+        """The vector in a dtype that sums are taken in; `_rounded` remembers its own."""
+        self._dtype = torch.promote_types(self._dtype or vector.dtype, vector.dtype)
+        return vector.float() if vector.dtype.itemsize < 4 else vector
+
+    def _rounded(self, merged: Tensor) -> Tensor:
+        """The merged vector in the dtype of the vectors."""
+        dtype, self._dtype = self._dtype, None
+        return merged if dtype is None else merged.to(dtype)
 
     def _check_vector(self, task: str, vector: Tensor) -> None:
         if vector.shape != (self.layout.size,) or not vector.is_floating_point():

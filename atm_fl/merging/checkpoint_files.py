@@ -1,84 +1,58 @@
-"""Merging checkpoint files of any model, tensor by tensor.
+"""Merging models on disk, block by block, at the disk's speed and in little memory.
 
-read: safetensors files, the base and models that were fine-tuned from it. They are mapped into memory and never
-altered; what is mapped belongs to the system's page cache and goes when memory is short. What is merged are the tensors
-of floating point (fp64, fp32, fp16, bf16) that the base and every fine-tuned file have; all else stays as in the base.
+read: the base and models that were fine-tuned from it (checkpoint_inputs.py), which are mapped and never altered. What
+is merged are the tensors of floating point (fp64, fp32, fp16, bf16) that checkpoint_names.py chooses; all else stays as
+in the base. Differences are taken in float32, or float64 where a tensor is float64, and are merged in float32.
 
-held: one float32 vector of the merged elements that every file fills in its turn with fine-tuned − base, what the merge
-keeps (one vector if it is streaming; if it is joint, a temporary file for all vectors and one vector for the result),
-and one or two tensors on their way. Differences are taken in float32, or float64 where a tensor is float64, and are
-merged in float32.
+held: a few blocks for each thread. Merges that need something of the whole vectors first (TIES its thresholds, others
+norms or inner products) go through the files once more. Merges of matrices hold one entry of every file, two entries at
+a time with two threads. Merges of neither kind (pcb, plugins of their own kind) hold one or three vectors of all
+merged elements, and the others in a temporary file.
 
-written: one safetensors file like the base, with its names, shapes, dtypes and metadata: base + merged, summed up in
-float32 (float64 where the base is) and rounded once. The key "atm-fl" of its metadata says in JSON how it was made. It
-appears when it is complete: a crash leaves the file that was there before, or none.
+written: base + merged, summed up in float32 (float64 where the base is) and rounded once, with the base's names,
+shapes, dtypes and metadata (checkpoint_outputs.py). The key "atm-fl" of the metadata says in JSON how it was made. What
+differs in no file is the base's, bit by bit. It appears when it is complete: a crash leaves what was there before, or
+nothing.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from atm_fl.errors import RunError, SettingError
-from atm_fl.files import atomic_write
 from atm_fl.merging import Merge, make_merge, options
-from atm_fl.merging.scaling import check_layer_scaling, check_task_scaling, scale_layers
-from atm_fl.vectors import Layout
-from atm_fl.vectors.blocks import empty
-from atm_fl.vectors.finite import is_finite
-from atm_fl.vectors.tensor_files import bits, write_entries
-
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""The dtypes that are merged, in safetensors' spelling. Numbers of 8 bits and less mean little without their scales."""
+from atm_fl.merging.checkpoint_inputs import Checkpoint, few, open_checkpoint
+from atm_fl.merging.checkpoint_names import Plan, make_plan
+from atm_fl.merging.checkpoint_outputs import Output, fits, is_folder, output
+from atm_fl.merging.checkpoint_vectors import BaseParts, FileVector
+from atm_fl.merging.kinds import Elementwise, LinearCombination, Streaming, TensorWise
+from atm_fl.merging.scaling import Factor, check_task_scaling, factors
+from atm_fl.vectors.blocks import Block, blocks, in_parallel, parts, stretches
+from atm_fl.vectors.mapped import MappedVectors
 
 Progress = Callable[[str, float], object]
-"""(what is being done, part of all the reading and writing that is done, 0 to 1)"""
+"""(what is being done, part of all the work that is done, 0 to 1)"""
 
+TaskFactors = Mapping[str, Factor | Mapping[str, Factor]]
+"""Task → a factor on its vector, or factors by patterns of names."""
 
-class Checkpoint:
-    """A safetensors file: its metadata, and its entries (dtype, shape, data_offsets) by name in the order of the file.
+ROWS = 4
+"""A block of files is as long as one that works on so many rows: their several buffers stay in cache."""
 
-    SettingError if it is no such file.
-    """
+IN_MEMORY = 1 << 26
+"""Elements of one entry of all files that are held in memory; more are put into a temporary file."""
 
-    def __init__(self, path: Path) -> None:
-        if path.name.endswith(".index.json"):
-            raise SettingError(f"{path} is the index of a model in several files: save the model as one file first")
-        if not path.is_file():
-            raise SettingError(f"{path} is not a file")
-        self.path = path
-        try:
-            self.open()
-        except (SafetensorError, OSError) as error:
-            raise SettingError(
-                f"{path} is not a safetensors file ({error}); convert it with safetensors.torch.save_file"
-            ) from error
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-        self.entries: dict[str, dict[str, Any]] = dict(
-            sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0]))
-        )
-
-    def open(self) -> Any:
-        """The file, mapped: `get_tensor(name)` gives a tensor that is read when it is looked at."""
-        return safe_open(self.path, "pt")
-
-    def is_float(self, name: str) -> bool:
-        """Whether the entry is of those that are merged."""
-        return self.entries[name]["dtype"] in FLOATS
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.entries[name]["shape"])
+AHEAD = 8
+"""Stretches of blocks that are read ahead."""
 
 
 @dataclass(frozen=True)
@@ -89,39 +63,61 @@ class Merged:
     elements: int
 
 
-def merge_files(
+@dataclass(frozen=True)
+class Ready:
+    """A merge of files that was checked, before it is computed.
+
+    factors: of each file, one for each entry of the layout, before the merge; layers: those after it.
+    """
+
+    base: Checkpoint
+    files: list[Checkpoint]
+    tasks: list[str]
+    plan: Plan
+    merge: Merge
+    factors: list[list[float]]
+    layers: list[float]
+    made: dict[str, Any]
+
+    def lines(self) -> list[str]:
+        """What each tensor of the base gets, a line each."""
+        layout, told = self.plan.layout, []
+        row = {name: number for number, name in enumerate(layout.names)}
+        for name, entry in self.base.entries.items():
+            head = f"{name} {entry.dtype} {list(entry.shape)}: "
+            if name in self.plan.kept:
+                told.append(f"{head}as in the base ({self.plan.kept[name]})")
+                continue
+            if name in self.plan.tied:
+                told.append(f"{head}as {self.plan.tied[name]} (tied)")
+                continue
+            number = row[name]
+            scaled = [(task, own[number]) for task, own in zip(self.tasks, self.factors, strict=True)]
+            weights = ", ".join(f"{task} x {factor:g}" if factor != 1 else task for task, factor in scaled)
+            after = f", then x {self.layers[number]:g}" if self.layers[number] != 1 else ""
+            rows = f", its first {layout.shapes[number][0]} rows" if layout.shapes[number] != entry.shape else ""
+            told.append(f"{head}{self.merge.name} of {weights}{after}{rows}")
+        return told
+
+
+def prepare(
     base: Path,
     files: Sequence[Path],
-    out: Path,
     method: str = "mean",
     *,
     chosen: Mapping[str, Any] | None = None,
-    task_scaling: Mapping[str, float] | None = None,
-    layer_scaling: Mapping[str, float] | None = None,
+    task_scaling: TaskFactors | None = None,
+    layer_scaling: Mapping[str, Factor] | None = None,
     seed: int = 0,
-    progress: Progress = lambda stage, share: None,
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rows: str = "same",
     warn: Callable[[str], object] = warnings.warn,
-) -> Merged:
-    """Merge the fine-tuned `files` on the `base` they started from into `out` by the merge `method`.
-
-    chosen: the merge's options, by name.
-    task_scaling: factors on single files' vectors before the merge, by name (`task_names`).
-    layer_scaling: factors on the merged vector's entries, as `scaling.scale_layers` takes them.
-    seed: for merges that draw random numbers; with the names of the files (`task_names`) it decides them.
-    warn: is told of what was left out, was different or is tied.
-
-    SettingError if a file, the method or an option cannot work; RunError if the result does not fit the base's dtype.
-    Either leaves `out` as it was.
-    """
-    check_paths(base, files, out)
-    start, others = Checkpoint(base), [Checkpoint(path) for path in files]
-    names = common_entries(start, others, warn)
-    tied = tied_entries(start, others, names)
-    if tied:
-        pairs = [f"{name} = {first}" for name, first in tied.items()]
-        warn(f"{len(tied)} tied, merged once and written under every name: {few(pairs)}")
-    names = [name for name in names if name not in tied]
-    layout = Layout(tuple(names), tuple(start.shape(name) for name in names))
+) -> Ready:
+    """Look at all files and options of a merge, as `merge_files` describes them. SettingError if one cannot work."""
+    start, others = open_checkpoint(base), [open_checkpoint(path) for path in files]
+    plan = make_plan(start, others, warn, only=only, exclude=exclude, rows=rows)
+    layout = plan.layout
     if not layout.size:
         raise SettingError(
             f"{base} and the files to merge have no floating-point tensor in common; the base has "
@@ -131,35 +127,220 @@ def merge_files(
     merge.check_count(len(files))
     tasks, task_scaling, layer_scaling = task_names(files), task_scaling or {}, layer_scaling or {}
     check_task_scaling(task_scaling, tuple(tasks))
-    check_layer_scaling(layer_scaling, layout)
-
-    total = layout.size * (len(files) + 1)
-
-    def tell(stage: str, elements: int) -> None:
-        progress(stage, elements / total)
-
-    vector = merged_vector(merge, start, dict(zip(tasks, others, strict=True)), task_scaling, tell)
-    merged = layout.views(scale_layers(vector, layout, layer_scaling))
     used = {item.name: getattr(merge, item.name) for item in options(type(merge))}
     scalings = {"task-scaling": dict(task_scaling), "layer-scaling": dict(layer_scaling)}
     made = {"method": method, "options": used, **scalings, "seed": seed, "base": base.name, "files": tasks}
+    selection = {"only": list(only), "exclude": list(exclude), "rows": "" if rows == "same" else rows}
+    made |= {key: value for key, value in selection.items() if value}
+    by_task = [factors(layout.names, task_scaling.get(task, 1.0), f"task-scaling of {task}") for task in tasks]
+    layers = factors(layout.names, layer_scaling, "layer-scaling")
+    return Ready(start, others, tasks, plan, merge, by_task, layers, made)
 
-    def contents() -> Iterator[Tensor]:
-        tensors, done = start.open(), layout.size * len(files)
-        for name in start.entries:
-            tensor, step = tensors.get_tensor(name), merged.get(tied.get(name, name))
-            if step is not None:
-                tensor = (tensor + step).to(tensor.dtype)
-                if not is_finite(tensor):
-                    raise RunError(f"{name}: base + merged does not fit {tensor.dtype}; a smaller scaling may help")
-                done += step.numel() if name in merged else 0
-            yield tensor
-            tell(f"writing {out.name}", done)
 
-    with atomic_write(out) as part:
-        # Every entry keeps its offset.
-        write_entries(part, start.entries, contents(), start.metadata | {"atm-fl": json.dumps(made)})
-    return Merged(len(names) + len(tied), layout.size)
+def merge_files(
+    base: Path,
+    files: Sequence[Path],
+    out: Path,
+    method: str = "mean",
+    *,
+    to: str = "model",
+    rank: int = 16,
+    progress: Progress = lambda stage, share: None,
+    warn: Callable[[str], object] = warnings.warn,
+    **more: Any,
+) -> Merged:
+    """Merge the fine-tuned `files` on the `base` they started from into `out` by the merge `method`.
+
+    base, files: safetensors files, indexes of shards, folders of Hugging Face models, files of torch.save; files also
+        folders of LoRA adapters.
+    out: a safetensors file; of a base that is a folder, a new folder like it, unless it is named *.safetensors.
+    to: "model", or "adapter": `out` is a PEFT adapter that has the merged vector by its best approximation of `rank`.
+
+    What more may be given (`prepare`):
+
+    chosen: the merge's options, by name.
+    task_scaling: factors on single files' vectors before the merge, by name (`task_names`), or by name and pattern.
+    layer_scaling: factors on the merged vector's entries by pattern; several for a gradient over the model's depth.
+    seed: for merges that draw random numbers; with the names of the files (`task_names`) it decides them.
+    only, exclude: patterns of names that are merged, and of those that stay as in the base.
+    rows: "common" merges the first rows of entries of other lengths, as vocabularies are.
+    warn: is told of what was left out, was different or is tied.
+
+    SettingError if a file, the method or an option cannot work; RunError if the result does not fit the base's dtype.
+    Either leaves `out` as it was.
+    """
+    if to not in ("model", "adapter"):
+        raise SettingError(f"to={to!r}: it is 'model' or 'adapter'")
+    check_paths(base, files, out)
+    ready = prepare(base, files, method, warn=warn, **more)
+    merged = Merged(len(ready.plan.layout.names) + len(ready.plan.tied), ready.plan.layout.size)
+    if to == "adapter":
+        from atm_fl.merging.checkpoint_adapter import write_adapter
+
+        write_adapter(ready, Steps(ready, _Told(ready, progress, out)), out, rank, warn)
+        return merged
+    if out.is_dir() and not is_folder(ready.base, out):
+        raise SettingError(f"out={str(out)!r} is a directory; name a file")
+    with output(ready.base, out, ready.made) as opened:
+        _write(ready, Steps(ready, _Told(ready, progress, out)), opened)
+    return merged
+
+
+class _Told:
+    """Tells how far the work is, from several threads: elements that are read before the merge, then entries' work."""
+
+    def __init__(self, ready: Ready, progress: Progress, out: Path) -> None:
+        layout, merge, count = ready.plan.layout, ready.merge, len(ready.files)
+        if isinstance(merge, TensorWise):
+            works = [merge.work(shape) for shape in layout.shapes]
+        else:
+            works = [float(count * size) for size in layout.sizes]
+        self.work = dict(zip(layout.names, works, strict=True))
+        self._survey = float(count * layout.size) if merge.surveys else 0.0
+        self._total = self._survey + sum(works)
+        self._stages = f"reading {len(ready.files)} files", f"writing {out.name}"
+        self._progress, self._lock, self._read, self._done = progress, threading.Lock(), 0.0, 0.0
+
+    def read(self, elements: int) -> None:
+        """So many elements of a vector were looked at, before anything is merged."""
+        with self._lock:
+            if not self._done and self._survey:
+                self._read = min(self._survey, self._read + elements)
+                self._progress(self._stages[0], self._read / self._total)
+
+    def merged(self, name: str, share: float) -> None:
+        """A share of an entry was merged and written."""
+        with self._lock:
+            self._done += self.work[name] * share
+            self._progress(self._stages[1], min(1.0, (self._survey + self._done) / self._total))
+
+    def end(self) -> None:
+        self._progress(self._stages[1], 1.0)
+
+
+class Steps:
+    """The merged vector, computed block by block where it is asked for."""
+
+    def __init__(self, ready: Ready, told: _Told) -> None:
+        self.ready, self.told, self.merge, layout = ready, told, ready.merge, ready.plan.layout
+        self.parts = BaseParts(ready.base, layout)
+        self.vectors = [
+            FileVector(file, self.parts, readers, own, done=told.read)
+            for file, readers, own in zip(ready.files, ready.plan.readers, ready.factors, strict=True)
+        ]
+        vectors, rows = cast(list[Tensor], self.vectors), ROWS
+        self._pieces, self._whole, self._own = None, None, threading.local()
+        if isinstance(self.merge, (Streaming, Elementwise, LinearCombination)):
+            rows = max(ROWS, len(vectors))
+            self._pieces = self.merge.pieces(ready.tasks, vectors)
+        elif not isinstance(self.merge, TensorWise):
+            for task, vector in zip(ready.tasks, self.vectors, strict=True):
+                self.merge.add(task, vector.whole())
+            self._whole = self.merge.result()
+        if isinstance(self.merge, TensorWise):
+            entries = [[Block(n, slice(*self.parts.starts[n : n + 2]))] for n in range(len(layout.names))]
+            # An eigendecomposition hardly gains from a second core. Largest first, to end together.
+            self.items = sorted(entries, key=lambda item: -told.work[layout.names[item[0].entry]])
+        else:
+            self.items = list(stretches(blocks(layout, rows)))
+
+    def step(self, block: Block) -> Tensor:
+        """The merged elements of a block, float32 [w], with the layers' factors; they last until the next."""
+        size = block.part.stop - block.part.start
+        if self._pieces:
+            if not hasattr(self._own, "target") or len(self._own.target) < size:
+                self._own.target = torch.empty(size)
+            step = self._own.target[:size]
+            self._pieces(block, step)
+        elif self._whole is not None:
+            step = self._whole[block.part].clone()
+        else:
+            step = self._entry(block)
+        if self.ready.layers[block.entry] != 1:
+            step.mul_(self.ready.layers[block.entry])
+        return step
+
+    def _entry(self, block: Block) -> Tensor:
+        """The merged entry of a merge of matrices."""
+        assert isinstance(self.merge, TensorWise)
+        layout, size = self.ready.plan.layout, block.part.stop - block.part.start
+        spill = MappedVectors() if size * len(self.vectors) > IN_MEMORY else None
+        held = {}
+        for task, vector in zip(self.ready.tasks, self.vectors, strict=True):
+            held[task] = torch.empty(size) if spill is None else torch.empty(0)
+            for part in parts(size):
+                values = vector[block.part.start + part.start : block.part.start + part.stop]
+                if spill is None:
+                    held[task][part] = values
+                else:
+                    spill.append(task, values)
+        if spill:
+            held = spill.vectors()
+            spill.close()
+        shape = layout.shapes[block.entry]
+        tensors = [values.view(shape) for values in held.values()]
+        merged = self.merge.entry(layout.names[block.entry], tensors).reshape(-1)
+        return torch.mul(merged, self.merge.scaling, out=torch.empty(size))
+
+    def ahead(self, item: list[Block]) -> None:
+        """Have the system read what the item needs."""
+        for block in item:
+            start = self.parts.starts[block.entry]
+            part = slice(block.part.start - start, block.part.stop - start)
+            for vector in self.vectors:
+                vector.ahead(block.entry, part)
+            self.parts.entries[block.entry].ahead(part)
+
+
+def _write(ready: Ready, steps: Steps, out: Output) -> None:
+    """Compute and write everything: merged entries by blocks in several threads, then what is the base's."""
+    base, plan, told = ready.base, ready.plan, steps.told
+    written_as: dict[str, list[str]] = {name: [name] for name in plan.layout.names}
+    for name, first in plan.tied.items():
+        written_as[first].append(name)
+
+    def work(number: int) -> None:
+        if number + AHEAD < len(steps.items):
+            steps.ahead(steps.items[number + AHEAD])
+        for block in steps.items[number]:
+            name, start = plan.layout.names[block.entry], steps.parts.starts[block.entry]
+            step = steps.step(block)
+            for piece in parts(len(step), ROWS):
+                first = block.part.start - start + piece.start
+                part = slice(first, first + piece.stop - piece.start)
+                values = _summed(name, steps.parts, block.entry, part, step[piece])
+                for each in written_as[name]:
+                    out.write(each, part.start * values.element_size(), values)
+                told.merged(name, len(values) / plan.layout.sizes[block.entry])
+
+    for item in steps.items[:AHEAD]:
+        steps.ahead(item)
+    in_parallel(work, range(len(steps.items)), torch.device("cpu"))
+    for name in base.entries:
+        if name in plan.kept:
+            out.copy(name, base.read(name))
+    for number, (name, shape) in enumerate(zip(plan.layout.names, plan.layout.shapes, strict=True)):
+        if shape != base.shape(name):  # the rows that not all have
+            tensor = base.read(name)
+            for each in written_as[name]:
+                out.copy(each, tensor, plan.layout.sizes[number] * tensor.element_size())
+    told.end()
+
+
+def _summed(name: str, base: BaseParts, entry: int, part: slice, step: Tensor) -> Tensor:
+    """base + step in the base's dtype; where no element changes, the base's bits. RunError if one does not fit."""
+    stored = base.entries[entry].values[part]
+    low, high = (float(end) for end in torch.aminmax(step))
+    if low == high == 0:
+        return stored
+    total = torch.add(base.part(entry, part), step)
+    low, high = (float(end) for end in torch.aminmax(total))
+    rounded = total.to(stored.dtype)
+    if not fits(low, high, stored.dtype):
+        rounded = torch.where(step == 0, stored, rounded)
+        if bool(((step != 0) & ~rounded.isfinite()).any()):
+            raise RunError(f"{name}: base + merged does not fit {stored.dtype}; a smaller scaling may help")
+    return rounded
 
 
 def check_paths(base: Path, files: Sequence[Path], out: Path) -> None:
@@ -169,110 +350,17 @@ def check_paths(base: Path, files: Sequence[Path], out: Path) -> None:
         if path.resolve() in seen:
             raise SettingError(f"{path} is given twice; the base is not to be among the files to merge")
         seen.add(path.resolve())
-        if path.exists() and out.exists() and path.samefile(out):
+        inside = path.is_dir() and (path.resolve() == out.resolve() or path.resolve() in out.resolve().parents)
+        if inside or (path.exists() and out.exists() and path.samefile(out)):
             raise SettingError(f"out={str(out)!r} is the file {path} that is to be read; inputs are never altered")
-    if out.is_dir():
-        raise SettingError(f"out={str(out)!r} is a directory; name a file")
 
 
 def task_names(files: Sequence[Path]) -> list[str]:
     """A name for each file: its stem, with as many of its folders before it as make all names different."""
     paths = [Path(os.path.abspath(path)) for path in files]
+    bare = [path if path.is_dir() else path.with_suffix("") for path in paths]
     for count in range(1, max((len(path.parts) for path in paths), default=0)):
-        names = ["/".join(path.with_suffix("").parts[-count:]) for path in paths]
+        names = ["/".join(path.parts[-count:]) for path in bare]
         if len(set(names)) == len(names):
             return names
     return [str(path) for path in paths]
-
-
-def common_entries(base: Checkpoint, others: Sequence[Checkpoint], warn: Callable[[str], object]) -> list[str]:
-    """The base's floating-point entries that every file has too, in its order; `warn` is told of all that is different.
-
-    SettingError if an entry has another shape than in the base, or is a float in one and not in the other.
-    """
-    kept = [name for name in base.entries if base.is_float(name)]
-    for file in others:
-        for name in file.entries:
-            if name not in base.entries:
-                continue
-            if file.shape(name) != base.shape(name):
-                raise SettingError(
-                    f"{file.path}: {name} has the shape {list(file.shape(name))}, in the base {list(base.shape(name))}"
-                )
-            if file.is_float(name) != base.is_float(name):
-                found, expected = (one.entries[name]["dtype"] for one in (file, base))
-                raise SettingError(f"{file.path}: {name} is {found}, in the base {expected}")
-        found_in, found_base = file.open(), base.open()
-        missing = [name for name in base.entries if base.is_float(name) and name not in file.entries]
-        extra = [name for name in file.entries if name not in base.entries]
-        different = [
-            name
-            for name in base.entries
-            if name in file.entries
-            and not base.is_float(name)
-            and not torch.equal(bits(found_in.get_tensor(name)), bits(found_base.get_tensor(name)))
-        ]
-        if missing:
-            warn(f"{file.path} lacks {len(missing)} that stay as in the base for all: {few(missing)}")
-        if extra:
-            warn(f"{file.path} has {len(extra)} that the base lacks and that are left out: {few(extra)}")
-        if different:
-            warn(f"{file.path} has {len(different)} that are no floats and differ from the base's: {few(different)}")
-        kept = [name for name in kept if name in file.entries]
-    return kept
-
-
-def tied_entries(base: Checkpoint, others: Sequence[Checkpoint], names: Sequence[str]) -> dict[str, str]:
-    """Entries that are stored twice: name → the first name with the same bits in the base and in every file.
-
-    Entries of a single value are none of them: biases of zeros are equal, but nothing ties them.
-    """
-    files = [file.open() for file in (base, *others)]
-    firsts: dict[object, list[str]] = {}
-    tied = {}
-    for name in names:
-        flat = files[0].get_tensor(name).reshape(-1)
-        sample = flat[:: max(1, len(flat) // 64)]
-        if bool((sample == sample[:1]).all()):
-            continue
-        alike = firsts.setdefault((flat.dtype, base.shape(name), bits(sample.clone()).numpy().tobytes()), [])
-        for first in alike:
-            if all(torch.equal(bits(file.get_tensor(first)), bits(file.get_tensor(name))) for file in files):
-                tied[name] = first
-                break
-        else:
-            alike.append(name)
-    return tied
-
-
-def merged_vector(
-    merge: Merge,
-    base: Checkpoint,
-    others: Mapping[str, Checkpoint],
-    task_scaling: Mapping[str, float],
-    tell: Callable[[str, int], None],
-) -> Tensor:
-    """The merged vector, float32 [n], of files by name. SettingError, naming file and tensor, if one is not finite."""
-    vector = empty(merge.layout.size, torch.empty(0))
-    views, start = merge.layout.views(vector), base.open()
-    done = 0
-    for task, file in others.items():
-        tensors = file.open()
-        for name, view in views.items():
-            before, after = start.get_tensor(name), tensors.get_tensor(name)
-            torch.sub(after.to(torch.promote_types(after.dtype, torch.float32)), before, out=view)
-            if not is_finite(view):
-                wrong = file.path if is_finite(before) else base.path
-                raise SettingError(f"{wrong}: {name} is not finite (NaN, infinite or beyond float32)")
-            done += view.numel()
-            tell(f"reading {task}", done)
-        merge.add(task, vector.mul_(task_scaling.get(task, 1.0)))
-    # The merge has what it needs, and its result may need the space.
-    del vector, views, view
-    tell(f"merging {len(others)} files", done)
-    return merge.result()
-
-
-def few(names: Sequence[str]) -> str:
-    """The first three."""
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from atm_fl.vectors.mapped import MappedVectors
 Change = Callable[[Tensor, Block, Tensor], Tensor]
 """(elements, where they are, scratch blocks [k, w]) → the changed elements, in scratch. Several threads may call it."""
 
+Pieces = Callable[[Block, Tensor], object]
+"""(where, target [w]) → fill the target with a block of the merged vector. Several threads may call it."""
+
 
 @dataclass(kw_only=True)
 class Streaming(Merge):
@@ -28,6 +32,7 @@ class Streaming(Merge):
     vectors; the same order gives the same bits.
     """
 
+    surveys: ClassVar[bool] = True
     average: ClassVar[bool] = True
     """Whether the sum is divided by the weights'."""
     scratch: ClassVar[int] = 2
@@ -44,6 +49,7 @@ class Streaming(Merge):
 
     def add(self, task: str, vector: Tensor, weight: float = 1.0) -> None:
         self._check_vector(task, vector)
+        vector = self._widened(vector)
         fresh = self._sum is None
         if self._sum is None:
             self._sum = empty(self.layout.size, vector)
@@ -55,7 +61,19 @@ class Streaming(Merge):
             raise ValueError("a merge needs at least one task vector")
         total, weight = self._sum, self._weight
         self._sum, self._weight = None, 0.0
-        return total.mul_(self.scaling / weight if self.average else self.scaling)
+        return self._rounded(total.mul_(self.scaling / weight if self.average else self.scaling))
+
+    def pieces(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Pieces:
+        """What `add` and `result` make, block by block where it is asked for."""
+        changes = [self.change(task, vector) for task, vector in zip(tasks, vectors, strict=True)]
+        factor = self.scaling / len(vectors) if self.average else self.scaling
+        scratch, ones = Scratch(self.scratch, vectors[0]), [1.0] * len(vectors)
+
+        def work(block: Block, target: Tensor) -> None:
+            fold_block(target, block, vectors, ones, changes, True, scratch[block.part])
+            target.mul_(factor)
+
+        return work
 
     def sum_factor(self, count: int) -> float:
         """λ / T or λ: all that there is to a merge without a `change` of single vectors."""
@@ -88,16 +106,28 @@ def fold(
 
     def work(stretch: list[Block]) -> None:
         for block in stretch:
-            target, rows, first = total[block.part], scratch[block.part], fresh
-            for vector, coefficient, change in zip(vectors, coefficients, changes, strict=True):
-                own = change(vector[block.part], block, rows) if change else vector[block.part]
-                if first:
-                    torch.mul(own, coefficient, out=target)
-                else:
-                    target.add_(own, alpha=coefficient)
-                first = False
+            fold_block(total[block.part], block, vectors, coefficients, changes, fresh, scratch[block.part])
 
     in_parallel(work, stretches(blocks(layout)), total.device)
+
+
+def fold_block(
+    target: Tensor,
+    block: Block,
+    vectors: Sequence[Tensor],
+    coefficients: Sequence[float],
+    changes: Sequence[Change | None],
+    fresh: bool,
+    scratch: Tensor,
+) -> None:
+    """`fold` of one block, into `target` [w]."""
+    for vector, coefficient, change in zip(vectors, coefficients, changes, strict=True):
+        own = change(vector[block.part], block, scratch) if change else vector[block.part]
+        if fresh:
+            torch.mul(own, coefficient, out=target)
+        else:
+            target.add_(own, alpha=coefficient)
+        fresh = False
 
 
 @dataclass(kw_only=True)
@@ -113,7 +143,7 @@ class BatchMerge(Merge):
         self._check_vector(task, vector)
         self._check_weights({task: weight})
         self._spill = self._spill or MappedVectors()
-        self._spill.add(task, vector)
+        self._spill.add(task, self._widened(vector))
         self._device = vector.device
 
     def result(self) -> Tensor:
@@ -122,7 +152,8 @@ class BatchMerge(Merge):
         spill, self._spill = self._spill, None
         vectors = {task: vector.to(self._device) for task, vector in spill.vectors().items()}
         spill.close()
-        return self.combine(vectors)
+        dtype, self._dtype = self._dtype, None
+        return self.combine(vectors).to(dtype)
 
     def _combine(self, vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
         self._check_weights(weights)
@@ -164,25 +195,36 @@ class Elementwise(BatchMerge):
         """
 
     def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
-        self.prepare(tasks, vectors)
-        total, count = empty(self.layout.size, vectors[0]), len(vectors)
-
-        scratch = Scratch((1 + self.scratch) * count + ROWS, total, count)
+        piece = self.pieces(tasks, vectors)
+        total = empty(self.layout.size, vectors[0])
 
         def work(stretch: list[Block]) -> None:
             for block in stretch:
-                stack, spare = scratch[block.part].tensor_split([count])
-                for number, (row, vector) in enumerate(zip(stack, vectors, strict=True)):
-                    self.take(number, vector[block.part], block, row)
-                torch.mul(self.block(stack, block, spare), self.scaling, out=total[block.part])
+                piece(block, total[block.part])
 
-        in_parallel(work, stretches(blocks(self.layout, count)), total.device)
+        in_parallel(work, stretches(blocks(self.layout, len(vectors))), total.device)
         return total
+
+    def pieces(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Pieces:
+        """The merged vector, block by block (of `blocks(layout, len(vectors))`) where it is asked for."""
+        self.prepare(tasks, vectors)
+        count = len(vectors)
+        scratch = Scratch((1 + self.scratch) * count + ROWS, vectors[0], count)
+
+        def work(block: Block, target: Tensor) -> None:
+            stack, spare = scratch[block.part].tensor_split([count])
+            for number, (row, vector) in enumerate(zip(stack, vectors, strict=True)):
+                self.take(number, vector[block.part], block, row)
+            torch.mul(self.block(stack, block, spare), self.scaling, out=target)
+
+        return work
 
 
 @dataclass(kw_only=True)
 class LinearCombination(BatchMerge):
     """scaling · Σ cₜ τₜ with coefficients that follow from the vectors' inner products alone."""
+
+    surveys: ClassVar[bool] = True
 
     @abstractmethod
     def coefficients(self, tasks: Sequence[str], products: Tensor) -> Tensor:
@@ -194,10 +236,20 @@ class LinearCombination(BatchMerge):
         fold(total, vectors, coefficients.tolist(), self.layout)
         return total
 
+    def pieces(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Pieces:
+        """The merged vector, block by block where it is asked for."""
+        coefficients = (self.scaling * self.coefficients(tasks, inner_products(vectors))).tolist()
+        nothing, unused = [None] * len(vectors), torch.empty(0)
+        return lambda block, target: fold_block(target, block, vectors, coefficients, nothing, True, unused)
+
 
 @dataclass(kw_only=True)
 class TensorWise(BatchMerge):
     """A merge of each entry of the layout (a weight matrix, a bias) by itself."""
+
+    def work(self, shape: tuple[int, ...]) -> float:
+        """About how much longer an entry of this shape takes than one of another."""
+        return float(math.prod(shape))
 
     @abstractmethod
     def entry(self, name: str, tensors: list[Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ class Mean(Streaming):
     """
 
     of_sum: ClassVar[bool] = True
+    surveys: ClassVar[bool] = False
 
 
 @merge("task-arithmetic")
@@ -30,6 +31,7 @@ class TaskArithmetic(Streaming):
     """
 
     of_sum: ClassVar[bool] = True
+    surveys: ClassVar[bool] = False
     average: ClassVar[bool] = False
     scaling: float = option(0.3, "λ, the factor on the sum")
 

@@ -124,6 +124,7 @@ class Dare(Streaming):
     rescales to the L1 norm instead.
     """
 
+    surveys: ClassVar[bool] = False
     density: float = option(0.1, "probability that an element is kept (1 − p)", ge=1e-4, le=1)
 
     def change(self, task: str, vector: Tensor) -> Change:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ class Spectral(TensorWise):
     split_qkv: bool = option(
         False, "treat fused attention projections as three matrices; false is what the authors did with open_clip"
     )
+
+    def work(self, shape: tuple[int, ...]) -> float:
+        """Decompositions: the shorter side times the elements, and more than a pass for the least."""
+        return math.prod(shape) * (1 + min(shape) / 8) if len(shape) == 2 else math.prod(shape)
 
     @abstractmethod
     def matrix(self, matrices: list[Tensor]) -> Tensor:

@@ -40,6 +40,7 @@ class Ties(Elementwise):
     PEFT (the original: the majority of the whole vector).
     """
 
+    surveys: ClassVar[bool] = True
     density: float = option(0.2, "fraction of each task vector that is kept", gt=0, le=1)
     scratch: ClassVar[int] = 1
 

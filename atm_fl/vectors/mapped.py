@@ -29,6 +29,15 @@ class MappedVectors:
         self._file.write(values.data)
         self._parts[name] = values.dtype, len(values)
 
+    def append(self, name: str, values: Tensor) -> None:
+        """More elements of the vector `name`, the last that was added to; a new one if there is none of this name."""
+        more = values.detach().cpu().contiguous().numpy()
+        if name in self._parts and name != next(reversed(self._parts)):
+            raise ValueError(f"{name!r} is not the last vector")
+        dtype, size = self._parts.get(name, (more.dtype, 0))
+        self._file.write(more.data)
+        self._parts[name] = dtype, size + len(more)
+
     def vectors(self) -> dict[str, Tensor]:
         """The vectors by name, in the order of `add`, on the CPU; read from the file when they are looked at."""
         self._file.flush()

@@ -24,12 +24,17 @@ def write_entries(
     path: Path, entries: Mapping[str, Any], tensors: Iterable[Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Write a safetensors file: its `entries`, which the header has, and the contiguous tensors that they tell of."""
-    header = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # so that an entry is aligned as its offset is
     with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(header_bytes(entries, metadata))
         for tensor in tensors:
             file.write(bits(tensor).numpy().data)
+
+
+def header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file has before its tensors."""
+    header = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # so that an entry is aligned as its offset is
+    return len(header).to_bytes(8, "little") + header
 
 
 def bits(tensor: Tensor) -> Tensor:
