@@ -25,6 +25,7 @@ from atm_fl.privacy.disclosure import disclosed
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Dataset, Split
+from atm_fl.tasks.images import decoder
 from atm_fl.training.evaluation import accuracy
 from atm_fl.training.local import State, Tuned, full_gradient
 
@@ -62,7 +63,7 @@ class Party:
         torch.set_num_threads(settings.threads)
         self.settings = settings
         self.model = shared_model(settings.of_model())
-        self.data: Dataset = tasks.load(task, self.model.module.image_size)
+        self.data: Dataset = tasks.load(task, self.model.module.image_size, settings.workers)
         self.task = name or self.data.name
         self.client = client or self.task
         self.head = self._make_head().to(self.model.device)
@@ -211,6 +212,8 @@ class Party:
         source = data.validation if settings.private and settings.split == "train" else data.train
         seed = derive_seed(settings.seed, "head", self.task)
         made_by = [inspect.getsource(made) for made in (models.Head, models.prototypes, models.linear_probe, zero_shot)]
+        if not isinstance(source.images, Tensor):
+            made_by.append(decoder())
         machine = str(model.device), settings.threads, torch.__version__
         content = model.digest, data.classes, source.digests, settings.shots, seed
         named = settings.model, settings.weights, data.prompts()
