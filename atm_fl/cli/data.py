@@ -1,4 +1,4 @@
-"""`atm-fl tasks` and `prepare`."""
+"""`atm-fl tasks`, `tasks check` and `prepare`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from atm_fl import tables
-from atm_fl.cli.terminal import app, console
+from atm_fl.cli.terminal import app, console, say
 from atm_fl.errors import SettingError
 
+listing = typer.Typer()
+app.add_typer(listing, name="tasks")
 
-@app.command()
+
+@listing.callback(invoke_without_command=True)
 def tasks(
+    context: typer.Context,
     build: Annotated[bool, typer.Option(help="count what is on disk, by reading it")] = False,
     leaks: Annotated[str, typer.Option(help="a task: which of its validation and test images are in train?")] = "",
     workers: Annotated[int, typer.Option(min=0, help="processes that decode images for --leaks")] = 0,
@@ -26,6 +30,8 @@ def tasks(
     from atm_fl import tasks as registry
     from atm_fl.tasks.published import Published, data_root
 
+    if context.invoked_subcommand:
+        return
     if leaks:
         if _say_leaks(leaks, workers):
             raise typer.Exit(1)
@@ -62,6 +68,29 @@ def tasks(
         console.print(
             f"published data sets are looked for in {data_root()}", soft_wrap=True, highlight=False, markup=False
         )
+
+
+@listing.command("check")
+def check(
+    folder: Annotated[Path, typer.Argument(help="a task's folder, with train/, val/ and test/")],
+    workers: Annotated[int, typer.Option(min=0, help="threads that read pictures")] = 0,
+) -> None:
+    """Read every picture of a folder: counts, torn files, copies, leaks, blank ones (exit status 1 if any is wrong)."""
+    from atm_fl.tasks.folder_check import check_folder
+
+    report = check_folder(folder, workers)
+    table = Table("class", *report.counts, box=SIMPLE, pad_edge=False)
+    for label, name in enumerate(report.classes):
+        table.add_row(escape(name), *(str(counts[label]) for counts in report.counts.values()))
+    table.add_row("all", *(str(sum(counts)) for counts in report.counts.values()))
+    console.print(table, highlight=False)
+    for line in report.notes:
+        say(line)
+    for line in report.errors:
+        say(f"wrong: {line}")
+    if report.errors:
+        raise typer.Exit(1)
+    say(f"{folder}: a task")
 
 
 def _say_leaks(name: str, workers: int) -> bool:

@@ -52,7 +52,7 @@ class Party:
         torch.set_num_threads(settings.threads)
         self.settings, self.chain = settings, Chain(settings)
         self.model = shared_model(settings.of_model())
-        self.data: Dataset = tasks.load(task, self.model.module.image_size)
+        self.data: Dataset = tasks.load(task, self.model.module.image_size, settings.workers)
         self.task = name or self.data.name
         self.client = client or self.task
         self.head = kept_head(settings, self.data, self.model, self.task)

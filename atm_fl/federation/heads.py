@@ -6,6 +6,7 @@ import inspect
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from atm_fl import models, tasks
 from atm_fl.federation.shared_model import SharedModel
@@ -14,6 +15,7 @@ from atm_fl.models.hubs import zero_shot
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Dataset
+from atm_fl.tasks.images import decoder
 
 
 def kept_head(settings: Settings, data: Dataset, model: SharedModel, task: str) -> models.Head:
@@ -25,6 +27,8 @@ def kept_head(settings: Settings, data: Dataset, model: SharedModel, task: str) 
     source = data.validation if settings.private and settings.split == "train" else data.train
     seed = derive_seed(settings.seed, "head", task)
     made_by = [inspect.getsource(made) for made in (models.Head, models.prototypes, models.linear_probe, zero_shot)]
+    if not isinstance(source.images, Tensor):
+        made_by.append(decoder())
     machine = str(model.device), settings.threads, torch.__version__
     content = model.digest, data.classes, source.digests, settings.shots, seed
     named = settings.model, settings.weights, data.prompts()

@@ -152,7 +152,11 @@ class Settings:
     gradient_checkpointing: bool = setting(False, "compute activations again instead of keeping them")
     channels_last: bool = setting(False, "hand images over in channels-last order")
     compile: bool = setting(False, "torch.compile the backbone: seconds to minutes at the start of every process")
-    workers: int = setting(0, "processes that decode images that are not in memory", decides=False)
+    workers: int = setting(
+        0,
+        "processes that decode images that are not in memory; threads that decode a folder at the start",
+        decides=False,
+    )
     privacy: str = setting(
         "none",
         "dp-sgd: bound what a task vector tells of any one training record; clip-only: the same without noise, which "

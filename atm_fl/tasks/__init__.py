@@ -205,12 +205,15 @@ def check(name: str) -> None:
         find(name)
 
 
-def load(name: str, size: int = IMAGE_SIZE) -> Dataset:
-    """The data of a task, a registered one or (with a slash in its name) a folder, its images brought to `size`."""
+def load(name: str, size: int = IMAGE_SIZE, workers: int = 0) -> Dataset:
+    """The data of a task, a registered one or (with a slash in its name) a folder, its images brought to `size`.
+
+    workers: threads that decode a folder, with 0 this one.
+    """
     if "/" in name:
         from atm_fl.tasks.folder import load_folder
 
-        return load_folder(Path(name), size)
+        return load_folder(Path(name), size, workers)
     return find(name).load(size)
 
 

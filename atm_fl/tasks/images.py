@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from atm_fl.errors import SettingError
+from atm_fl.tasks import pictures
+from atm_fl.tasks.pictures import read_picture
 
 
 @dataclass(frozen=True)
@@ -46,20 +49,20 @@ def _bytes(file: Path) -> int:
         raise SettingError(f"{file} cannot be read ({error.strerror}); bring the data set again") from error
 
 
+def decoder() -> str:
+    """What decodes files, as text: what is kept of decoded files is kept under it."""
+    return inspect.getsource(pictures) + inspect.getsource(decode)
+
+
 def decode(file: Path, size: int) -> Tensor:
     """RGB uint8 [3, size, size]: the shorter side is brought to `size` (bicubic), the centre cut out, as CLIP does it.
 
     SettingError names the file if it is not a readable image.
     """
-    from PIL import Image
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-    try:
-        with Image.open(file) as image:
-            rgb = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise SettingError(f"{file} is not a readable image ({error}); replace or remove it") from error
+    rgb = read_picture(file)[0]
     return pil_to_tensor(center_crop(resize(rgb, [size], InterpolationMode.BICUBIC), [size, size]))
 
 

@@ -40,15 +40,23 @@ class Leaks:
 
 def find_leaks(data: Dataset, workers: int = 0) -> list[Leaks]:
     """The validation and test images of `data` that are also in train. Every image is decoded once."""
-    train_exact, train_bits = _hashes(data.train, workers)
+    hashes = {name: _hashes(data.split(name), workers) for name in SPLITS}
+    return [compare(name, *hashes[name], *hashes["train"]) for name in SPLITS[1:]]
+
+
+def compare(
+    split: str, exact: list[bytes], bits: np.ndarray, train_exact: list[bytes], train_bits: np.ndarray
+) -> Leaks:
+    """The leaks of a split by its images' hashes and train's: of all pixels, and by `difference_hash`, uint64 [n]."""
     first = {key: index for index, key in reversed(list(enumerate(train_exact)))}
-    found = []
-    for name in SPLITS[1:]:
-        exact, bits = _hashes(data.split(name), workers)
-        same = {index: first[key] for index, key in enumerate(exact) if key in first}
-        alike = [pair for pair in _near(bits, train_bits) if pair[0] not in same]
-        found.append(Leaks(name, len(exact), list(same.items()), alike))
-    return found
+    same = {index: first[key] for index, key in enumerate(exact) if key in first}
+    alike = [pair for pair in _near(bits, train_bits) if pair[0] not in same]
+    return Leaks(split, len(exact), list(same.items()), alike)
+
+
+def exact_hash(image: Tensor) -> bytes:
+    """16 bytes that tell an image, uint8 [3, h, w], from any other."""
+    return hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()
 
 
 def difference_hash(images: Tensor) -> np.ndarray:
@@ -64,6 +72,8 @@ def difference_hash(images: Tensor) -> np.ndarray:
 def _near(bits: np.ndarray, train: np.ndarray) -> list[tuple[int, int]]:
     """Each of `bits` that is within `NEAR` of one of `train`, with the nearest: every pair is compared, in blocks."""
     found: list[tuple[int, int]] = []
+    if not len(train):
+        return found
     rows = max(1, 2**22 // len(train))
     for start in range(0, len(bits), rows):
         distance = np.bitwise_count(bits[start : start + rows, None] ^ train)
@@ -91,7 +101,7 @@ def _hashes(split: Split, workers: int) -> tuple[list[bytes], np.ndarray]:
     exact: list[bytes] = []
     bits = []
     for images, _ in split.batches(workers=workers):
-        exact += [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in images]
+        exact += map(exact_hash, images)
         bits.append(difference_hash(images))
     return exact, np.concatenate(bits)
 
