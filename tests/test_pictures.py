@@ -353,7 +353,7 @@ def test_a_head_made_of_wrongly_decoded_files_is_not_taken_again(
     monkeypatch.setattr(tasks, "load", lambda *_: data)
     monkeypatch.setenv("ATM_FL_CACHE", str(tmp_path / "cache"))
     for text in ("one decoder", "one decoder", "another"):
-        monkeypatch.setattr("atm_fl.federation.client.decoder", lambda text=text: text)
+        monkeypatch.setattr("atm_fl.federation.heads.decoder", lambda text=text: text)
         Party(settings, "red")
     assert len(list((tmp_path / "cache" / "heads").glob("*.safetensors"))) == 2
 

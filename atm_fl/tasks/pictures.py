@@ -160,7 +160,7 @@ def _opaque(image: Image) -> Image:
     """An RGBA picture over its background."""
     from PIL import Image
 
-    if image.getextrema()[3] == (255, 255):
+    if image.getchannel("A").getextrema() == (255, 255):
         return image.convert("RGB")
     pixels = np.asarray(image)
     seen = pixels[pixels[..., 3] > 0, :3]
