@@ -18,7 +18,7 @@ from atm_fl import cli
 from atm_fl.errors import SettingError
 from atm_fl.merging import checkpoint_files, make_merge, merges
 from atm_fl.merging.checkpoint_files import merge_files, prepare
-from atm_fl.merging.checkpoint_inputs import open_checkpoint
+from atm_fl.merging.checkpoint_lora import open_checkpoint
 from atm_fl.merging.recipes import read_recipe
 from atm_fl.merging.scaling import depths, factors, read_factors
 from atm_fl.vectors import Layout, blocks
@@ -389,6 +389,8 @@ def test_an_adapter_that_does_not_fit_is_named(base: Path, tmp_path: Path, out: 
     model.save_pretrained(folder)
     with pytest.raises(SettingError, match=r"adapter of another model: linear\.weight are not in"):
         merge(base, [folder], out)
+    with pytest.raises(SettingError, match="is a LoRA adapter: the base is the model"):
+        merge(folder, [base], out)
     (folder / "adapter_config.json").rename(tmp_path / "config")
     with pytest.raises(SettingError, match="without its adapter_config.json"):
         merge(base, [folder / "adapter_model.safetensors"], out)

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from atm_fl.errors import RunError, SettingError
 from atm_fl.merging import Merge, make_merge, options
-from atm_fl.merging.checkpoint_inputs import Checkpoint, few, open_checkpoint
+from atm_fl.merging.checkpoint_inputs import Checkpoint, few
+from atm_fl.merging.checkpoint_lora import Adapter, open_checkpoint
 from atm_fl.merging.checkpoint_names import Plan, make_plan
 from atm_fl.merging.checkpoint_outputs import Output, fits, is_folder, output
 from atm_fl.merging.checkpoint_vectors import BaseParts, FileVector
@@ -116,6 +117,8 @@ def prepare(
 ) -> Ready:
     """Look at all files and options of a merge, as `merge_files` describes them. SettingError if one cannot work."""
     start, others = open_checkpoint(base), [open_checkpoint(path) for path in files]
+    if isinstance(start, Adapter):
+        raise SettingError(f"{base} is a LoRA adapter: the base is the model that it was made on")
     plan = make_plan(start, others, warn, only=only, exclude=exclude, rows=rows)
     layout = plan.layout
     if not layout.size:

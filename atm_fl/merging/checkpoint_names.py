@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 import torch
 
 from atm_fl.errors import SettingError
-from atm_fl.merging.checkpoint_inputs import Adapter, Checkpoint, Reader, Zero, few
+from atm_fl.merging.checkpoint_inputs import Checkpoint, Reader, Zero, few
+from atm_fl.merging.checkpoint_lora import Adapter
 from atm_fl.vectors import Layout
 from atm_fl.vectors.tensor_files import bits
 
@@ -95,7 +96,7 @@ def make_plan(
         warn(f"{len(tied)} tied, merged once and written under every name: {few(pairs)}")
     merged = [name for name in merged if name not in tied]
     check_heads(base, files, merged, warn)
-    readers = [
+    readers: list[list[Reader]] = [
         [file.reader(known[name]) if name in known else Zero() for name in merged]
         for file, known in zip(files, names, strict=True)
     ]

@@ -27,7 +27,7 @@ class BaseParts:
     def __init__(self, base: Checkpoint, layout: Layout) -> None:
         self.base, self.layout = base, layout
         self.starts = [0, *accumulate(layout.sizes)]
-        self.entries = [Dense(base.read(name).reshape(-1), base._places.get(name)) for name in layout.names]
+        self.entries = [base.reader(name) for name in layout.names]
         self._own = threading.local()
 
     def part(self, entry: int, part: slice) -> Tensor:
