@@ -19,17 +19,17 @@ def atomic_write(path: Path, flush: bool = True, private: bool = False) -> Itera
         private_folder(path.parent)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        yield part
+        yield temporary
         if private:
-            part.chmod(0o600)
+            temporary.chmod(0o600)
         if flush:
-            with open(part, "rb") as file:
+            with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(temporary, path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_once(path: Path, content: bytes) -> None:

@@ -81,10 +81,10 @@ class Registry(MutableMapping[str, Thing]):
         self._complete = False
         _loader.registries.append(self)
 
-    def find(self, name: str, told: str = "") -> Thing:
+    def find(self, name: str, advice: str = "") -> Thing:
         """The thing called `name`. SettingError, which begins with `told`, if there is none."""
         if name not in self:
-            raise SettingError(f"{told or f'{self.kind}={name!r}'} is unknown{did_you_mean(name, self)}")
+            raise SettingError(f"{advice or f'{self.kind}={name!r}'} is unknown{did_you_mean(name, self)}")
         return self[name]
 
     def plugin(self, name: str) -> Plugin | None:
@@ -106,8 +106,8 @@ class Registry(MutableMapping[str, Thing]):
         if not self._complete:
             for name in BUILT_IN[self.kind]:
                 module = importlib.import_module(name)
-                for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
-                    importlib.import_module(f"{name}.{found.name}")
+                for module_info in pkgutil.iter_modules(getattr(module, "__path__", ())):
+                    importlib.import_module(f"{name}.{module_info.name}")
             self._complete = True
 
     def forget(self, plugin: Plugin) -> None:
@@ -267,9 +267,9 @@ def _loading(plugin: Plugin, file: str) -> Iterator[None]:
         _forget(plugin)
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         place = f"{plugin.name}, line {lines[-1]}" if lines else plugin.name
-        told = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         kind = "" if isinstance(error, SettingError) else f"{type(error).__name__}: "
-        raise SettingError(f"plugin {place}: {kind}{told}") from error
+        raise SettingError(f"plugin {place}: {kind}{reason}") from error
     finally:
         _loader.loading = None
 

@@ -110,9 +110,9 @@ class Policy:
         """RunError, naming the rule, if a run of `settings` asks this party, which holds `task`, for more."""
         for name, broken in _BROKEN.items():
             value = getattr(self, name)
-            if value and (told := broken(value, settings, task)):
+            if value and (reason := broken(value, settings, task)):
                 shown = ", ".join(value) if isinstance(value, tuple) else value
-                raise RunError(f"{task}: refused by this party's policy, {kebab(name)}={shown}: {told}")
+                raise RunError(f"{task}: refused by this party's policy, {kebab(name)}={shown}: {reason}")
 
     def bounds(self) -> list[str]:
         """The rules that bound something, as they stand in the file."""
@@ -284,9 +284,9 @@ def policy_of(node: Mapping[str, Any]) -> Policy:
     if not isinstance(path, str):
         raise SettingError(f"policy={path!r} in this SuperNode's --node-config: it must be a path")
     policy = _read(Path(path), Path(path).stat().st_mtime_ns if Path(path).is_file() else 0) if path else Policy()
-    own = node.get("max-update-norm", policy.max_update_norm)
-    if isinstance(own, bool) or not isinstance(own, int | float) or not 0 <= own < float("inf"):
-        raise SettingError(f"max-update-norm={own!r} in this SuperNode's --node-config: it must be 0 or more")
+    limit = node.get("max-update-norm", policy.max_update_norm)
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit < float("inf"):
+        raise SettingError(f"max-update-norm={limit!r} in this SuperNode's --node-config: it must be 0 or more")
     for key, value in (("max-update-norm", policy.max_update_norm), ("trusted-parties", policy.trusted_parties)):
         if key in node and value and node[key] != value:
             raise SettingError(

@@ -42,14 +42,16 @@ def main() -> None:
         settings = read_config(config, ["start=pretrained"])
         forward, step = tower_operations(settings.model.removeprefix("open_clip/"))
         sets = [find_published(name) for name in settings.task_names]
-        held = [validation_count(found.train) for found in sets]
+        held = [validation_count(data_set.train) for data_set in sets]
         images = (
-            held if settings.split == "validation" else [found.train - v for found, v in zip(sets, held, strict=True)]
+            held
+            if settings.split == "validation"
+            else [data_set.train - v for data_set, v in zip(sets, held, strict=True)]
         )
         epochs = round(settings.rounds * settings.local_epochs)
         steps = epochs * sum(math.ceil(count / settings.batch_size) for count in images)
         training = step * epochs * sum(images)
-        evaluation = forward * (sum(held) * (settings.rounds + 1) + 2 * sum(found.test for found in sets))
+        evaluation = forward * (sum(held) * (settings.rounds + 1) + 2 * sum(data_set.test for data_set in sets))
         print(f"{config}: {settings.model}, {len(sets)} tasks, {settings.rounds} x {settings.local_epochs:g} epochs")
         print(f"  an image: {forward / 1e9:.1f} GFLOP forward, {step / 1e9:.1f} with backward")
         print(f"  {sum(images):,} images an epoch, {steps:,} optimizer steps")

@@ -32,13 +32,13 @@ WORDS, WIDTH = 64_000, 2_048
 
 def shapes(elements: int) -> dict[str, tuple[int, ...]]:
     """A model of about so many elements: embeddings and layers of attention and MLP."""
-    found: dict[str, tuple[int, ...]] = {"embed.weight": (min(WORDS, max(8, elements // 4 // WIDTH)), WIDTH)}
-    left, layer = elements - found["embed.weight"][0] * WIDTH, 0
+    by_name: dict[str, tuple[int, ...]] = {"embed.weight": (min(WORDS, max(8, elements // 4 // WIDTH)), WIDTH)}
+    left, layer = elements - by_name["embed.weight"][0] * WIDTH, 0
     while left > 0:
         rows = min(4 * WIDTH, max(1, left // WIDTH))
-        found |= {f"layers.{layer}.mlp.weight": (rows, WIDTH), f"layers.{layer}.norm.weight": (WIDTH,)}
+        by_name |= {f"layers.{layer}.mlp.weight": (rows, WIDTH), f"layers.{layer}.norm.weight": (WIDTH,)}
         left, layer = left - rows * WIDTH, layer + 1
-    return found
+    return by_name
 
 
 def make(folder: Path, args: argparse.Namespace) -> None:

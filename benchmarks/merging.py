@@ -89,13 +89,13 @@ def made_up(layout: Layout, spectrum: str, seed: int) -> Tensor:
     A share that all tasks have in common gives them cosines of about 0.1, as fine-tuned models have.
     """
     vector = torch.empty(layout.size)
-    own, common = (torch.Generator().manual_seed(number) for number in (seed + 1, 0))
+    of_task, common = (torch.Generator().manual_seed(number) for number in (seed + 1, 0))
     for view in layout.views(vector).values():
         matrix = view.view(len(view), -1) if view.dim() > 1 else view[None]
         rows, columns = matrix.shape
         rank = min(rows, columns) // 4 if spectrum == "low-rank" else 0
         matrix.zero_()
-        for generator, share in ((own, 1.0), (common, 0.33)):
+        for generator, share in ((of_task, 1.0), (common, 0.33)):
             sizes = torch.arange(1, rank + 1) ** -0.7
             sizes *= share / max(float(sizes.norm()), 1e-30)
             left = torch.randn(rows, rank, generator=generator)
@@ -109,9 +109,9 @@ def vector_files(folder: Path, scale: str, spectrum: str, tasks: int) -> list[Pa
     files = [folder / f"{scale}-{spectrum}-{task:02}.f32" for task in range(tasks)]
     for task, file in enumerate(files):
         if not file.exists():
-            part = file.with_suffix(".part")
-            made_up(image_tower(scale), spectrum, task).numpy().tofile(part)
-            part.replace(file)
+            temporary = file.with_suffix(".part")
+            made_up(image_tower(scale), spectrum, task).numpy().tofile(temporary)
+            temporary.replace(file)
     return files
 
 
@@ -137,11 +137,11 @@ def ours_per_entry(method: str, layout: Layout, vectors: Tensor) -> Call:
     """Ours on each entry by itself, for peers that trim tensors where we trim whole vectors."""
 
     def call() -> Tensor:
-        found, parts = [], [vector.split(layout.sizes) for vector in vectors]
+        merged, parts = [], [vector.split(layout.sizes) for vector in vectors]
         for number, (name, shape) in enumerate(zip(layout.names, layout.shapes, strict=True)):
-            tasks = {f"task{task}": part[number] for task, part in enumerate(parts)}
-            found.append(make_merge(method, Layout((name,), (shape,))).combine(tasks))
-        return torch.cat(found)
+            tasks = {f"task{task}": entries[number] for task, entries in enumerate(parts)}
+            merged.append(make_merge(method, Layout((name,), (shape,))).combine(tasks))
+        return torch.cat(merged)
 
     return call
 
@@ -160,8 +160,8 @@ def ours_one_by_one(method: str, layout: Layout, files: list[Path]) -> Call:
 
 def settings(method: str, layout: Layout, count: int) -> tuple[float, Any]:
     """The weight of each task in a weighted sum that is our merge, and our merge, for its options."""
-    found: Any = make_merge(method, layout)
-    return found.scaling / (count if getattr(found, "average", False) else 1), found
+    merge: Any = make_merge(method, layout)
+    return merge.scaling / (count if getattr(merge, "average", False) else 1), merge
 
 
 PEFT = {
@@ -391,18 +391,18 @@ def run(case: Case, repeats: int, folder: Path) -> dict[str, Any]:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [""])[-1]
         return {"failed": f"exit {done.returncode}: {last}"}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def stored(file: Path) -> dict[Case, dict[str, Any]]:
     """The measurements of a file, the last of each case."""
-    found = {}
+    results = {}
     for line in file.read_text().splitlines() if file.exists() else []:
         row = json.loads(line)
         if "failed" not in row:
-            found[Case(**row.pop("case"))] = row
-    return found
+            results[Case(**row.pop("case"))] = row
+    return results
 
 
 def padded(header: list[str], lines: list[list[str]]) -> str:
@@ -451,7 +451,9 @@ def report(args: argparse.Namespace, rows: dict[Case, dict[str, Any]]) -> None:
     if lines:
         header = ["merge", "by", "seconds (min-max)", "x floor", "ours is faster", "extra memory", "differs from ours"]
         print(padded(header, lines), "\n\nExtra memory: in vectors, the result included.\n")
-    kinds = {name: "streaming" if issubclass(found, Streaming) else "joint" for name, found in merges().items()}
+    kinds = {
+        name: "streaming" if issubclass(merge_class, Streaming) else "joint" for name, merge_class in merges().items()
+    }
     counts = sorted({tasks for _, tasks in single})
     lines = []
     for method in dict.fromkeys(method for method, _ in single):
@@ -465,12 +467,12 @@ def report(args: argparse.Namespace, rows: dict[Case, dict[str, Any]]) -> None:
 
     def bound(what: str, value: float | None, limit: float, least: bool = False) -> None:
         met = value is not None and (value >= limit if least else value <= limit)
-        told = "not measured" if value is None else f"{value:.3g}: {'met' if met else 'MISSED'}"
-        print(f"{what} {'>=' if least else '<='} {limit:g}: {told}")
+        shown = "not measured" if value is None else f"{value:.3g}: {'met' if met else 'MISSED'}"
+        print(f"{what} {'>=' if least else '<='} {limit:g}: {shown}")
 
     for method, limit in {"mean": 2, "task-arithmetic": 2, "ties": 20, "breadcrumbs": 20}.items():
-        own = seconds.get((method, "ours"))
-        bound(f"{method}, times the floor", own / floor if own and copies else None, limit)
+        ours = seconds.get((method, "ours"))
+        bound(f"{method}, times the floor", ours / floor if ours and copies else None, limit)
     faster_than = {("ties", "peft"): 20, ("breadcrumbs", "mergekit"): 20, ("dare", "peft"): 5}
     for (method, by), limit in (faster_than | {("tsv-m", "fusion-bench"): 4, ("iso-c", "fusion-bench"): 4}).items():
         bound(f"{method}, faster than {by}", ratio(method, by), limit, least=True)
@@ -478,10 +480,12 @@ def report(args: argparse.Namespace, rows: dict[Case, dict[str, Any]]) -> None:
         bound(f"{method}, difference", at_once.get((method, "fusion-bench"), {}).get("difference"), 1e-4)
     for kind, limit in {"streaming": 2, "joint": 3}.items():
         for count in counts:
-            found = {method: peaks[method, count] for method in kinds if (method, count) in peaks}
-            worst = max((method for method in found if kinds[method] == kind), key=found.__getitem__, default=None)
+            merge_class = {method: peaks[method, count] for method in kinds if (method, count) in peaks}
+            worst = max(
+                (method for method in merge_class if kinds[method] == kind), key=merge_class.__getitem__, default=None
+            )
             if worst:
-                bound(f"{kind} merges, {count} tasks, most extra memory ({worst})", found[worst], limit)
+                bound(f"{kind} merges, {count} tasks, most extra memory ({worst})", merge_class[worst], limit)
 
 
 def main() -> None:
@@ -520,8 +524,8 @@ def main() -> None:
         with file.open("a") as stream:
             date = time.strftime("%Y-%m-%dT%H:%M:%S")
             stream.write(json.dumps({"case": asdict(case), "date": date, **rows[case]}) + "\n")
-        told = {key: value for key, value in rows[case].items() if key != "digest"}
-        print(f"{case.method} by {case.by}, {case.tasks} tasks{', one by one' * case.one_by_one}: {told}", flush=True)
+        shown = {key: value for key, value in rows[case].items() if key != "digest"}
+        print(f"{case.method} by {case.by}, {case.tasks} tasks{', one by one' * case.one_by_one}: {shown}", flush=True)
     report(args, rows)
 
 

@@ -54,9 +54,9 @@ def main() -> None:
     plain = median(seconds["plain loop"])
     print(f"{os.cpu_count()} cores of {processor()}, 1 thread a client, tasks {args.tasks}")
     print(f"medians of {len(seconds['plain loop'])} rounds")
-    for name, found in seconds.items():
-        spread = f"{min(found):.2f}-{max(found):.2f}"
-        print(f"{name:28} {median(found):6.2f} s a round ({spread}), {median(found) / plain:5.2f} x the plain loop")
+    for name, times in seconds.items():
+        spread = f"{min(times):.2f}-{max(times):.2f}"
+        print(f"{name:28} {median(times):6.2f} s a round ({spread}), {median(times) / plain:5.2f} x the plain loop")
 
 
 if __name__ == "__main__":

@@ -90,15 +90,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.clients:
         return peak(args.clients)
-    found = {}
+    peaks = {}
     for count in COUNTS:
         command = [sys.executable, __file__, "--clients", str(count)]
         output = subprocess.run(
             command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ).stdout
-        elements, found[count] = map(float, output.split()[-2:])
-        print(f"{count:3} clients, vectors of {elements:,.0f} elements: peak {found[count]:.0f} MiB")
-    print(f"ratio {found[COUNTS[1]] / found[COUNTS[0]]:.3f}")
+        elements, peaks[count] = map(float, output.split()[-2:])
+        print(f"{count:3} clients, vectors of {elements:,.0f} elements: peak {peaks[count]:.0f} MiB")
+    print(f"ratio {peaks[COUNTS[1]] / peaks[COUNTS[0]]:.3f}")
 
 
 if __name__ == "__main__":

@@ -283,10 +283,10 @@ def measure_row(name: str, folder: Path, scale: str, clients: int, rounds: int) 
         # Of ours the evaluation that closes the run is no part of its last round.
         events = marks[begin:end] if name == "stock-evaluate" else marks[begin : begin + 2]
         spans.append((float(marks[begin][1]), float(events[-1][1])))
-    told = [(watch.at(begin), watch.at(end)) for begin, end in spans]
+    readings = [(watch.at(begin), watch.at(end)) for begin, end in spans]
     return WireRow(
         [end - begin for begin, end in spans],
-        *([after[n] - before[n] for before, after in told] for n in range(4)),  # type: ignore[arg-type]
+        *([after[n] - before[n] for before, after in readings] for n in range(4)),  # type: ignore[arg-type]
         **watch.peaks,
     )
 

@@ -75,8 +75,8 @@ def update_limit(settings: Settings, context: Context) -> float:
 
     Its own policy's or `node-config`'s, which no server decides, goes before the run's.
     """
-    own = policy_of(context.node_config).max_update_norm or settings.max_update_norm
-    return float(context.node_config.get("max-update-norm", own))
+    limit = policy_of(context.node_config).max_update_norm or settings.max_update_norm
+    return float(context.node_config.get("max-update-norm", limit))
 
 
 def received_base(message: Message, party: Party, limit: float = 0.0) -> Tensor | None:
@@ -99,8 +99,8 @@ def received_base(message: Message, party: Party, limit: float = 0.0) -> Tensor 
     if not before:
         base = make_codec(expected).decode(arrays, model.layout)
     else:
-        found = kept.base(before)
-        base = model.pretrained.clone() if found is None else found
+        stored = kept.base(before)
+        base = model.pretrained.clone() if stored is None else stored
         if len(base) != model.layout.size:
             return None
         if arrays:

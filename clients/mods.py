@@ -27,8 +27,8 @@ def named_errors(message: Message, context: Context, call_next: ClientAppCallabl
         log(ERROR, traceback.format_exc())
         reason = f"{type(error).__name__}: {error}"
     task = _task(context)
-    told = reason if re.search(rf"\b{re.escape(task)}\b", reason) else f"{task}: {reason}"
-    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, printable(" ".join(told.split()))), reply_to=message)
+    text = reason if re.search(rf"\b{re.escape(task)}\b", reason) else f"{task}: {reason}"
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, printable(" ".join(text.split()))), reply_to=message)
 
 
 def _task(context: Context) -> str:

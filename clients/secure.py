@@ -111,11 +111,11 @@ def _kept(message: Message, party: Party) -> ClientState:
 
 def _bytes(message: Message, name: str) -> dict[str, bytes]:
     """A record of bytes by client."""
-    found = message.content.config_records[name]
-    return {client: value for client, value in found.items() if isinstance(value, bytes)}
+    record = message.content.config_records[name]
+    return {client: value for client, value in record.items() if isinstance(value, bytes)}
 
 
 def _names(message: Message, name: str) -> list[str]:
     """A record of clients."""
-    found = message.content.config_records[name]["clients"]
-    return [str(client) for client in found] if isinstance(found, list) else []
+    names = message.content.config_records[name]["clients"]
+    return [str(client) for client in names] if isinstance(names, list) else []

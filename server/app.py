@@ -96,29 +96,29 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
         finally:
             boundary.forget(reply)
         if task not in holders:
-            told = f"node {node} holds task {boundary.shown(task)}, which tasks={settings.tasks!r} does not name"
+            message = f"node {node} holds task {boundary.shown(task)}, which tasks={settings.tasks!r} does not name"
             if not skip:
-                raise RunError(f"roll call: {told}")
-            failures.append(told)
+                raise RunError(f"roll call: {message}")
+            failures.append(message)
             continue
         holders[task].append(node)
-    for task, those in holders.items():
-        if len(those) > settings.client_tasks.count(task):
-            told = f"nodes {' and '.join(map(str, sorted(those)))} both hold task {task!r}"
-            told += "; tasks names it once for each that should"
+    for task, holding in holders.items():
+        if len(holding) > settings.client_tasks.count(task):
+            message = f"nodes {' and '.join(map(str, sorted(holding)))} both hold task {task!r}"
+            message += "; tasks names it once for each that should"
             if not skip:
-                raise RunError(f"roll call: {told}")
-            failures.append(told)
+                raise RunError(f"roll call: {message}")
+            failures.append(message)
             holders[task] = []  # which of them is the true one is not known
-    queues = {task: sorted(those) for task, those in holders.items()}
-    found = {client: queues[task].pop(0) for client, task in settings.task_of.items() if queues[task]}
-    missing = [client for client in wanted if client not in found]
+    queues = {task: sorted(holding) for task, holding in holders.items()}
+    nodes_of = {client: queues[task].pop(0) for client, task in settings.task_of.items() if queues[task]}
+    missing = [client for client in wanted if client not in nodes_of]
     if missing:
-        told = "; ".join([f"roll call: no party holds {', '.join(missing)}", *_once(failures, missing)])
-        if len(found) < settings.needed:
-            raise RunError(told)
-        log(WARNING, "%s", told)
-    return {node: client for client, node in found.items()}
+        message = "; ".join([f"roll call: no party holds {', '.join(missing)}", *_once(failures, missing)])
+        if len(nodes_of) < settings.needed:
+            raise RunError(message)
+        log(WARNING, "%s", message)
+    return {node: client for client, node in nodes_of.items()}
 
 
 def _once(failures: list[str], clients: list[str]) -> list[str]:

@@ -62,13 +62,13 @@ def info(reply: Message) -> dict[str, Any]:
     """The strings of a reply. Refused if it has no content, or records or strings that are not on the lists."""
     if not reply.has_content():
         raise Refused("a reply without content")
-    found = reply.content.config_records.get("info")
-    if found is None:
+    record = reply.content.config_records.get("info")
+    if record is None:
         raise Refused("a reply without info")
-    for name, value in found.items():
+    for name, value in record.items():
         if type(value) is not INFO.get(name):
             raise Refused(f"info {shown(name)}: {shown(value)}, which it cannot be")
-    return {"needs-base": False, **found}
+    return {"needs-base": False, **record}
 
 
 def forget(reply: Message) -> None:
@@ -101,12 +101,12 @@ def update(reply: Message, elements: int, takes_part: bool, splits: Collection[s
     if numbers is None:
         raise Refused("a reply without metrics")
     due = {f"evaluation.{split}": (0.0, 1.0) for split in splits}
-    told = {f"tuning.{name}": bounds for name, bounds in TUNING.items()}
-    checked = _numbers(numbers, due | told)
+    limits = {f"tuning.{name}": bounds for name, bounds in TUNING.items()}
+    checked = _numbers(numbers, due | limits)
     parts: dict[str, dict[str, float]] = {"evaluation": {}, "tuning": {}}
     for name, value in checked.items():
-        part, _, key = name.partition(".")
-        parts[part][key] = value
+        kind, _, key = name.partition(".")
+        parts[kind][key] = value
     record = reply.content.array_records.get("arrays")
     if not takes_part:
         return Update(None, parts["evaluation"], {})

@@ -96,8 +96,8 @@ def sign(app: Path, key: Path, folder: Path) -> Iterator[str]:
     known = json.loads(file.read_text()) if file.exists() else {"valid_license": "Valid"}
     known[signer] = json.dumps({"signed_at": now, "signature": signature})
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(file) as part:
-        part.write_text(json.dumps(known, indent=1) + "\n")
+    with atomic_write(file) as temporary:
+        temporary.write_text(json.dumps(known, indent=1) + "\n")
     file.chmod(0o644)  # the SuperLink's container may run as another user
     yield f"app: sha256:{digest.hex()}"
     yield f"signed by {signer}: {file}"

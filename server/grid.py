@@ -78,14 +78,14 @@ class StreamingGrid(Grid):
         begin = looked = time.monotonic()
         while waiting and not unwanted.is_set():
             for message_id, node in list(waiting.items()):
-                found = self._pulled(message_id, node)
-                if found:
+                reply = self._pulled(message_id, node)
+                if reply:
                     del waiting[message_id]
-                    for another in found[1:]:  # one message has one reply
+                    for another in reply[1:]:  # one message has one reply
                         boundary.forget(another)
-                    del found[1:]
-                    found[0].metadata.__dict__["_src_node_id"] = node
-                    yield found.pop()
+                    del reply[1:]
+                    reply[0].metadata.__dict__["_src_node_id"] = node
+                    yield reply.pop()
             waited = time.monotonic() - begin
             if timeout is not None and waited > timeout:
                 return
@@ -144,9 +144,9 @@ def _fetched_ahead(replies: Iterator[Message], unwanted: Event) -> Iterator[Mess
     with ThreadPoolExecutor(1) as pool:
         try:
             coming = pool.submit(fetch)
-            while found := coming.result():
+            while fetched := coming.result():
                 coming = pool.submit(fetch)
-                yield found.pop()  # and keep it no longer than its taker does
+                yield fetched.pop()  # and keep it no longer than its taker does
         finally:
             unwanted.set()
 

@@ -181,6 +181,6 @@ class SecureExchange:
 
 def _content(record: Mapping[str, Any], name: str, kind: type) -> Any:
     """What a party's record has as `name`. ValueError if it is not of its kind."""
-    if not isinstance(found := record.get(name), kind):
-        raise ValueError(f"{name} of {type(found).__name__}, not {kind.__name__}")
-    return found
+    if not isinstance(value := record.get(name), kind):
+        raise ValueError(f"{name} of {type(value).__name__}, not {kind.__name__}")
+    return value

@@ -156,9 +156,9 @@ class AtmStrategy(Strategy):
         failures, accuracies = self._unheard(), {}
         for client, reply in self._successes(replies, failures):
             try:
-                found = boundary.accuracies(reply) | {"bytes_down": self._bytes_down(client)}
-                self.run.record("evaluation", self.run.rounds_done, task=client, **found)
-                accuracies[client] = found
+                metrics = boundary.accuracies(reply) | {"bytes_down": self._bytes_down(client)}
+                self.run.record("evaluation", self.run.rounds_done, task=client, **metrics)
+                accuracies[client] = metrics
             except boundary.Refused as error:
                 failures[client] = f"refused: {error}"
             finally:
@@ -293,11 +293,11 @@ class AtmStrategy(Strategy):
 
     def _out_of_proportion(self, current: ServerRound) -> dict[str, str]:
         """Leave vectors out of the round whose norms are out of proportion: client → the figures."""
-        found = current.out_of_proportion()
-        for client, told in found.items():
+        reasons = current.out_of_proportion()
+        for client, reason in reasons.items():
             current.vectors.drop(client)
-            log(WARNING, "round %s: %s: refused: %s", current.number, client, told)
-        return {client: f"refused: {told}" for client, told in found.items()}
+            log(WARNING, "round %s: %s: refused: %s", current.number, client, reason)
+        return {client: f"refused: {reason}" for client, reason in reasons.items()}
 
     def _warn(self, text: str) -> None:
         log(WARNING, "%s", text)
@@ -308,7 +308,7 @@ def _flower_metrics(accuracies: dict[str, dict[str, float]]) -> MetricRecord:
     """The final accuracies as Flower's users find them: SPLIT.CLIENT, and SPLIT.mean over the clients."""
     metrics: dict[str, float] = {}
     for split in ("validation", "test"):
-        values = {client: float(found[split]) for client, found in accuracies.items() if split in found}
+        values = {client: float(of_client[split]) for client, of_client in accuracies.items() if split in of_client}
         metrics |= {f"{split}.{client}": value for client, value in values.items()}
         if values:
             metrics[f"{split}.mean"] = sum(values.values()) / len(values)

@@ -111,10 +111,17 @@ class Federation:
         """Start a program with a cache and FLWR_HOME of its own; what it says goes to NAME.log."""
         folder = self.home / "machines" / name
         folder.mkdir(parents=True, exist_ok=True)
-        own = {"FLWR_HOME": str(folder / "flower"), "ATM_FL_CACHE": str(folder / "cache"), "HOME": str(folder)}
-        own["ATM_FL_APPS"] = str(self.secrets / "apps")
+        environment = {"FLWR_HOME": str(folder / "flower"), "ATM_FL_CACHE": str(folder / "cache"), "HOME": str(folder)}
+        environment["ATM_FL_APPS"] = str(self.secrets / "apps")
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        variables = {**os.environ, **QUIET, **own, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        variables = {
+            **os.environ,
+            **QUIET,
+            **environment,
+            "PATH": path,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
         with open(self.home / f"{name}.log", "ab") as log:
             self.processes[name] = subprocess.Popen(
                 command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -133,25 +140,25 @@ class Federation:
 
     def apps(self, name: str, kind: str) -> list[psutil.Process]:
         """The running `kind`, clientapp or serverapp, below a program."""
-        found = []
+        processes = []
         for process in self.below(name):
             with suppress(psutil.Error):
                 if any(f"flwr-{kind}" in word for word in (process.name(), *process.cmdline())):
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
     def tuning(self, name: str, round_number: int) -> psutil.Process:
         """Wait until a party's ClientApp is at work in a round."""
-        found: list[psutil.Process] = []
+        processes: list[psutil.Process] = []
 
         def at_work() -> bool:
             said = self.said(name).partition(f"ROUND {round_number}]")[2]
             if "Received successfully" in said:
-                found[:] = sorted(self.apps(name, "clientapp"), key=psutil.Process.create_time)[-1:]
-            return bool(found)
+                processes[:] = sorted(self.apps(name, "clientapp"), key=psutil.Process.create_time)[-1:]
+            return bool(processes)
 
         wait(at_work, f"{name} in round {round_number}")
-        return found[0]
+        return processes[0]
 
     def kill(self, name: str) -> None:
         """SIGKILL to a program and, as where a container dies, to all that it started."""

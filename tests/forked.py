@@ -20,14 +20,14 @@ def work(specs: Any) -> None:
 def tell(spec: Any) -> bool:
     """Write what this process is to the file that the spec's token names."""
     file = Path(spec.token)
-    found = {
+    record = {
         "missing": [name for name in superexec.PRELOADED if name not in sys.modules],
         "ours": [name for name in sys.modules if name.split(".")[0] == "atm_fl"],
         "threads": len(os.listdir("/proc/self/task")),
         "process": os.getpid(),
         "name": Path("/proc/self/comm").read_text().strip(),
     }
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(found))
-    part.rename(file)
+    chunk = file.with_suffix(".part")
+    chunk.write_text(json.dumps(record))
+    chunk.rename(file)
     return file.name != "error"

@@ -51,12 +51,12 @@ def top(values: Array, density: float) -> Array:
 def entries(layout: Layout, vector: Array) -> list[Array]:
     """The vector's entries in their shapes."""
     parts = np.split(vector, np.cumsum(layout.sizes)[:-1])
-    return [part.reshape(shape) for part, shape in zip(parts, layout.shapes, strict=True)]
+    return [piece.reshape(shape) for piece, shape in zip(parts, layout.shapes, strict=True)]
 
 
 def by_entry(layout: Layout, vector: Array, change: Callable[[Array], Array]) -> Array:
     """The vector with each of its entries, flat, changed by itself."""
-    return np.concatenate([change(part.ravel()) for part in entries(layout, vector)])
+    return np.concatenate([change(piece.ravel()) for piece in entries(layout, vector)])
 
 
 def average(vectors: Vectors, weights: Mapping[str, float]) -> Array:
@@ -110,7 +110,7 @@ def clipped_mean(
 def magnitude(
     vectors: Vectors, layout: Layout, seed: int, weights: Mapping[str, float], scaling: float, density: float
 ) -> Array:
-    pruned = {task: by_entry(layout, v, lambda part: part * top(part, density)) for task, v in vectors.items()}
+    pruned = {task: by_entry(layout, v, lambda piece: piece * top(piece, density)) for task, v in vectors.items()}
     return scaling * average(pruned, weights)
 
 
@@ -118,13 +118,13 @@ def magnitude(
 def breadcrumbs(
     vectors: Vectors, layout: Layout, seed: int, weights: Mapping[str, float], scaling: float, beta: float, gamma: float
 ) -> Array:
-    def crumbs(part: Array) -> Array:
-        if part.size == 0:
-            return part
-        ordered = np.sort(np.abs(part))
-        last = max(0, math.ceil(places(gamma, part.size)) - 1)
-        first = min(math.floor(places(beta, part.size)), last)
-        return part * ((np.abs(part) >= ordered[first]) & (np.abs(part) <= ordered[last]))
+    def crumbs(piece: Array) -> Array:
+        if piece.size == 0:
+            return piece
+        ordered = np.sort(np.abs(piece))
+        last = max(0, math.ceil(places(gamma, piece.size)) - 1)
+        first = min(math.floor(places(beta, piece.size)), last)
+        return piece * ((np.abs(piece) >= ordered[first]) & (np.abs(piece) <= ordered[last]))
 
     return scaling * sum(weights[task] * by_entry(layout, v, crumbs) for task, v in vectors.items())
 
@@ -190,9 +190,9 @@ def geometric_median(vectors: Vectors, layout: Layout, seed: int, scaling: float
         lengths = np.sqrt((gaps**2).sum(1) + 1e-20)
         return lengths.sum(), (gaps / lengths[:, None]).sum(0)
 
-    found = minimize(objective, stack.mean(0), jac=True, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-10}).x
+    solution = minimize(objective, stack.mean(0), jac=True, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-10}).x
     # It may be one of the vectors, where the objective has a kink and a gradient method no luck.
-    return scaling * size * min([found, *stack], key=lambda point: distances(point, stack))
+    return scaling * size * min([solution, *stack], key=lambda point: distances(point, stack))
 
 
 @oracle("multi-krum")
@@ -239,7 +239,7 @@ def cagrad(vectors: Vectors, layout: Layout, seed: int, scaling: float, c: float
         {"type": "ineq", "fun": lambda x: square - ((x[:-1] - middle) ** 2).sum()},
     ]
     start = np.append(middle, (coordinates.T @ middle).min())
-    found = minimize(
+    solution = minimize(
         lambda x: -x[-1],
         start,
         jac=lambda x: np.append(np.zeros(len(middle)), -1.0),
@@ -247,7 +247,7 @@ def cagrad(vectors: Vectors, layout: Layout, seed: int, scaling: float, c: float
         constraints=limits,
         options={"ftol": 1e-15, "maxiter": 1000},
     )
-    return scaling * size * (basis @ found.x[:-1]) / (1 + c**2)
+    return scaling * size * (basis @ solution.x[:-1]) / (1 + c**2)
 
 
 # --- entries and elements weighed
@@ -280,9 +280,9 @@ def pcb(vectors: Vectors, layout: Layout, seed: int, scaling: float, density: fl
     # Norm makes the size of each vector immaterial.
     unit = stack / np.maximum(np.abs(stack).max(1, keepdims=True), np.finfo(float).tiny)
     betas = []
-    for own in unit:
-        intra = normed_softmax(own * own, len(stack))
-        inter = sum(normed_softmax(own * other, 1) for other in unit)
+    for row in unit:
+        intra = normed_softmax(row * row, len(stack))
+        inter = sum(normed_softmax(row * other, 1) for other in unit)
         beta = intra * inter
         betas.append(beta * top(beta, density))
     weight = sum(betas)
@@ -315,7 +315,7 @@ def by_matrix(vectors: Vectors, layout: Layout, split_qkv: bool, merge: Callable
             merged.append(sum(tensors) / len(tensors))
         elif split_qkv and name.endswith("qkv.weight"):
             thirds = [np.split(tensor, 3) for tensor in tensors]
-            merged.append(np.concatenate([merge(list(part)) for part in zip(*thirds, strict=True)]))
+            merged.append(np.concatenate([merge(list(piece)) for piece in zip(*thirds, strict=True)]))
         else:
             merged.append(merge(tensors))
     return np.concatenate([tensor.ravel() for tensor in merged])
@@ -328,7 +328,7 @@ def tsv_m(vectors: Vectors, layout: Layout, seed: int, scaling: float, split_qkv
         if rank == 0:
             return np.zeros_like(matrices[0])
         parts = [svd(matrix, rank) for matrix in matrices]
-        u, values, v = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+        u, values, v = (np.concatenate(piece, axis=-1) for piece in zip(*parts, strict=True))
         return polar(u) @ np.diag(values) @ polar(v).T
 
     return scaling * by_matrix(vectors, layout, split_qkv, merge)
@@ -348,15 +348,15 @@ def iso_c(vectors: Vectors, layout: Layout, seed: int, scaling: float, split_qkv
 def iso_cts(vectors: Vectors, layout: Layout, seed: int, scaling: float, split_qkv: bool, common: float) -> Array:
     def merge(matrices: list[Array]) -> Array:
         count, rank = len(matrices), min(matrices[0].shape)
-        own = round((rank - int(rank * common)) / count)
-        u, values, v = svd(sum(matrices), rank - own * count)
+        own_rank = round((rank - int(rank * common)) / count)
+        u, values, v = svd(sum(matrices), rank - own_rank * count)
         parts = []
         for matrix in matrices:
             rest = matrix - u @ u.T @ matrix
             # What is left of a matrix within the common directions is rounding, not a direction.
-            parts.append(svd(rest, own, np.linalg.norm(matrix, 2)))
+            parts.append(svd(rest, own_rank, np.linalg.norm(matrix, 2)))
         parts.append((u, values, v))
-        u, values, v = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+        u, values, v = (np.concatenate(piece, axis=-1) for piece in zip(*parts, strict=True))
         return values.mean() * polar(u) @ polar(v).T
 
     return scaling * by_matrix(vectors, layout, split_qkv, merge)

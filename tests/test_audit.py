@@ -99,19 +99,21 @@ def test_the_command_tells_both_audits(private: dict[str, Any], tmp_path: Path) 
     chosen = ["--task", private["tasks"], "--canaries", "40", "--guesses", "20"]
     done = CliRunner().invoke(app, ["attack", "audit", str(file), *chosen])
     assert done.exit_code == 0, done.output
-    told = re.findall(r"noise (on|off): claimed ε ([\d.]+), true ε at least ([\d.]+) \(95%; (\d+) of 20", done.output)
-    (on, claimed, bound, _), (off, again, above, right) = told
+    outcomes = re.findall(
+        r"noise (on|off): claimed ε ([\d.]+), true ε at least ([\d.]+) \(95%; (\d+) of 20", done.output
+    )
+    (on, claimed, bound, _), (off, again, above, right) = outcomes
     assert (on, off, right) == ("on", "off", "20")
     assert claimed == again
     assert float(bound) <= float(claimed) <= 1.0 < float(above)
 
 
 def test_what_cannot_be_audited_is_said(private: dict[str, Any]) -> None:
-    for changed, arguments, told in (
+    for changed, arguments, message in (
         ({"privacy": "clip-only", "dp-epsilon": 0.0}, (50, 20), "the audit needs a claim"),
         ({}, (500, 20), "--canaries 500: many has only 120 records"),
         ({}, (50, 60), "--guesses 60: it must be at least 2 and at most --canaries 50"),
     ):
         settings = Settings.parse(private | changed)
-        with pytest.raises(SettingError, match=told):
+        with pytest.raises(SettingError, match=message):
             audit(settings, settings.tasks, *arguments)

@@ -94,10 +94,10 @@ def test_bytes_that_are_no_array_of_their_own_size_are_refused_before_memory_is_
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int16, np.uint8, np.uint32])
 def test_arrays_of_numbers_are_read_as_numpy_reads_them(dtype: type) -> None:
     array = np.arange(SIZE).astype(dtype)
-    found = read_array(npy(array))
-    assert found.dtype == array.dtype
-    assert found.flags.writeable
-    np.testing.assert_array_equal(found, array)
+    actual = read_array(npy(array))
+    assert actual.dtype == array.dtype
+    assert actual.flags.writeable
+    np.testing.assert_array_equal(actual, array)
 
 
 def test_more_arrays_or_bytes_than_a_vector_has_are_refused() -> None:
@@ -131,10 +131,10 @@ def taken_in(reply: Message) -> Any:
 
 
 def test_a_good_reply_passes() -> None:
-    found = taken_in(reply_of(metrics={"evaluation.validation": 0.5, "tuning.loss": float("nan"), "tuning.steps": 3}))
-    assert found.arrays["values"].tolist() == [1.0] * SIZE
-    assert found.evaluation == {"validation": 0.5}
-    assert found.tuning.keys() == {"loss", "steps"}
+    actual = taken_in(reply_of(metrics={"evaluation.validation": 0.5, "tuning.loss": float("nan"), "tuning.steps": 3}))
+    assert actual.arrays["values"].tolist() == [1.0] * SIZE
+    assert actual.evaluation == {"validation": 0.5}
+    assert actual.tuning.keys() == {"loss", "steps"}
 
 
 @pytest.mark.parametrize(
@@ -247,12 +247,12 @@ def check_the_boundary(changes: list[Callable[[RecordDict], None]]) -> None:
         if update.arrays is not None:
             Settings().uplink.decode(update.arrays, LAYOUT)
     except ValueError as error:  # Refused, or what the codec refuses
-        told = str(error)
+        message = str(error)
     else:
-        told = ""
-    assert len(told) < 1000
-    assert told.isprintable()
-    if told:
+        message = ""
+    assert len(message) < 1000
+    assert message.isprintable()
+    if message:
         return
     assert update.arrays["values"].shape == (SIZE,)
     assert update.evaluation.keys() <= {"validation"}
@@ -562,8 +562,8 @@ def test_a_damaged_line_in_the_middle_is_left_out_and_said(config: dict[str, Any
     path.write_text(damaged)
     assert list(read_metrics(run.directory)) == [json.loads(line) for line in [*lines[:3], *lines[4:]]]
     again = run_loop(Settings.parse({**config, "rounds": 3, "resume": True}))
-    told = [line["text"] for line in read_metrics(again.directory) if line["kind"] == "warning"]
-    assert any("lines 4, 5 of metrics.jsonl are damaged and left out; the old file is in" in text for text in told)
+    warnings = [line["text"] for line in read_metrics(again.directory) if line["kind"] == "warning"]
+    assert any("lines 4, 5 of metrics.jsonl are damaged and left out; the old file is in" in text for text in warnings)
     assert (run.directory / "set-aside" / "1" / "metrics.jsonl").read_text() == damaged
     assert {line["round"] for line in read_metrics(again.directory)} == {0, 1, 2, 3}
 

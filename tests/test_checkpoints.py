@@ -334,8 +334,8 @@ ADAPTERS = {
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_adapters_are_merged_by_their_dense_difference_as_peft_makes_it(kind: str, tmp_path: Path, out: Path) -> None:
     make, settings = ADAPTERS[kind]
-    own = make().state_dict()
-    base = write(tmp_path / "base.safetensors", {n: t.clone() for n, t in own.items() if n != "lm_head.weight"})
+    mine = make().state_dict()
+    base = write(tmp_path / "base.safetensors", {n: t.clone() for n, t in mine.items() if n != "lm_head.weight"})
     folders, dense = [], []
     for number in range(2):
         model = get_peft_model(make(), LoraConfig(r=4 - number, lora_alpha=7, **settings))  # type: ignore[arg-type]
@@ -350,15 +350,15 @@ def test_adapters_are_merged_by_their_dense_difference_as_peft_makes_it(kind: st
     assert [line for line in said if "classify" not in line] == []
     for name, tensor in load_file(out).items():
         torch.testing.assert_close(tensor, (dense[0][name] + dense[1][name]) / 2, rtol=1e-5, atol=1e-5)
-    assert any(not torch.equal(tensor, own[name]) for name, tensor in load_file(out).items())
+    assert any(not torch.equal(tensor, mine[name]) for name, tensor in load_file(out).items())
 
 
 @pytest.mark.parametrize(("make", "modules", "flipped"), [(nested_base, ["linear"], False), (gpt_base, ["c_fc"], True)])
 def test_a_merge_written_as_an_adapter_is_the_merge(
     make: Any, modules: list[str], flipped: bool, tmp_path: Path, out: Path
 ) -> None:
-    own = make().state_dict()
-    base = write(tmp_path / "base.safetensors", {n: t.clone() for n, t in own.items() if n != "lm_head.weight"})
+    mine = make().state_dict()
+    base = write(tmp_path / "base.safetensors", {n: t.clone() for n, t in mine.items() if n != "lm_head.weight"})
     folders = []
     for number in range(2):
         model = get_peft_model(make(), LoraConfig(r=2, target_modules=modules, fan_in_fan_out=flipped))
@@ -665,8 +665,8 @@ def test_order_statistics_are_exact_by_whichever_way() -> None:
         ordered = vector.abs().sort().values
         ranks = [0, 17, 2500, 4990, 4999]
         assert blocks._by_bits(vector, ranks) == [float(ordered[rank]) for rank in ranks]
-        found = blocks._bracketed(vector, ranks)
-        assert found is None or found == [float(ordered[rank]) for rank in ranks]
+        actual = blocks._bracketed(vector, ranks)
+        assert actual is None or actual == [float(ordered[rank]) for rank in ranks]
     assert blocks._bracketed(torch.randint(-5, 5, (50000,), generator=random) / 8, [40000]) is not None
 
 

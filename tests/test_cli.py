@@ -338,8 +338,8 @@ def test_a_closed_terminal_leaves_no_superlink_behind(config: dict[str, Any], tm
     home = str(Path(config["run-dir"]) / "flower")
 
     def ours() -> list[psutil.Process]:
-        found = psutil.process_iter(["environ"])
-        return [each for each in found if (each.info["environ"] or {}).get("FLWR_HOME") == home]
+        processes = psutil.process_iter(["environ"])
+        return [each for each in processes if (each.info["environ"] or {}).get("FLWR_HOME") == home]
 
     deadline = time.monotonic() + 120
     while not any("flwr-serverapp" in " ".join(each.cmdline()) for each in ours()) and time.monotonic() < deadline:

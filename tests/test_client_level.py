@@ -120,9 +120,9 @@ def test_a_run_reports_the_epsilon_of_all_its_rounds(config: dict[str, Any], sec
     run = run_loop(plain)
     in_process(flower)
     assert same(final(plain.run_dir), final(flower.run_dir))
-    found = [line["epsilon"] for line in read_metrics(run.directory) if line["kind"] == "merge"]
-    assert found == sorted(found)
-    for rounds, epsilon in enumerate(found, 1):
+    actual = [line["epsilon"] for line in read_metrics(run.directory) if line["kind"] == "merge"]
+    assert actual == sorted(actual)
+    for rounds, epsilon in enumerate(actual, 1):
         assert gaussian_delta(epsilon, 4.0 / math.sqrt(rounds)) == pytest.approx(1e-5, rel=0.05)
 
 

@@ -285,11 +285,11 @@ def test_decoding_does_not_depend_on_threads() -> None:
     layout = Layout(("a",), ((400, 300),))
     for text in ALL:
         encoded = make_codec(text).encode(vector, layout)
-        found = []
+        actual = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(digest(make_codec(text).decode({k: v.copy() for k, v in encoded.items()}, layout)))
-        assert found[0] == found[1]
+            actual.append(digest(make_codec(text).decode({k: v.copy() for k, v in encoded.items()}, layout)))
+        assert actual[0] == actual[1]
 
 
 def spoilt(arrays: Arrays, how: str) -> Arrays:
@@ -407,12 +407,12 @@ def test_a_client_keeps_one_base_by_its_digest() -> None:
     kept, base = ClientState(RUN, "one-base"), torch.randn(50)
     assert kept.base("a") is None
     kept.save_base(base, "a")
-    found = kept.base("a")
-    assert found is not None
-    assert torch.equal(found, base)
-    found = kept.base("a")  # out of the file this time
-    assert found is not None
-    assert torch.equal(found, base)
+    actual = kept.base("a")
+    assert actual is not None
+    assert torch.equal(actual, base)
+    actual = kept.base("a")  # out of the file this time
+    assert actual is not None
+    assert torch.equal(actual, base)
     assert kept.base("b") is None
     kept.save_base(base, "b")
     assert kept.base("a") is None
@@ -443,8 +443,8 @@ def test_a_client_keeps_the_residuals_of_three_rounds_and_forgets_an_abandoned_f
         kept.save("residual", {"vector": torch.full((3,), float(number))}, number)
 
     def before(number: int) -> float | None:
-        found = kept.last("residual", number)
-        return None if found is None else float(found["vector"][0])
+        actual = kept.last("residual", number)
+        return None if actual is None else float(actual["vector"][0])
 
     assert [before(number) for number in range(1, 7)] == [None, None, 2, 2, 4, 5]
     kept.save("residual", {"vector": torch.zeros(3)}, 3)

@@ -56,12 +56,12 @@ def study(config: dict[str, Any], tmp_path: Path) -> contest.Contest:
 
 
 def test_a_contest_runs_resumes_and_counts(study: contest.Contest, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = run(study)
-    assert any("not finite" in line for line in told)
+    printed = run(study)
+    assert any("not finite" in line for line in printed)
     text = contest.table(study)
-    found = json.loads((study.reports / "results.json").read_text())
-    rows = {row["name"]: row for row in found["rows"]}
-    assert [row["name"] for row in found["rows"]] == [
+    actual = json.loads((study.reports / "results.json").read_text())
+    rows = {row["name"]: row for row in actual["rows"]}
+    assert [row["name"] for row in actual["rows"]] == [
         *("pretrained", "single", "joint", "average", "ties", "atm, 2 rounds", "atm, 4 rounds", "parts", "huge"),
         *("PH from average", "PH from ties"),
     ]
@@ -78,17 +78,17 @@ def test_a_contest_runs_resumes_and_counts(study: contest.Contest, monkeypatch: 
     assert images["PH from ties"] in (30, 60)  # 10 of 12 validation images a round
     assert rows["single"]["seeds"]["0"]["steps"] == 3 * 4 * 5
     assert rows["joint"]["seeds"]["0"]["steps"] == 4 * 14
-    elements = found["elements"]
+    elements = actual["elements"]
     assert rows["atm, 4 rounds"]["seeds"]["0"]["bytes"] == 4 * elements * 3 * (4 + 4 + 1)
     assert rows["average"]["seeds"]["0"]["bytes"] == 4 * elements * 3 * 3
     assert rows["joint"]["seeds"]["0"]["bytes"] == 0
     assert rows["atm, 4 rounds"]["tuning"] == {"values": 2, "epochs": 1.0, "evaluations": 0}
     assert rows["ties"]["tuning"] == {"values": 2, "epochs": 0.0, "evaluations": 2}
-    assert set(found["alignment"]) == {"parts"}
-    assert all(-1 <= value <= 1 for task in found["alignment"]["parts"].values() for value in task.values())
+    assert set(actual["alignment"]) == {"parts"}
+    assert all(-1 <= value <= 1 for task in actual["alignment"]["parts"].values() for value in task.values())
 
     # the plane goes through the pretrained model, the merged one and the end of the path
-    cut = found["landscape"]
+    cut = actual["landscape"]
     places = {place["name"]: place for place in cut["points"]}
     assert (places["pretrained"]["x"], places["pretrained"]["y"]) == (0, 0)
     assert places["one-shot"]["y"] == pytest.approx(0, abs=1e-3 * places["one-shot"]["x"])

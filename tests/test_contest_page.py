@@ -89,21 +89,21 @@ def lines(markdown: str) -> dict[str, list[str]]:
 
 
 def test_accuracies(results: Results) -> None:
-    found = lines(table(results))
-    assert found["row"] == ["solar", "icons", "mnist", "mean", "worst task", "normalised"]
-    assert found["pretrained"][:5] == ["20.0", "10.0", "30.0", "20.0 ± 0.0", "icons 10.0"]
-    assert found["single"][3:] == ["75.0 ± 2.4", "icons 45.0", "100.0"]  # means 76.67 and 73.33
+    actual = lines(table(results))
+    assert actual["row"] == ["solar", "icons", "mnist", "mean", "worst task", "normalised"]
+    assert actual["pretrained"][:5] == ["20.0", "10.0", "30.0", "20.0 ± 0.0", "icons 10.0"]
+    assert actual["single"][3:] == ["75.0 ± 2.4", "icons 45.0", "100.0"]  # means 76.67 and 73.33
     # 55 and 35: stdev 14.14; ratios .5 1 .75 and .75 .5 .25
-    assert found["PA-ATM \\<b>bold\\</b> \\| x"] == ["50.0", "35.0", "50.0", "45.0 ± 14.1", "icons 35.0", "62.5"]
-    assert not any("not yet run" in name for name in found)
+    assert actual["PA-ATM \\<b>bold\\</b> \\| x"] == ["50.0", "35.0", "50.0", "45.0 ± 14.1", "icons 35.0", "62.5"]
+    assert not any("not yet run" in name for name in actual)
 
 
 def test_missing_seeds_and_tasks(results: Results) -> None:
-    found = lines(table(results))
+    actual = lines(table(results))
     # one seed: no deviation; against the single-task models of that seed, .875 .8 .9
-    assert found["joint (1 of 2 seeds)"] == ["70.0", "40.0", "90.0", "66.7", "icons 40.0", "85.8"]
+    assert actual["joint (1 of 2 seeds)"] == ["70.0", "40.0", "90.0", "66.7", "icons 40.0", "85.8"]
     # means over the two tasks, 62.5 and 58; ratios .9 .8 and .9 .8
-    assert found["pair (2 of 3 tasks)"] == ["–", "40.5", "80.0", "60.2 ± 3.2", "icons 40.5", "85.0"]
+    assert actual["pair (2 of 3 tasks)"] == ["–", "40.5", "80.0", "60.2 ± 3.2", "icons 40.5", "85.0"]
 
 
 def test_no_single_task_row(results: Results) -> None:
@@ -113,22 +113,22 @@ def test_no_single_task_row(results: Results) -> None:
 
 
 def test_costs(results: Results) -> None:
-    found = lines(cost_table(results))
+    actual = lines(cost_table(results))
     costs = ["2,880", "12", "230", "1,100"]
-    assert found["pretrained"] == ["–", "0", "0", "0", "0", "–"]
-    assert found["joint (1 of 2 seeds)"] == ["–", "2,880", "12", "230", "0", "–"]
-    assert found["PA-ATM \\<b>bold\\</b> \\| x"] == ["scaling 1.5 / 1, merge ties", *costs, "3 values, 20 epochs"]
-    assert found["pair (2 of 3 tasks)"] == ["scaling 0.3", *costs, "1 value, 8 evaluations"]
+    assert actual["pretrained"] == ["–", "0", "0", "0", "0", "–"]
+    assert actual["joint (1 of 2 seeds)"] == ["–", "2,880", "12", "230", "0", "–"]
+    assert actual["PA-ATM \\<b>bold\\</b> \\| x"] == ["scaling 1.5 / 1, merge ties", *costs, "3 values, 20 epochs"]
+    assert actual["pair (2 of 3 tasks)"] == ["scaling 0.3", *costs, "1 value, 8 evaluations"]
 
 
 def test_csv(results: Results) -> None:
-    found = list(csv.DictReader(io.StringIO(csv_text(results))))
-    assert len(found) == 6 + 6 + 3 + 6 + 4
-    assert found[12] == {
+    actual = list(csv.DictReader(io.StringIO(csv_text(results))))
+    assert len(actual) == 6 + 6 + 3 + 6 + 4
+    assert actual[12] == {
         **{"row": "joint", "kind": "joint", "seed": "0", "task": "solar", "test": "0.7"},
         **{"steps": "2880", "flops": "12000000000000.0", "seconds": "230.4", "bytes": "0"},
     }
-    named = [line for line in found if line["row"] == "PA-ATM <b>bold</b> | x"]
+    named = [line for line in actual if line["row"] == "PA-ATM <b>bold</b> | x"]
     assert [float(line["test"]) for line in named] == [0.4, 0.5, 0.75, 0.6, 0.2, 0.25]
 
 

@@ -184,9 +184,9 @@ def test_a_party_is_told_its_task_or_where_its_data_are() -> None:
 def test_the_compose_files_give_each_role_no_more_than_it_needs(checkout: Path) -> None:
     (checkout / "birds").mkdir()
     lay_out(checkout, f"mnist,birds={checkout}/birds")
-    found = services(checkout)
-    assert sorted(found) == ["birds", "mnist", "superlink"]
-    for name, service in found.items():
+    actual = services(checkout)
+    assert sorted(actual) == ["birds", "mnist", "superlink"]
+    for name, service in actual.items():
         assert ("ports" in service) == (name == "superlink")
         assert service["restart"] == "unless-stopped"
         assert service["read_only"]
@@ -199,15 +199,15 @@ def test_the_compose_files_give_each_role_no_more_than_it_needs(checkout: Path) 
             assert service["environment"][key] == "1"
         assert QUIET.keys() - {"RAY_DEDUP_LOGS"} <= service["environment"].keys()
     for name in ("mnist", "birds"):
-        assert found[name]["networks"] == ["federation"]
-        mounts = [volume for volume in found[name]["volumes"] if volume.startswith((".", "/"))]
+        assert actual[name]["networks"] == ["federation"]
+        mounts = [volume for volume in actual[name]["volumes"] if volume.startswith((".", "/"))]
         assert all(mount.endswith(":ro") for mount in mounts)
         assert all(f"/{name}/" in mount or mount == f"{checkout}/birds:/data/birds:ro" for mount in mounts)
-    assert f"{checkout}/birds:/data/birds:ro" in found["birds"]["volumes"]
-    assert not any("/data" in volume for volume in found["mnist"]["volumes"])
-    assert found["superlink"]["volumes"][0] == "./federation/superlink:/etc/atm-fl:ro"
-    assert "--enable-supernode-auth" in found["superlink"]["command"]
-    assert found["superlink"]["environment"]["ATM_FL_APPS"] == "/etc/atm-fl/apps"
+    assert f"{checkout}/birds:/data/birds:ro" in actual["birds"]["volumes"]
+    assert not any("/data" in volume for volume in actual["mnist"]["volumes"])
+    assert actual["superlink"]["volumes"][0] == "./federation/superlink:/etc/atm-fl:ro"
+    assert "--enable-supernode-auth" in actual["superlink"]["command"]
+    assert actual["superlink"]["environment"]["ATM_FL_APPS"] == "/etc/atm-fl/apps"
     assert yaml.safe_load((checkout / "docker-compose.yml").read_text())["networks"]["federation"] == {"internal": True}
 
 
@@ -303,9 +303,9 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
 
 def wrong(machine: Machine) -> dict[str, str]:
     """What `check` says is wrong, by check; every line is one line."""
-    found = {name: line for name, line, good in checks.check(machine) if not good}
-    assert not any("\n" in line for line in found.values())
-    return found
+    actual = {name: line for name, line, good in checks.check(machine) if not good}
+    assert not any("\n" in line for line in actual.values())
+    return actual
 
 
 def test_a_party_that_can_join_is_told_so(checkout: Path, serve: Callable[..., str]) -> None:
@@ -532,10 +532,10 @@ def test_a_process_has_longer_to_start_and_then_is_watched_as_before(monkeypatch
         assert task is not None
         assert state.claim_task(task)
         assert state.claim_task(task) is None
-        found = [state.task_token_store[task].active_until]
+        actual = [state.task_token_store[task].active_until]
         assert state.activate_task(task)
-        found.append(state.task_token_store[task].active_until)
-        return [(moment - datetime.now(UTC)).total_seconds() for moment in found]
+        actual.append(state.task_token_store[task].active_until)
+        return [(moment - datetime.now(UTC)).total_seconds() for moment in actual]
 
     store = ObjectStoreFactory().store()
     usual = seconds_left(InMemoryNodeState(store))
@@ -557,15 +557,15 @@ def superexec(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     monkeypatch.setattr(superexec, "work", forked.work)
     executor = superexec.WarmExecutor()
 
-    def launch(told: Path, app: str = "app", kind: TaskType = TaskType.CLIENT_APP) -> dict[str, Any]:
-        executor.launch(ExecutionSpec(kind, "127.0.0.1:1", str(told), True, None, False, None, False, 1, app))
+    def launch(log: Path, app: str = "app", kind: TaskType = TaskType.CLIENT_APP) -> dict[str, Any]:
+        executor.launch(ExecutionSpec(kind, "127.0.0.1:1", str(log), True, None, False, None, False, 1, app))
         deadline = time.monotonic() + 60
-        while kind == TaskType.CLIENT_APP and not told.exists() and time.monotonic() < deadline:
+        while kind == TaskType.CLIENT_APP and not log.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         while time.monotonic() < deadline and any(worker.since is None for worker in executor.workers):
             time.sleep(0.05)
             executor.reconcile()
-        return json.loads(told.read_text()) if told.exists() else {}
+        return json.loads(log.read_text()) if log.exists() else {}
 
     launch.executor = executor  # type: ignore[attr-defined]
     yield launch
@@ -576,9 +576,9 @@ def superexec(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 
 def test_a_client_apps_process_begins_with_its_imports_and_nothing_of_ours(superexec: Any, tmp_path: Path) -> None:
-    found = superexec(tmp_path / "one")
-    assert (found["missing"], found["ours"], found["threads"]) == ([], [], 1)
-    assert found["name"] == "flwr-clientapp"
+    actual = superexec(tmp_path / "one")
+    assert (actual["missing"], actual["ours"], actual["threads"]) == ([], [], 1)
+    assert actual["name"] == "flwr-clientapp"
 
 
 def test_one_process_answers_the_messages_of_an_app(superexec: Any, tmp_path: Path) -> None:

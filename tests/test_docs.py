@@ -113,9 +113,9 @@ def test_every_default_in_a_table_is_the_settings_own(guide: Path) -> None:
     for row in rows_with_defaults(guide):
         names, value = (cell.strip() for cell in row.split("|")[1:3])
         for name in re.findall(r"`([a-z0-9-]+)`", names):
-            own = defaults()[name]
+            mine = defaults()[name]
             shown = value.strip("`").partition(" ")[0]
-            assert shown == str(own).lower() or (isinstance(own, int | float) and float(shown) == own), row
+            assert shown == str(mine).lower() or (isinstance(mine, int | float) and float(shown) == mine), row
 
 
 def test_the_readme_counts_the_merges_that_there_are() -> None:

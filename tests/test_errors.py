@@ -43,8 +43,8 @@ def test_no_error_of_a_party_has_a_figure_of_its_data_or_disk_in_its_text(file: 
     raised = [node for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, ast.Raise)]
     assert raised
     allowed = {"len(names)", "len(settings.task_names)"}  # of the run, not of the party
-    told = [text for node in raised for text in shown(node) if text not in allowed]
-    assert [text for text in told if any(word in text for word in SECRET)] == []
+    message = [text for node in raised for text in shown(node) if text not in allowed]
+    assert [text for text in message if any(word in text for word in SECRET)] == []
 
 
 def test_figures_are_kept_through_a_chain_and_are_not_in_the_text() -> None:

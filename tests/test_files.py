@@ -44,7 +44,7 @@ def test_a_private_file_shuts_what_was_open(tmp_path: Path) -> None:
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(0o777)
-    with atomic_write(folder / "ledger.json", private=True) as part:
-        part.write_text("{}")
-        part.chmod(0o666)
+    with atomic_write(folder / "ledger.json", private=True) as temporary:
+        temporary.write_text("{}")
+        temporary.chmod(0o666)
     assert modes(folder) == ({0o700}, {0o600})

@@ -291,15 +291,15 @@ class Fuzz:
         grid = HostileGrid(settings, deeds, waits)
         try:
             serve(grid, settings)
-            told = ""
+            message = ""
         except RunError as error:
-            told = str(error)
+            message = str(error)
         self.replies += grid.done
-        self._check_error(told, settings)
-        self._check_files(Path(settings.run_dir), told)
+        self._check_error(message, settings)
+        self._check_files(Path(settings.run_dir), message)
         hostile = range(1, len(checkpoints(Path(settings.run_dir))) + 1)
-        self._check_weights(settings, grid, hostile, bool(told))
-        if policy == "abort" and told and checkpoints(Path(settings.run_dir)):
+        self._check_weights(settings, grid, hostile, bool(message))
+        if policy == "abort" and message and checkpoints(Path(settings.run_dir)):
             resumed = Settings.parse(settings.as_config() | {"resume": True})
             serve(InProcessGrid(client_app, 3, resumed.as_config()), resumed)
             assert len(checkpoints(Path(settings.run_dir))) == ROUNDS
@@ -307,15 +307,15 @@ class Fuzz:
         if self.runs % 40 == 0 and (Path(settings.run_dir) / "config.json").exists():
             write_report(Path(settings.run_dir))
 
-    def _check_error(self, told: str, settings: Settings) -> None:
+    def _check_error(self, message: str, settings: Settings) -> None:
         """A run that may skip ends; one that may not names green. A spoilt sum alone has no name."""
-        assert told.isprintable()
-        assert len(told) < 2000
-        if told:
-            spoilt = settings.secure_aggregation and "whoever spoiled it" in told
-            assert spoilt or (settings.on_failure == "abort" and ("green" in told or "node 2" in told)), told
+        assert message.isprintable()
+        assert len(message) < 2000
+        if message:
+            spoilt = settings.secure_aggregation and "whoever spoiled it" in message
+            assert spoilt or (settings.on_failure == "abort" and ("green" in message or "node 2" in message)), message
 
-    def _check_files(self, directory: Path, told: str) -> None:
+    def _check_files(self, directory: Path, message: str) -> None:
         """No finished round is lost, and nothing strange is in the files."""
         text = (directory / "metrics.jsonl").read_text() if (directory / "metrics.jsonl").exists() else ""
         assert len(text) < 100_000
@@ -323,7 +323,7 @@ class Fuzz:
         done = [path.stem for path in checkpoints(directory)]
         assert [line["round"] for line in lines] == list(range(1, len(lines) + 1))
         assert done == [f"round-{number:05d}" for number in range(1, len(lines) + 1)]
-        assert told or len(lines) == ROUNDS
+        assert message or len(lines) == ROUNDS
         assert all({"red", "blue"} <= set(line["tasks"]) for line in lines)
 
     def _check_weights(self, settings: Settings, grid: HostileGrid, hostile: range, failed: bool) -> None:
@@ -434,7 +434,7 @@ class HostileServer:
         self.honest = [self._trained(run) for run in self.runs[:1]]
 
     def _trained(self, run: Sent) -> Message:
-        message = next(found for found in run.messages if found.metadata.message_type == "train")
+        message = next(actual for actual in run.messages if actual.metadata.message_type == "train")
         return client_app(_again(message), run.context)
 
     def check(self, steps: list[tuple[int, int, list[Change], str]]) -> None:

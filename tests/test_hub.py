@@ -74,31 +74,31 @@ def test_random_weights_are_the_same_everywhere_and_disturb_no_other_draws(clip:
 
 
 def test_a_zero_shot_head_is_clips_own_classifier(clip: str) -> None:
-    own = hubs.load_clip(clip.removeprefix("open_clip/"), "random")
+    clip_model = hubs.load_clip(clip.removeprefix("open_clip/"), "random")
     model, head = models.load_backbone(clip, "random"), hubs.zero_shot(clip, "random", PROMPTS)
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():
-        pixels = (images / 255 - torch.tensor(own.visual.image_mean).view(1, 3, 1, 1)) / torch.tensor(
-            own.visual.image_std
+        pixels = (images / 255 - torch.tensor(clip_model.visual.image_mean).view(1, 3, 1, 1)) / torch.tensor(
+            clip_model.visual.image_std
         ).view(1, 3, 1, 1)
         # One class at a time, and the whole model: another way through open_clip than the head's.
         classifier = open_clip.build_zero_shot_classifier_legacy(
-            own, open_clip.get_tokenizer("ViT-tiny-test"), CLASSES, TEMPLATES
+            clip_model, open_clip.get_tokenizer("ViT-tiny-test"), CLASSES, TEMPLATES
         )
-        image = own.encode_image(pixels, normalize=True)
+        image = clip_model.encode_image(pixels, normalize=True)
         torch.testing.assert_close(head.weight, classifier.T, rtol=0, atol=1e-6)
-        scale = float(own.logit_scale.exp())
+        scale = float(clip_model.logit_scale.exp())
         torch.testing.assert_close(head(model(images)) / scale, image @ classifier, rtol=0, atol=1e-6)
         assert head.scale == pytest.approx(scale)
 
 
 def test_weights_of_a_file_are_loaded(clip: str, tmp_path: Path) -> None:
     name = clip.removeprefix("open_clip/")
-    own = hubs.load_clip(name, "random")
-    torch.nn.init.normal_(own.visual.proj)
-    torch.save(own.state_dict(), tmp_path / "clip.pt")
+    clip_model = hubs.load_clip(name, "random")
+    torch.nn.init.normal_(clip_model.visual.proj)
+    torch.save(clip_model.state_dict(), tmp_path / "clip.pt")
     loaded = models.load_backbone(clip, str(tmp_path / "clip.pt"))
-    assert torch.equal(loaded.vit.proj, own.visual.proj)
+    assert torch.equal(loaded.vit.proj, clip_model.visual.proj)
 
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
@@ -150,17 +150,17 @@ def test_weights_that_cannot_be_had_are_one_clear_line(monkeypatch: pytest.Monke
 
 
 def test_openais_weights_get_the_gelu_they_were_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[dict[str, Any]] = []
+    actual: list[dict[str, Any]] = []
 
     def create(*args: Any, **chosen: Any) -> torch.nn.Module:
-        found.append(chosen)
+        actual.append(chosen)
         return torch.nn.Identity()
 
     monkeypatch.setattr(open_clip, "create_model", create)
     hubs.load_clip("ViT-B-16", "pretrained")
     hubs.load_clip("ViT-B-16", "laion2b_s34b_b88k")
-    assert [item["pretrained"] for item in found] == ["openai", "laion2b_s34b_b88k"]
-    assert [item["force_quick_gelu"] for item in found] == [True, False]
+    assert [item["pretrained"] for item in actual] == ["openai", "laion2b_s34b_b88k"]
+    assert [item["force_quick_gelu"] for item in actual] == [True, False]
 
 
 def test_parts_of_a_clip_can_be_trained(clip: str) -> None:

@@ -84,10 +84,10 @@ def test_confidences_are_logits_of_the_right_labels_probability() -> None:
     logits = torch.tensor([[2.0, -1.0, 0.5], [30.0, 0.0, -30.0]])
     data = Split(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([2, 0]))
     head = type("Fixed", (nn.Module,), {"forward": lambda self, features: logits})()
-    found = confidences(nn.Identity(), head, data)
+    actual = confidences(nn.Identity(), head, data)
     p = logits.double().softmax(1)[[0, 1], [2, 0]]
-    assert float(found[0]) == pytest.approx(float(p[0].logit()), abs=1e-5)
-    assert float(found[1]) == pytest.approx(30, abs=1e-4)  # 1 − p is 1e-13
+    assert float(actual[0]) == pytest.approx(float(p[0].logit()), abs=1e-5)
+    assert float(actual[1]) == pytest.approx(30, abs=1e-4)  # 1 − p is 1e-13
 
 
 def test_measures_are_those_of_a_count() -> None:
@@ -176,12 +176,12 @@ def test_head_images_and_population_are_nobodys(run: dict[str, Any]) -> None:
 
 def test_what_cannot_work_is_said(run: dict[str, Any], config: dict[str, Any], tmp_path: Path) -> None:
     settings = Settings.parse(run)
-    for arguments, told in (
+    for arguments, message in (
         (("noise", tmp_path, 150), "--members 150: noise has 340 images"),
         (("mnist", tmp_path), "--task mnist: it is not in tasks="),
         (("noise", tmp_path, 80, 2), "--models 2: it must be at least 4"),
     ):
-        with pytest.raises(SettingError, match=told):
+        with pytest.raises(SettingError, match=message):
             membership.study(settings, *arguments)
 
 

@@ -260,10 +260,10 @@ def test_an_end_in_the_middle_leaves_the_old_file(base: Path, files: list[Path],
 
 
 def test_progress_goes_from_0_to_1(base: Path, files: list[Path], out: Path) -> None:
-    told: list[tuple[str, float]] = []
-    merge(base, files[:2], out, "ties", progress=lambda stage, share: told.append((stage, share)))
-    assert list(dict(told)) == ["reading 2 files", "writing merged.safetensors"]
-    shares = [share for _, share in told]
+    reports: list[tuple[str, float]] = []
+    merge(base, files[:2], out, "ties", progress=lambda stage, share: reports.append((stage, share)))
+    assert list(dict(reports)) == ["reading 2 files", "writing merged.safetensors"]
+    shares = [share for _, share in reports]
     assert shares == sorted(shares)
     assert shares[-1] == 1
 
@@ -308,8 +308,8 @@ def test_the_help_shows_every_option_of_every_merge(
 ) -> None:
     assert call(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
-    for found in merges().values():
-        for item in options(found):
+    for actual in merges().values():
+        for item in options(actual):
             assert f"--{item.name.replace('_', '-')} " in text
 
 

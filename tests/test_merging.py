@@ -180,9 +180,9 @@ def size_of(vectors: dict[str, Tensor]) -> float:
     return max((float(vector.abs().max()) for vector in vectors.values()), default=0.0)
 
 
-def assert_near(found: Tensor, wanted: np.ndarray, scale: float, tolerance: float = 1e-5) -> None:
-    assert found.shape == wanted.shape
-    np.testing.assert_allclose(found.numpy(), wanted, rtol=tolerance, atol=tolerance * scale)
+def assert_near(actual: Tensor, wanted: np.ndarray, scale: float, tolerance: float = 1e-5) -> None:
+    assert actual.shape == wanted.shape
+    np.testing.assert_allclose(actual.numpy(), wanted, rtol=tolerance, atol=tolerance * scale)
 
 
 # --- against the transcriptions
@@ -195,13 +195,13 @@ def test_every_merge_has_a_transcription() -> None:
 def agree(merge: Merge, name: str, vectors: dict[str, Tensor], weights: dict[str, float] | None = None) -> None:
     """Assert that a merge of the vectors, which stay as they are, is its transcription."""
     before = {task: vector.clone() for task, vector in vectors.items()}
-    found = merge.combine(vectors, weights)
+    actual = merge.combine(vectors, weights)
     first = next(iter(vectors.values()))
-    assert found.dtype == first.dtype
-    assert found.is_contiguous()
+    assert actual.dtype == first.dtype
+    assert actual.is_contiguous()
     assert all(torch.equal(vectors[task], before[task]) for task in vectors)
     tolerance = max(1e-5 if first.dtype == torch.float32 else 1e-8, ITERATIVE.get(name, 0))
-    assert_near(found, expected(merge, name, vectors, weights), size_of(vectors), tolerance)
+    assert_near(actual, expected(merge, name, vectors, weights), size_of(vectors), tolerance)
 
 
 @pytest.mark.parametrize(("name", "chosen"), CASES, ids=lambda value: str(value).replace(" ", ""))
@@ -259,9 +259,9 @@ def test_nasty_vectors_change_nothing(name: str, maker: Callable[..., np.ndarray
 def test_cagrad_where_a_mixture_of_the_vectors_is_zero_is_the_mean(maker: Callable[..., np.ndarray]) -> None:
     for seed, count in itertools.product(range(5), [2, 4, 6]):
         vectors = make(maker, count, MIXED.size, torch.float32, seed)
-        found = make_merge("cagrad", MIXED).combine(vectors)
+        actual = make_merge("cagrad", MIXED).combine(vectors)
         stack = torch.stack(list(vectors.values()))
-        torch.testing.assert_close(found, stack.mean(0) / 1.25, rtol=1e-4, atol=1e-5 * float(stack.abs().max()))
+        torch.testing.assert_close(actual, stack.mean(0) / 1.25, rtol=1e-4, atol=1e-5 * float(stack.abs().max()))
 
 
 @pytest.mark.parametrize("threshold", [0.375, 0.5, 1.0])
@@ -294,7 +294,7 @@ def test_the_cagrad_step_helps_the_worst_off_task_most(maker: Callable[..., np.n
         stack = np.stack([vector.numpy() for vector in vectors.values()])
         merge = make_merge("cagrad", flat(50), c=c)
         step, best = (
-            found * (1 + c**2) for found in (merge.combine(vectors).numpy(), expected(merge, "cagrad", vectors))
+            actual * (1 + c**2) for actual in (merge.combine(vectors).numpy(), expected(merge, "cagrad", vectors))
         )
         centre = stack.mean(0)
         assert np.linalg.norm(step - centre) <= c * np.linalg.norm(centre) * (1 + 1e-6)
@@ -403,7 +403,7 @@ def test_large_matrices_are_merged_more_exactly_than_by_float32(name: str, kind:
     merge = make_merge(name, layout)
     wanted = expected(merge, name, vectors)
     single = expected(merge, name, vectors, dtype=np.float32)
-    error, limit = (float(np.linalg.norm(found - wanted)) for found in (merge.combine(vectors).numpy(), single))
+    error, limit = (float(np.linalg.norm(actual - wanted)) for actual in (merge.combine(vectors).numpy(), single))
     assert error <= max(limit, 2e-6 * np.linalg.norm(wanted))
 
 
@@ -516,15 +516,18 @@ UNROUNDED: dict[str, dict[str, Any]] = {"pcb": {"density": 1.0}, "consensus": {"
 """Options with which no element stands at a threshold that rounding moves."""
 
 
-def same(name: str, found: Tensor, other: Tensor, vectors: dict[str, Tensor]) -> None:
+def same(name: str, actual: Tensor, other: Tensor, vectors: dict[str, Tensor]) -> None:
     """Assert that two results are equal; of many minimisers each is as good."""
     stack = torch.stack(list(vectors.values())).double()
     if name == "geometric-median":
         assert math.isclose(
-            distances(found.numpy(), stack.numpy()), distances(other.numpy(), stack.numpy()), rel_tol=1e-3, abs_tol=1e-6
+            distances(actual.numpy(), stack.numpy()),
+            distances(other.numpy(), stack.numpy()),
+            rel_tol=1e-3,
+            abs_tol=1e-6,
         )
     else:
-        assert_near(found, other.numpy(), size_of(vectors), ITERATIVE.get(name, 1e-5))
+        assert_near(actual, other.numpy(), size_of(vectors), ITERATIVE.get(name, 1e-5))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "cagrad"])  # it may stand at 0/0; tested below
@@ -605,8 +608,8 @@ def test_the_clipped_mean_scales_with_its_vectors_and_bound(data: st.DataObject)
 @given(data=st.data())
 def test_vectors_of_zero_merge_to_zero(name: str, data: st.DataObject) -> None:
     layout, vectors = data.draw(task_vectors(name))
-    found = make_merge(name, layout).combine({task: torch.zeros_like(vector) for task, vector in vectors.items()})
-    assert torch.equal(found, torch.zeros(layout.size))
+    actual = make_merge(name, layout).combine({task: torch.zeros_like(vector) for task, vector in vectors.items()})
+    assert torch.equal(actual, torch.zeros(layout.size))
 
 
 EQUAL: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
@@ -641,8 +644,8 @@ def test_equal_vectors_merge_to_what_their_definition_says(name: str, data: st.D
     chosen, factor = EQUAL[name]
     layout, vectors = data.draw(task_vectors(name, FLAT_SHAPES))
     vector = next(iter(vectors.values()))
-    found = make_merge(name, layout, **chosen).combine(dict.fromkeys(vectors, vector))
-    assert_near(found, factor(len(vectors)) * vector.double().numpy(), size_of(vectors))
+    actual = make_merge(name, layout, **chosen).combine(dict.fromkeys(vectors, vector))
+    assert_near(actual, factor(len(vectors)) * vector.double().numpy(), size_of(vectors))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -732,8 +735,8 @@ def test_a_mask_is_the_same_however_it_is_cut(sizes: list[int], forwards: bool) 
     ends = list(itertools.accumulate(sizes, initial=0))
     parts = [slice(start, end) for start, end in itertools.pairwise(ends)]
     order = range(len(parts)) if forwards else reversed(range(len(parts)))
-    found = {number: mask.draw(parts[number], torch.empty(sizes[number])) for number in order}
-    pieces = [found[number] for number in range(len(parts))]
+    actual = {number: mask.draw(parts[number], torch.empty(sizes[number])) for number in order}
+    pieces = [actual[number] for number in range(len(parts))]
     whole = Mask(0.3, 7).draw(slice(0, sum(sizes)), torch.empty(sum(sizes)))
     assert torch.equal(torch.cat([*pieces, torch.empty(0)]), whole)
 
@@ -828,10 +831,10 @@ def test_inner_products_are_exact_to_rounding(block: int, dtype: torch.dtype, mo
     monkeypatch.setattr(blocks, "BLOCK", block)
     vectors = list(make(normal, 5, 1000, dtype).values())
     stack = np.stack([vector.numpy().astype(np.float64) for vector in vectors])
-    found = inner_products(vectors)
-    assert found.dtype == torch.float64
+    actual = inner_products(vectors)
+    assert actual.dtype == torch.float64
     np.testing.assert_allclose(
-        found.numpy(), stack @ stack.T, rtol=1e-5, atol=1e-3 if dtype == torch.float32 else 1e-10
+        actual.numpy(), stack @ stack.T, rtol=1e-5, atol=1e-3 if dtype == torch.float32 else 1e-10
     )
 
 
@@ -878,9 +881,9 @@ def test_values_of_options_are_checked(name: str, chosen: dict[str, Any], words:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_has_a_meaning_and_its_default_is_allowed(name: str) -> None:
     merge = make_merge(name, ONE)
-    found = options(type(merge))
-    assert "scaling" in [item.name for item in found]
-    assert all(item.metadata["meaning"] for item in found)
+    actual = options(type(merge))
+    assert "scaling" in [item.name for item in actual]
+    assert all(item.metadata["meaning"] for item in actual)
     # An option of a class that is no dataclass stays a Field object, which counts as true and cannot be set.
     assert not [key for key in dir(merge) if isinstance(getattr(merge, key), dataclasses.Field)]
 

@@ -23,10 +23,10 @@ from atm_fl.vectors import Layout
 
 def load_peft() -> ModuleType:
     """`peft.utils.merge_utils` by itself, which needs torch only; as a part of peft it brings in transformers (8 s)."""
-    found = importlib.util.find_spec("peft")
-    assert found is not None, "pip install --no-deps peft"
-    assert found.origin is not None
-    file = Path(found.origin).parent / "utils" / "merge_utils.py"
+    actual = importlib.util.find_spec("peft")
+    assert actual is not None, "pip install --no-deps peft"
+    assert actual.origin is not None
+    file = Path(actual.origin).parent / "utils" / "merge_utils.py"
     spec = importlib.util.spec_from_file_location("peft_merge_utils", file)
     assert spec is not None
     assert spec.loader is not None
@@ -54,9 +54,9 @@ def make(count: int, size: int, seed: int = 0) -> tuple[Layout, dict[str, Tensor
 def test_task_arithmetic_is_that_of_peft(count: int) -> None:
     layout, vectors = make(count, 100)
     weights = dict(zip(vectors, WEIGHTS, strict=False))
-    found = make_merge("task-arithmetic", layout, scaling=0.3).combine(vectors, weights)
+    actual = make_merge("task-arithmetic", layout, scaling=0.3).combine(vectors, weights)
     wanted = peft.task_arithmetic(list(vectors.values()), 0.3 * torch.tensor(list(weights.values())))
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(actual, wanted)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -66,9 +66,9 @@ def test_task_arithmetic_is_that_of_peft(count: int) -> None:
 def test_magnitude_pruning_is_that_of_peft(count: int, size: int, density: float) -> None:
     layout, vectors = make(count, size)
     weights = dict(zip(vectors, WEIGHTS, strict=False))
-    found = make_merge("magnitude", layout, density=density).combine(vectors, weights)
+    actual = make_merge("magnitude", layout, density=density).combine(vectors, weights)
     shares = torch.tensor(list(weights.values())) / sum(weights.values())
-    torch.testing.assert_close(found, peft.magnitude_prune(list(vectors.values()), shares, density))
+    torch.testing.assert_close(actual, peft.magnitude_prune(list(vectors.values()), shares, density))
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -77,8 +77,8 @@ def test_magnitude_pruning_is_that_of_peft(count: int, size: int, density: float
 @pytest.mark.filterwarnings("ignore:The density")
 def test_ties_is_that_of_peft(count: int, size: int, density: float) -> None:
     layout, vectors = make(count, size)
-    found = make_merge("ties", layout, density=density).combine(vectors)
-    torch.testing.assert_close(found, peft.ties(list(vectors.values()), torch.ones(count), density))
+    actual = make_merge("ties", layout, density=density).combine(vectors)
+    torch.testing.assert_close(actual, peft.ties(list(vectors.values()), torch.ones(count), density))
 
 
 @pytest.fixture
@@ -103,19 +103,19 @@ def same_masks(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, int], None]:
 def test_dare_is_that_of_peft(count: int, density: float, same_masks: Callable[[float, int], None]) -> None:
     layout, vectors = make(count, 333)
     weights = dict(zip(vectors, WEIGHTS, strict=False))
-    found = make_merge("dare", layout, seed=4, density=density).combine(vectors, weights)
+    actual = make_merge("dare", layout, seed=4, density=density).combine(vectors, weights)
     same_masks(density, 4)
     shares = torch.tensor(list(weights.values())) / sum(weights.values())
-    torch.testing.assert_close(found, peft.dare_linear(list(vectors.values()), shares, density))
+    torch.testing.assert_close(actual, peft.dare_linear(list(vectors.values()), shares, density))
 
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("density", [0.125, 0.5, 0.75])
 def test_dare_ties_is_that_of_peft(count: int, density: float, same_masks: Callable[[float, int], None]) -> None:
     layout, vectors = make(count, 333)
-    found = make_merge("dare-ties", layout, seed=4, density=density).combine(vectors)
+    actual = make_merge("dare-ties", layout, seed=4, density=density).combine(vectors)
     same_masks(density, 4)
-    torch.testing.assert_close(found, peft.dare_ties(list(vectors.values()), torch.ones(count), density))
+    torch.testing.assert_close(actual, peft.dare_ties(list(vectors.values()), torch.ones(count), density))
 
 
 @pytest.mark.parametrize("name", ["ties", "magnitude"])

@@ -31,11 +31,11 @@ def test_loading_a_backbone_leaves_the_random_numbers_alone() -> None:
 def test_pretraining_helps_though_it_saw_none_of_the_tasks() -> None:
     data = tasks.load("digits")
     pretrained, untrained = models.load_backbone("vit_micro"), models.untrained_vit_micro().eval()
-    found = [
+    actual = [
         accuracy(model, models.prototypes(model, data.train, 10, 5, seed=0), data.test)
         for model in (pretrained, untrained)
     ]
-    assert found[0] > found[1] + 0.1
+    assert actual[0] > actual[1] + 0.1
 
 
 def test_prototypes_are_centred_class_means_of_normalised_features() -> None:
@@ -90,5 +90,5 @@ def test_dinov2_reproduces_the_graph_it_is_read_from() -> None:
     pixels = ours.normalise(images)
     theirs = torch.from_numpy(runtime.InferenceSession(small).run(None, {"input_image": pixels.numpy()})[0])
     with torch.no_grad():
-        found = ours.vit.forward_features(pixels)
-    assert float((found - theirs).abs().max()) < 5e-3
+        actual = ours.vit.forward_features(pixels)
+    assert float((actual - theirs).abs().max()) < 5e-3

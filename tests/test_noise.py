@@ -276,10 +276,10 @@ def test_the_command_tells_what_each_source_has_spent(config: dict[str, Any]) ->
     red, green, _ = config["tasks"].split(",")
     release(Settings.parse({**config, **DP}), red)
     run_loop(Settings.parse({**config, "tasks": green, "rounds": 1}))
-    told = CliRunner().invoke(app, ["ledger"]).output
+    output = CliRunner().invoke(app, ["ledger"]).output
     once = epsilon([Spent(1.0, 8.0, 1)], 1e-5)
-    assert f"{red}: ε {once:.3f}, runs 1, releases 1, last 20" in told
-    assert f"{green}: ε inf, runs 1, releases 1, last 20" in told
+    assert f"{red}: ε {once:.3f}, runs 1, releases 1, last 20" in output
+    assert f"{green}: ε inf, runs 1, releases 1, last 20" in output
 
 
 def test_an_error_leaves_the_ledger_as_it_was(tmp_path: Path, config: dict[str, Any]) -> None:

@@ -219,8 +219,8 @@ def test_no_attack_charges_this_machines_ledger(
 
 
 def test_an_attack_on_a_run_where_parties_are_away_is_refused(five: dict[str, Any]) -> None:
-    for changed, told in (({"participation": "a=1-1"}, "participation=a=1-1"), ({"fraction": 0.5}, "fraction=0.5")):
-        with pytest.raises(SettingError, match=f"{told}: an attack is measured with all tasks in every round"):
+    for changed, message in (({"participation": "a=1-1"}, "participation=a=1-1"), ({"fraction": 0.5}, "fraction=0.5")):
+        with pytest.raises(SettingError, match=f"{message}: an attack is measured with all tasks in every round"):
             poisoning.study(Settings.parse(five | changed), "sign-flip", ["b"])
 
 

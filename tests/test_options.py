@@ -108,9 +108,9 @@ OLD = [
 
 @pytest.mark.parametrize(("old", "new"), OLD)
 def test_an_old_spelling_is_its_new_one_and_one_line_says_so(old: dict[str, Any], new: dict[str, Any]) -> None:
-    with pytest.warns(OldSpelling) as told:
+    with pytest.warns(OldSpelling) as message:
         assert Settings.parse(old) == Settings.parse(new)
-    texts = [str(warning.message) for warning in told]
+    texts = [str(warning.message) for warning in message]
     assert len(texts) == (2 if "codec-down" in old else 1)
     assert all(f"write {key}={value!r}" in " ".join(texts) for key, value in new.items())
     with warnings.catch_warnings():

@@ -70,9 +70,9 @@ def test_who_has_nothing_to_do_is_sent_nothing(config: dict[str, Any]) -> None:
 
     class Counting(InProcessGrid):
         def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-            those = list(messages)
-            sent.extend((m.metadata.message_type, m.metadata.group_id) for m in those)
-            return super().push_messages(those)
+            batch = list(messages)
+            sent.extend((m.metadata.message_type, m.metadata.group_id) for m in batch)
+            return super().push_messages(batch)
 
     settings = Settings.parse({**config, "fraction": 0.34, "rounds": 4, "validate-every": 2})
     serve(Counting(client_app, 3, settings.as_config()), settings)

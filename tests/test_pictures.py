@@ -315,8 +315,8 @@ def test_what_is_passed_over_is_said_by_ending(tmp_path: Path, caplog: pytest.Lo
     (root / "val" / "class0" / "folder.png").mkdir()
     with caplog.at_level(logging.WARNING):
         load_folder(root, 16)
-    told = "1 .db, 3 .heic, 1 beside the class folders, 1 no file, 1 without ending"
-    assert f"passed over as no pictures: {told}" in caplog.text
+    message = "1 .db, 3 .heic, 1 beside the class folders, 1 no file, 1 without ending"
+    assert f"passed over as no pictures: {message}" in caplog.text
 
 
 def test_a_split_of_which_most_pictures_show_nothing_is_refused(
@@ -389,9 +389,9 @@ def test_tasks_check_reports_every_fault_at_once(
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 1
-    told = capsys.readouterr().out
+    message = capsys.readouterr().out
     for name, reason in (("0", ".*"), ("1", "cannot identify.*"), ("2", ".*No such file.*")):
-        assert re.search(f"wrong: {root}/train/class0/{name}.png is not a readable image .{reason}; replace", told)
+        assert re.search(f"wrong: {root}/train/class0/{name}.png is not a readable image .{reason}; replace", message)
     for line in (
         f"wrong: {root}/val has a class 'class9' that {root}/train has not",
         "wrong: test: 1 of 12 pictures are in train too (class0/0.png = class0/5.png)",
@@ -405,8 +405,8 @@ def test_tasks_check_reports_every_fault_at_once(
         "1 pictures are stored turned (EXIF) and read upright",
         "1 files have several frames or pages, the first is read (class0/7.gif)",
     ):
-        assert line in told
-    assert re.search(r"class0\s+10\s+4\s+4\s+class1\s+13\s+4\s+4", told)
+        assert line in message
+    assert re.search(r"class0\s+10\s+4\s+4\s+class1\s+13\s+4\s+4", message)
 
 
 def test_tasks_check_of_a_good_folder_ends_well_and_the_plain_form_still_lists(

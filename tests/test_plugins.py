@@ -113,13 +113,13 @@ def test_a_published_task_is_a_party(config: dict[str, Any], tmp_path: Path, mon
     monkeypatch.setenv("ATM_FL_DATA", str(tmp_path))
     random = np.random.default_rng(0)
     images = {
-        part: random.integers(0, 255, (n, 16, 16, 3), dtype=np.uint8) for part, n in (("train", 20), ("test", 10))
+        chunk: random.integers(0, 255, (n, 16, 16, 3), dtype=np.uint8) for chunk, n in (("train", 20), ("test", 10))
     }
     np.savez(tmp_path / "flat.npz", **images)
     plain, flower = run(config, "task", tasks=f"{config['tasks']},flat", rounds=1)
     assert torch.equal(plain.base, flower.base)
-    told = {line["task"] for line in read_metrics(plain.directory) if line["kind"] == "tuning"}
-    assert "flat" in told
+    names = {line["task"] for line in read_metrics(plain.directory) if line["kind"] == "tuning"}
+    assert "flat" in names
 
 
 @pytest.mark.usefixtures("page")
@@ -135,8 +135,8 @@ def test_an_attack_is_measured_against_a_defence(config: dict[str, Any], tmp_pat
     settings = Settings.parse({**config, "rounds": 1})
     chosen = ["mean", "sign-mean:size=0.001"]
     results = poisoning.studies(settings, ["none", "echo"], chosen, ["red"], tmp_path / "poison", lambda text: None)
-    told = {(row["attack"], row["merge"]) for row in results}
-    assert told == {(a, m) for a in ("none", "echo") for m in ("mean", "sign-mean size=0.001")}
+    names = {(row["attack"], row["merge"]) for row in results}
+    assert names == {(a, m) for a in ("none", "echo") for m in ("mean", "sign-mean size=0.001")}
     norms = {
         name: next(line["norm"] for line in read_metrics(tmp_path / "poison" / name) if line["kind"] == "merge")
         for name in ("none-mean", "echo-mean", "echo-sign-mean", "none-sign-mean")

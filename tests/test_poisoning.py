@@ -27,23 +27,23 @@ LAYOUT = Layout(("w",), ((60,),))
 
 def test_forged_vectors_are_those_of_their_formulas() -> None:
     random = torch.Generator().manual_seed(0)
-    own, honest = torch.randn(60, generator=random), list(torch.randn(6, 60, generator=random))
+    of_attackers, honest = torch.randn(60, generator=random), list(torch.randn(6, 60, generator=random))
     step = torch.randn(60, generator=random)
 
     def sent(attack: str, last: torch.Tensor | None = step) -> torch.Tensor:
-        return forge(attack, 3.0, own, honest, 8, last, 1)
+        return forge(attack, 3.0, of_attackers, honest, 8, last, 1)
 
     mean = sum(honest) / 6
     deviation = (sum((vector - mean) ** 2 for vector in honest) / 5) ** 0.5
-    torch.testing.assert_close(sent("sign-flip"), -3 * own)
-    torch.testing.assert_close(sent("scale"), 3 * own)
+    torch.testing.assert_close(sent("sign-flip"), -3 * of_attackers)
+    torch.testing.assert_close(sent("scale"), 3 * of_attackers)
     torch.testing.assert_close(sent("ipm"), -3 * mean)
     torch.testing.assert_close(sent("alie"), mean - 3 * float(norm.ppf(0.5)) * deviation)  # z of 8 with 2: below
     torch.testing.assert_close(sent("free-ride"), step)
     assert float(sent("free-ride", None).norm()) == 0
-    assert float(sent("gaussian").norm()) == pytest.approx(3 * float(own.norm()), rel=1e-5)
-    assert abs(float(torch.cosine_similarity(sent("gaussian"), own, dim=0))) < 0.4
-    assert torch.equal(sent("counts"), own)
+    assert float(sent("gaussian").norm()) == pytest.approx(3 * float(of_attackers.norm()), rel=1e-5)
+    assert abs(float(torch.cosine_similarity(sent("gaussian"), of_attackers, dim=0))) < 0.4
+    assert torch.equal(sent("counts"), of_attackers)
 
 
 def test_alies_factor_is_the_papers() -> None:
@@ -93,19 +93,19 @@ def test_inflated_counts_change_nothing(five: dict[str, Any], tmp_path: Path) ->
         settings = Settings.parse({**five, "run-dir": str(tmp_path / attack)})
         poisoning.study(settings, attack, ["a"])
         assert same(final(plain.directory), final(settings.run_dir))
-    told = [line["images"] for line in read_metrics(tmp_path / "counts") if line["kind"] == "tuning"]
-    assert told.count(1e9) == 2
+    counts = [line["images"] for line in read_metrics(tmp_path / "counts") if line["kind"] == "tuning"]
+    assert counts.count(1e9) == 2
 
 
 def test_a_robust_merge_holds_where_the_mean_falls(five: dict[str, Any], tmp_path: Path) -> None:
     said: list[str] = []
     arguments = (Settings.parse(five), ["none", "gaussian"], ["mean", "multi-krum:f=1"], ["b"], tmp_path / "poison")
     results = poisoning.studies(*arguments, say=said.append)
-    found = {(row["attack"], row["merge"]): row for row in results}
-    assert set(found["none", "mean"]["tasks"]) == set("acde")
-    attacked = found["gaussian", "multi-krum f=1"]
+    actual = {(row["attack"], row["merge"]): row for row in results}
+    assert set(actual["none", "mean"]["tasks"]) == set("acde")
+    attacked = actual["gaussian", "multi-krum f=1"]
     assert attacked["kept"] == {"a": 1, "b": 0, "c": 1, "d": 1, "e": 1}  # it finds the attacker in both rounds
-    nobody = found["none", "multi-krum f=1"]
+    nobody = actual["none", "multi-krum f=1"]
     assert sum(nobody["kept"].values()) == pytest.approx(4)  # and drops an honest task if there is none
     for row in results:
         assert row["worst"] == min(row["tasks"].values()) <= row["mean"]
@@ -138,10 +138,10 @@ def test_a_private_run_is_attacked_though_its_budget_is_spent(
 
 def test_what_cannot_be_run_is_said(five: dict[str, Any]) -> None:
     settings = Settings.parse(five)
-    for attack, attackers, told in (
+    for attack, attackers, message in (
         ("sign-flop", ["a"], "--attack sign-flop: it is unknown; did you mean"),
         ("none", ["z"], "--attackers z: it is not in tasks="),
         ("none", ["a", "b", "c"], "they must be fewer than half"),
     ):
-        with pytest.raises(SettingError, match=told):
+        with pytest.raises(SettingError, match=message):
             poisoning.study(settings, attack, attackers)

@@ -96,7 +96,7 @@ def test_a_run_that_asks_for_more_is_refused_before_data_are_read(
     line: str,
     breaks: dict[str, Any],
     keeps: dict[str, Any],
-    told: str,
+    message: str,
 ) -> None:
     grid, settings = grid_with({**config, **breaks, "rounds": 3}, tmp_path, line)
     _party.cache_clear()
@@ -105,7 +105,7 @@ def test_a_run_that_asks_for_more_is_refused_before_data_are_read(
     monkeypatch.setattr(party_module.tasks, "load", lambda name, size: loaded.append(name) or load(name, size))
     with pytest.raises(RunError) as error:
         serve(grid, settings)
-    assert f"red: refused by this party's policy, {told}" in str(error.value)
+    assert f"red: refused by this party's policy, {message}" in str(error.value)
     assert not any(name.endswith("/red") for name in loaded)
     folders = dict(zip(("red", "green", "blue"), config["tasks"].split(","), strict=True))
     if "tasks" in keeps:
@@ -236,13 +236,13 @@ def test_the_partys_bound_goes_before_the_runs(config: dict[str, Any], tmp_path:
         ("epsilon == 3", "is no TOML"),
     ],
 )
-def test_a_policy_that_cannot_be_read_is_one_clear_error(tmp_path: Path, text: str, told: str) -> None:
+def test_a_policy_that_cannot_be_read_is_one_clear_error(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "policy.toml"
     file.write_text(text)
     with pytest.raises(SettingError) as error:
         Policy.read(file)
     assert str(file) in str(error.value)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -261,16 +261,16 @@ def test_a_policy_that_cannot_be_read_is_one_clear_error(tmp_path: Path, text: s
         ({"max-update-norm": True}, "it must be 0 or more"),
     ],
 )
-def test_nothing_in_a_node_config_is_passed_over(config: dict[str, Any], node: dict[str, Any], told: str) -> None:
+def test_nothing_in_a_node_config_is_passed_over(config: dict[str, Any], node: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError) as error:
         policy_of(node)
-    assert told in str(error.value)
+    assert message in str(error.value)
     settings = Settings.parse(config)
     grid = InProcessGrid(client_app, 3, settings.as_config())
     grid.contexts[2].node_config.update(node)
     with pytest.raises(RunError) as refused:
         serve(grid, settings)
-    assert told in str(refused.value)
+    assert message in str(refused.value)
 
 
 @seed(0)

@@ -43,13 +43,13 @@ def vector_of(update: Update) -> Tensor:
 
 def looped(party: Party, images: Tensor, labels: Tensor) -> Tensor:
     """Gradients of one record after the other, by plain autograd."""
-    flat, found = party.model.flat, []
+    flat, gradients = party.model.flat, []
     assert flat.grad is not None
     for image, label in zip(images, labels, strict=True):
         flat.grad.zero_()
         functional.cross_entropy(party.head(party.model.module(image[None])), label[None]).backward()
-        found.append(flat.grad.clone())
-    return torch.stack(found)
+        gradients.append(flat.grad.clone())
+    return torch.stack(gradients)
 
 
 @pytest.mark.parametrize("model", ["tiny", "vit_micro", "clip"])
@@ -73,7 +73,7 @@ def test_without_noise_and_clip_it_is_gradient_descent(config: dict[str, Any]) -
     plain |= {"local-epochs": 4, "head": "prototypes", "shots": 1}
     settings = Settings.parse({**config, **plain})
     private = Settings.parse({**config, **plain, "privacy": "clip-only", "dp-clip": math.inf, "accumulate": 3})
-    one, other = (Party(found, settings.task_names[0]) for found in (settings, private))
+    one, other = (Party(actual, settings.task_names[0]) for actual in (settings, private))
     other.head = one.head
     base = one.model.pretrained
     first, second = one.train(base, 1), other.train(base, 1)
@@ -138,11 +138,11 @@ def spent_by_round(run_dir: str | Path, task: str = "red") -> list[float]:
 
 def test_epsilon_grows_over_rounds_and_a_restart_and_runtimes_agree(config: dict[str, Any]) -> None:
     whole = run_loop(Settings.parse({**config, **DP, "rounds": 4}))
-    found = spent_by_round(whole.directory)
-    assert found == sorted(found)
-    assert found[0] > 0
+    actual = spent_by_round(whole.directory)
+    assert actual == sorted(actual)
+    assert actual[0] > 0
     expected = [epsilon([Spent(12 / 36, 1.0, 3 * number)], 1e-5) for number in range(1, 5)]
-    assert found == pytest.approx(expected)
+    assert actual == pytest.approx(expected)
 
     # rounds that are done again in another process, after a restart and in another runtime go on and cost once
     again = Settings.parse({**config, **DP, "rounds": 2, "run-dir": config["run-dir"] + "-again"})

@@ -66,24 +66,24 @@ def test_a_study_measures_every_row_and_resumes(file: Path) -> None:
     before = {line.name: line.cells() for line in privacy.lines(study)}
     assert before["private"][1:] == ["0", *["–"] * 13]
     run(study)
-    found = {line.name: line for line in privacy.lines(study)}
-    for line in found.values():
+    actual = {line.name: line for line in privacy.lines(study)}
+    for line in actual.values():
         assert len(line.means) == 2
         assert line.worst is not None
         assert line.worst <= sum(line.means) / 2 + 1e-9
         assert line.images is not None
-    assert [round_number for round_number, _ in found["plain"].rates("merged")] == [1, 2]
-    assert all(0 <= rate <= 1 for _, rate in found["plain"].rates("local"))
-    assert found["one-shot"].members is None
-    assert found["frozen"].psnr is None  # no equation without the embeddings
-    assert found["frozen"].poisoned is not None
-    assert found["frozen"].poisoned[1]["attack"] == "sign-flip"
-    assert found["private"].poisoned is None
+    assert [round_number for round_number, _ in actual["plain"].rates("merged")] == [1, 2]
+    assert all(0 <= rate <= 1 for _, rate in actual["plain"].rates("local"))
+    assert actual["one-shot"].members is None
+    assert actual["frozen"].psnr is None  # no equation without the embeddings
+    assert actual["frozen"].poisoned is not None
+    assert actual["frozen"].poisoned[1]["attack"] == "sign-flip"
+    assert actual["private"].poisoned is None
 
-    told = CliRunner().invoke(terminal.app, ["study", "privacy", str(file), "--report"])
-    assert told.exit_code == 0, told.output
+    output = CliRunner().invoke(terminal.app, ["study", "privacy", str(file), "--report"])
+    assert output.exit_code == 0, output.output
     table, page = privacy.table(study), study.runs.reports / "report.html"
-    assert table in told.output
+    assert table in output.output
     assert table.count("\n") == 1 + 4
     assert "| private | 2 |" in table
     text = page.read_text()

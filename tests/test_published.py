@@ -58,13 +58,13 @@ def write_idx(file: Path, array: np.ndarray) -> None:
 
 
 def make_cars(root: Path) -> None:
-    for part, file, count in (
+    for split, file, count in (
         ("train", "devkit/cars_train_annos", TRAIN),
         ("test", "cars_test_annos_withlabels", TEST),
     ):
         listed = []
         for number, label in enumerate(cycle(count, 2)):
-            picture(root / "stanford_cars" / f"cars_{part}" / f"{number:05d}.jpg")
+            picture(root / "stanford_cars" / f"cars_{split}" / f"{number:05d}.jpg")
             listed.append((1, 2, 30, 20, label + 1, f"{number:05d}.jpg"))
         kind = [(name, object) for name in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")]
         path = root / "stanford_cars" / f"{file}.mat"
@@ -76,11 +76,11 @@ def make_cars(root: Path) -> None:
 
 def make_dtd(root: Path) -> None:
     names = ["banded", "polka-dotted"]
-    for part, count in (("train", 12), ("val", 8), ("test", TEST)):
-        lines = [f"{names[label]}/{names[label]}_{part}{i:04d}.jpg" for i, label in enumerate(cycle(count, 2))]
+    for split, count in (("train", 12), ("val", 8), ("test", TEST)):
+        lines = [f"{names[label]}/{names[label]}_{split}{i:04d}.jpg" for i, label in enumerate(cycle(count, 2))]
         for line in lines:
             picture(root / "dtd" / "dtd" / "images" / line)
-        listed = root / "dtd" / "dtd" / "labels" / f"{part}1.txt"
+        listed = root / "dtd" / "dtd" / "labels" / f"{split}1.txt"
         listed.parent.mkdir(exist_ok=True)
         listed.write_text("\n".join(lines) + "\n")
 
@@ -103,45 +103,45 @@ def make_gtsrb(root: Path) -> None:
 
 def make_idx(folder: str) -> Callable[[Path], None]:
     def make(root: Path) -> None:
-        for part, count in (("train", TRAIN), ("t10k", TEST)):
-            write_idx(root / folder / "raw" / f"{part}-images-idx3-ubyte", pixels(count, 28, 28))
-            write_idx(root / folder / "raw" / f"{part}-labels-idx1-ubyte", np.array(cycle(count, 10)))
+        for split, count in (("train", TRAIN), ("t10k", TEST)):
+            write_idx(root / folder / "raw" / f"{split}-images-idx3-ubyte", pixels(count, 28, 28))
+            write_idx(root / folder / "raw" / f"{split}-labels-idx1-ubyte", np.array(cycle(count, 10)))
 
     return make
 
 
 def make_emnist(root: Path) -> None:
-    for part, count in (("train", TRAIN), ("test", TEST)):
-        write_idx(root / "EMNIST" / "raw" / f"emnist-digits-{part}-images-idx3-ubyte", pixels(count, 28, 28))
-        write_idx(root / "EMNIST" / "raw" / f"emnist-digits-{part}-labels-idx1-ubyte", np.array(cycle(count, 10)))
+    for split, count in (("train", TRAIN), ("test", TEST)):
+        write_idx(root / "EMNIST" / "raw" / f"emnist-digits-{split}-images-idx3-ubyte", pixels(count, 28, 28))
+        write_idx(root / "EMNIST" / "raw" / f"emnist-digits-{split}-labels-idx1-ubyte", np.array(cycle(count, 10)))
 
 
 def make_resisc45(root: Path) -> None:
     names = ["airplane", "mobile_home_park"]
     folder = root / "resisc45"
-    for start, part, count in ((1, "train", TRAIN), (100, "val", 4), (200, "test", TEST)):
+    for start, split, count in ((1, "train", TRAIN), (100, "val", 4), (200, "test", TEST)):
         lines = [f"{names[label]}_{start + number:03d}.jpg" for number, label in enumerate(cycle(count, 2))]
         for line in lines:
             picture(folder / "NWPU-RESISC45" / line.rpartition("_")[0] / line)
-        (folder / f"resisc45-{part}.txt").write_text("\n".join(lines) + "\n")
+        (folder / f"resisc45-{split}.txt").write_text("\n".join(lines) + "\n")
 
 
 def make_svhn(root: Path) -> None:
     (root / "svhn").mkdir()
-    for part, count in (("train", TRAIN), ("test", TEST)):
+    for split, count in (("train", TRAIN), ("test", TEST)):
         labels = np.array(cycle(count, 10), np.uint8)
         labels[labels == 0] = 10  # as SVHN writes it
-        savemat(root / "svhn" / f"{part}_32x32.mat", {"X": pixels(32, 32, 3, count), "y": labels[:, None]})
+        savemat(root / "svhn" / f"{split}_32x32.mat", {"X": pixels(32, 32, 3, count), "y": labels[:, None]})
 
 
 def make_sun397(root: Path) -> None:
     names = ["/a/abbey", "/a/apse/indoor"]
-    for part, count in (("Training", TRAIN), ("Testing", TEST)):
-        lines = [f"{names[label]}/sun_{part.lower()}{number}.jpg" for number, label in enumerate(cycle(count, 2))]
+    for split, count in (("Training", TRAIN), ("Testing", TEST)):
+        lines = [f"{names[label]}/sun_{split.lower()}{number}.jpg" for number, label in enumerate(cycle(count, 2))]
         for line in lines:
             picture(root / "SUN397" / line[1:])
         for partition, kept in (("01", lines), ("02", lines[:2])):
-            file = root / "SUN397-partitions" / f"{part}_{partition}.txt"
+            file = root / "SUN397-partitions" / f"{split}_{partition}.txt"
             file.parent.mkdir(exist_ok=True)
             file.write_text("\n".join(kept) + "\n")
     picture(root / "SUN397" / "a" / "abbey" / "sun_in_no_list.jpg")
@@ -164,32 +164,34 @@ def make_cifar(
 def make_stl10(root: Path) -> None:
     folder = root / "stl10_binary"
     folder.mkdir()
-    for part, count in (("train", TRAIN), ("test", TEST)):
-        pixels(count, 3, 96, 96).tofile(folder / f"{part}_X.bin")
-        (np.array(cycle(count, 2), np.uint8) + 1).tofile(folder / f"{part}_y.bin")
+    for split, count in (("train", TRAIN), ("test", TEST)):
+        pixels(count, 3, 96, 96).tofile(folder / f"{split}_X.bin")
+        (np.array(cycle(count, 2), np.uint8) + 1).tofile(folder / f"{split}_y.bin")
     (folder / "unlabeled_X.bin").touch()
     (folder / "class_names.txt").write_text("airplane\nbird\n")
 
 
 def make_food101(root: Path) -> None:
     (root / "food-101" / "meta").mkdir(parents=True)
-    for part, count in (("train", TRAIN), ("test", TEST)):
-        listed = {name: [f"{name}/{part}{i}" for i in range(count // 2)] for name in ("apple_pie", "waffles")}
+    for split, count in (("train", TRAIN), ("test", TEST)):
+        listed = {name: [f"{name}/{split}{i}" for i in range(count // 2)] for name in ("apple_pie", "waffles")}
         for name in [*listed["apple_pie"], *listed["waffles"]]:
             picture(root / "food-101" / "images" / f"{name}.jpg")
-        (root / "food-101" / "meta" / f"{part}.json").write_text(json.dumps(listed))
+        (root / "food-101" / "meta" / f"{split}.json").write_text(json.dumps(listed))
 
 
 def make_pets(root: Path) -> None:
     folder = root / "oxford-iiit-pet"
     (folder / "annotations").mkdir(parents=True)
     names = ["Maine_Coon", "american_bulldog"]
-    for part, count in (("trainval", TRAIN), ("test", TEST)):
-        found = [(f"{names[label]}_{part}{i}".replace("_test", "_9"), label) for i, label in enumerate(cycle(count, 2))]
-        for name, _ in found:
+    for split, count in (("trainval", TRAIN), ("test", TEST)):
+        actual = [
+            (f"{names[label]}_{split}{i}".replace("_test", "_9"), label) for i, label in enumerate(cycle(count, 2))
+        ]
+        for name, _ in actual:
             picture(folder / "images" / f"{name}.jpg")
-        lines = [f"{name} {label + 1} {label + 1} 1" for name, label in found]
-        (folder / "annotations" / f"{part}.txt").write_text("\n".join(lines) + "\n")
+        lines = [f"{name} {label + 1} {label + 1} 1" for name, label in actual]
+        (folder / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
 
 
 def make_flowers102(root: Path) -> None:
@@ -215,18 +217,18 @@ def make_fer2013(root: Path) -> None:
 def make_pcam(root: Path) -> None:
     h5py = pytest.importorskip("h5py")
     (root / "pcam").mkdir()
-    for part, count in (("train", TRAIN), ("test", TEST)):
-        with h5py.File(root / "pcam" / f"camelyonpatch_level_2_split_{part}_x.h5", "w") as file:
+    for split, count in (("train", TRAIN), ("test", TEST)):
+        with h5py.File(root / "pcam" / f"camelyonpatch_level_2_split_{split}_x.h5", "w") as file:
             file["x"] = pixels(count, 96, 96, 3)
-        with h5py.File(root / "pcam" / f"camelyonpatch_level_2_split_{part}_y.h5", "w") as file:
+        with h5py.File(root / "pcam" / f"camelyonpatch_level_2_split_{split}_y.h5", "w") as file:
             file["y"] = np.array(cycle(count, 2), np.uint8).reshape(-1, 1, 1, 1)
 
 
 def make_sst2(root: Path) -> None:
-    for part, count in (("train", 10), ("valid", 2), ("test", 3)):
+    for split, count in (("train", 10), ("valid", 2), ("test", 3)):
         for name in ("negative", "positive"):
             for number in range(count):
-                picture(root / "rendered-sst2" / part / name / f"{number}.png", 44, 44)
+                picture(root / "rendered-sst2" / split / name / f"{number}.png", 44, 44)
 
 
 CIFAR10 = {f"data_batch_{number}": 4 for number in range(1, 6)} | {"test_batch": TEST}
@@ -329,18 +331,18 @@ def test_a_data_set_is_read_from_its_own_format(name: str, root: Path, monkeypat
     assert len(data.train) + len(data.validation) == task.train
     assert len(data.test) == task.test
     side = shape[1] if shape else 16
-    found = [everything(data.split(split)) for split in tasks.SPLITS]
-    for images, split in zip(found, tasks.SPLITS, strict=True):
+    actual = [everything(data.split(split)) for split in tasks.SPLITS]
+    for images, split in zip(actual, tasks.SPLITS, strict=True):
         assert images.shape == (len(data.split(split)), 3, side, side)
         assert images.dtype == torch.uint8
-    rows = [{image.numpy().tobytes() for image in images} for images in found]
+    rows = [{image.numpy().tobytes() for image in images} for images in actual]
     assert len(set().union(*rows)) == sum(map(len, rows)) == task.train + task.test
     assert isinstance(data.train.images, torch.Tensor) == (shape is not None)
     labels = torch.cat([data.split(split).labels for split in tasks.SPLITS])
     assert labels.unique().tolist() == list(range(task.classes))
     again = tasks.load(name, 16)  # out of the cache where there is one
     assert [again.split(split).digests for split in tasks.SPLITS] == [data.split(s).digests for s in tasks.SPLITS]
-    assert all(torch.equal(everything(again.split(s)), images) for s, images in zip(tasks.SPLITS, found, strict=True))
+    assert all(torch.equal(everything(again.split(s)), images) for s, images in zip(tasks.SPLITS, actual, strict=True))
 
 
 def test_labels_belong_to_their_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,8 +362,8 @@ def test_labels_belong_to_their_images(root: Path, monkeypatch: pytest.MonkeyPat
     # of an image kept in memory the pixels say where it came from
     write_idx(root / "MNIST" / "raw" / "train-images-idx3-ubyte", np.arange(TRAIN).repeat(784).reshape(-1, 28, 28))
     write_idx(root / "MNIST" / "raw" / "train-labels-idx1-ubyte", np.arange(TRAIN) % 10)
-    for part, content in (("images", pixels(TEST, 28, 28)), ("labels", np.arange(TEST))):
-        write_idx(root / "MNIST" / "raw" / f"t10k-{part}-idx{content.ndim}-ubyte", content)
+    for what, content in (("images", pixels(TEST, 28, 28)), ("labels", np.arange(TEST))):
+        write_idx(root / "MNIST" / "raw" / f"t10k-{what}-idx{content.ndim}-ubyte", content)
     monkeypatch.setitem(
         tasks._registry, "mnist-full", replace(published.find_published("mnist-full"), train=TRAIN, test=TEST)
     )
@@ -455,7 +457,7 @@ def test_a_party_tunes_on_files_and_on_grey_images_as_on_images_in_memory(
         assert vector.isfinite().all()
         assert vector.norm() > 0
         party.splits = {
-            split: tasks.Split(everything(part).contiguous(), part.labels) for split, part in party.splits.items()
+            split: tasks.Split(everything(images).contiguous(), images.labels) for split, images in party.splits.items()
         }
         party.tuned_on = party.splits["train"]
         again = party.train(party.model.pretrained, 1)
@@ -520,7 +522,7 @@ def test_the_mirror_of_cars_is_written_as_the_original_and_packages_are_asked_fo
 def test_sentences_for_text_heads(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small("fer2013", root, monkeypatch)
     sentences = tasks.load("fer2013").prompts()
-    assert [len(found) for found in sentences] == [6, 6, 6, 12, 12, 18, 12]
+    assert [len(actual) for actual in sentences] == [6, 6, 6, 12, 12, 18, 12]
     assert sentences[3][6] == "a photo of a smiling looking face."
     assert tasks.load("digits").prompts()[3] == ["a photo of a 3."]
 
@@ -542,8 +544,8 @@ def test_no_leaks_where_there_are_none_and_planted_ones_are_found(
     assert call(monkeypatch, "tasks", "--leaks", "pets") == 1
     said = capsys.readouterr().out
     assert f"of 6 test images 1 are in train (images/{target.name} = images/{copied.name}), 1 more look like" in said
-    found = leaks.find_leaks(data)[1]
-    assert (found.exact, found.alike) == ([(2, 5)], [(4, 0)])
+    actual = leaks.find_leaks(data)[1]
+    assert (actual.exact, actual.alike) == ([(2, 5)], [(4, 0)])
     assert call(monkeypatch, "tasks", "--leaks", "digits") == 0
 
 
@@ -582,10 +584,10 @@ def test_the_example_of_the_documentation_is_a_task(root: Path, monkeypatch: pyt
     file.write_text(code.replace("classes=9, train=6000, test=714", "classes=2, train=8, test=4"))
     monkeypatch.syspath_prepend(root)
     importlib.import_module("mushrooms")
-    for part, count in (("train", 4), ("test", 2)):
+    for split, count in (("train", 4), ("test", 2)):
         for name in ("agaric", "bolete"):
             for number in range(count):
-                picture(root / "mushrooms" / part / name / f"{number}.png")
+                picture(root / "mushrooms" / split / name / f"{number}.png")
     data = tasks.load("mushrooms", 16)
     assert (len(data.train), len(data.validation), len(data.test)) == (7, 1, 4)
     assert data.prompts()[1] == ["a photo of a bolete."]

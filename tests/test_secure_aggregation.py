@@ -491,9 +491,9 @@ def test_a_partys_long_term_key_is_its_own_and_stays(tmp_path: Path, monkeypatch
     assert list(path.parent.iterdir()) == sorted([path.parent / "green", path], reverse=False)
     trusted = tmp_path / "trusted"
     trusted.write_text(f"# us\n\n{line} a comment\n{public_line('green')}\n")
-    found = read_trusted(trusted)
-    assert list(found) == ["red", "green"]
-    assert found["red"] == party_key("red").public_key().public_bytes_raw()
+    actual = read_trusted(trusted)
+    assert list(actual) == ["red", "green"]
+    assert actual["red"] == party_key("red").public_key().public_bytes_raw()
     path.write_text("no key")
     with pytest.raises(SettingError, match="red is no OpenSSH private key"):
         party_key("red")
@@ -753,11 +753,11 @@ def test_no_single_vector_of_a_run_is_in_what_the_server_received(
     size = len(true["red"])
     assert size > 100_000
     assert correlations(log.words, true).max() < 5.5 / size**0.5
-    assert min(uniform(found) for found in log.words.values()) > 1e-5
+    assert min(uniform(actual) for actual in log.words.values()) > 1e-5
     assert sum(log.words.values(), np.zeros(size, WORD)).tolist() != sum(true.values(), np.zeros(size, WORD)).tolist()
     # 4 signatures, 4 · 4 opened shares, 4 keys with hash and signature and 4 · 3 sealed shares are all the rest
     assert 3 * 32 + 64 == 12 + 2 * 66 + 16 == 160
-    assert Counter(len(found) for found in log.bytes) == {64: 4, 66: 16, 160: 4 + 12}
+    assert Counter(len(actual) for actual in log.bytes) == {64: 4, 66: 16, 160: 4 + 12}
 
     monkeypatch.setattr(secure_aggregation, "add_mask", lambda *_: None)
     bare = Listening()
@@ -883,9 +883,9 @@ def test_who_deals_shares_that_do_not_join_is_out_by_name_and_the_round_is_done_
     assert [line["tasks"] for line in merged(run)] == [["red", "green", "blue"]] * 2
     for number, line in enumerate(merged(run), 1):
         assert line["failures"]["grey"].startswith("refused: its shares do not join: no 3 of ")
-        warned = [found["text"] for found in read_metrics(run.directory) if found["kind"] == "warning"]
-        told = f"round {number} is given up, its sum still masked, and done again without grey: refused: its shares"
-        assert sum(text.startswith(told) for text in warned) == 1
+        warned = [actual["text"] for actual in read_metrics(run.directory) if actual["kind"] == "warning"]
+        message = f"round {number} is given up, its sum still masked, and done again without grey: refused: its shares"
+        assert sum(text.startswith(message) for text in warned) == 1
     tuned = Counter((line["round"], line["task"]) for line in read_metrics(run.directory) if line["kind"] == "tuning")
     assert set(tuned.values()) == {1}
     assert {(number, task) for number in (1, 2) for task in ("red", "green", "blue")} <= tuned.keys()
@@ -917,7 +917,7 @@ def test_a_round_that_is_done_again_has_fresh_secrets_and_the_first_sum_stays_ma
     ) -> Any:
         published.extend(keys.values())
         for name in summed:  # what a server can do that goes on where ours gives up
-            shares = {parties.index(holder) + 1: found[name] for holder, found in revealed.items()}
+            shares = {parties.index(holder) + 1: actual[name] for holder, actual in revealed.items()}
             with suppress(ValueError):
                 add_mask(copy := total.copy() if not sums else sums[-1], shamir.join(shares), -1)
                 sums[:] = [copy]
@@ -1093,7 +1093,7 @@ def test_a_hostile_server_recovers_a_vector_bit_for_bit_and_from_a_party_with_pi
         settings = Settings.parse({**settings.as_config(), "run-dir": f"{four['run-dir']}-open-{number}"})
         stolen = HostileServer(settings, 0, {}).steal()
         values = [
-            found.ring.decode(words) for found, words in ((settings, stolen), (man_in_the_middle, vector["words"]))
+            actual.ring.decode(words) for actual, words in ((settings, stolen), (man_in_the_middle, vector["words"]))
         ]
         torch.testing.assert_close(values[0], values[1], rtol=0, atol=float(settings.ring.step))
         if settings.ring == man_in_the_middle.ring:

@@ -81,10 +81,10 @@ def test_a_signed_app_is_taken_and_any_other_refused(folder: Path, bundle: bytes
     list(sign(ROOT, folder / "other", folder / "signatures"))
     with pytest.raises(AppRefused, match="neither named there nor signed"):
         check_app(*as_handed_over(bundle), policy)
-    told = list(sign(ROOT, folder / "operator", folder / "signatures"))  # beside the other's
+    message = list(sign(ROOT, folder / "operator", folder / "signatures"))  # beside the other's
     check_app(*as_handed_over(bundle), policy)
     fab, run = as_handed_over(bundle)
-    assert told[0] == f"app: sha256:{run.fab_hash}"
+    assert message[0] == f"app: sha256:{run.fab_hash}"
     assert len(fab.verifications) == 3
     changed = Fab(run.fab_hash, bundle + b"\0", fab.verifications)
     with pytest.raises(AppRefused, match="neither named there nor signed"):

@@ -35,8 +35,8 @@ def test_a_study_of_merges_tunes_each_and_keeps_what_came_to_nothing(
     merges: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = read_study(merges, merge_table)
-    told = [merge_table.run_unit(unit) for units in merge_table.phases(study) for unit in units]
-    assert any("not finite" in line for line in told)
+    printed = [merge_table.run_unit(unit) for units in merge_table.phases(study) for unit in units]
+    assert any("not finite" in line for line in printed)
     for row in study.rows:
         units = [merge_table.MergeUnit(study, 0, row, value, 1) for value in (None, *row.values)]
         best = max(units, key=lambda unit: merge_table.validation(unit, 1))

@@ -47,15 +47,15 @@ def test_an_embedded_task_has_enough_images_and_disjoint_stratified_splits(name:
     shares = [np.bincount(split.labels, minlength=len(data.classes)) / len(split.labels) for split in splits]
     assert min(share.min() for share in shares) > 0
     assert max(np.abs(share - shares[0]).max() for share in shares) < 0.03
-    found = tasks.find(name)
-    assert found.licence
-    assert found.source
+    actual = tasks.find(name)
+    assert actual.licence
+    assert actual.source
 
 
 def test_a_task_is_the_same_when_it_is_built_again() -> None:
-    found = tasks.find("digits")
-    assert isinstance(found, tasks.Embedded)
-    built = tasks.split_source(found.build())
+    actual = tasks.find("digits")
+    assert isinstance(actual, tasks.Embedded)
+    built = tasks.split_source(actual.build())
     loaded = tasks.load("digits")
     assert np.array_equal(built["train_images"], loaded.train.images.numpy())
     assert np.array_equal(built["test_labels"], loaded.test.labels.numpy())
@@ -126,5 +126,5 @@ def test_a_bad_folder_is_one_clear_line(tmp_path: Path, damage, words: str) -> N
 
 
 def test_the_default_tasks_are_all_that_are_embedded() -> None:
-    embedded = {name for name, found in tasks.tasks().items() if isinstance(found, tasks.Embedded)}
+    embedded = {name for name, actual in tasks.tasks().items() if isinstance(actual, tasks.Embedded)}
     assert set(str(defaults()["tasks"]).split(",")) == embedded

@@ -80,8 +80,8 @@ def problem() -> Problem:
     return Problem()
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 def test_one_full_batch_step_gives_minus_rate_times_gradient(problem: Problem) -> None:

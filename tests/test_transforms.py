@@ -105,9 +105,9 @@ def test_a_transform_of_the_sum_gets_it_after_the_noise(
     step = made.base - Run(settings_of(config, "pretrained")).base
     torch.testing.assert_close(step.abs(), torch.full_like(step, 1e-3), rtol=0, atol=1e-6)
     lines = [json.loads(line) for line in (made.directory / "metrics.jsonl").read_text().splitlines()]
-    (told,) = [line for line in lines if line["kind"] == "merge"]
-    assert told["norm_before"] == pytest.approx(2.0 / 3 * made.layout.size**0.5, rel=0.05)  # σ C / 3 in each element
-    assert told["epsilon"] > 0
+    (message,) = [line for line in lines if line["kind"] == "merge"]
+    assert message["norm_before"] == pytest.approx(2.0 / 3 * made.layout.size**0.5, rel=0.05)  # σ C / 3 in each element
+    assert message["epsilon"] > 0
 
 
 def test_what_a_client_keeps_is_there_in_its_next_round_and_after_a_resume(

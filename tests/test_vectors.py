@@ -53,10 +53,10 @@ def test_a_spill_gives_back_what_was_added_and_its_file_never_changes() -> None:
         spill.add(name, vector)
     for mapped in spill.vectors().values():
         mapped.zero_()
-    found = spill.vectors()
+    actual = spill.vectors()
     spill.close()
-    assert list(found) == ["a", "b", "c"]
-    assert all(torch.equal(found[name], vectors[name]) for name in "abc")
+    assert list(actual) == ["a", "b", "c"]
+    assert all(torch.equal(actual[name], vectors[name]) for name in "abc")
 
 
 def test_a_spill_refuses_a_name_twice() -> None:

@@ -56,11 +56,11 @@ def test_plain_loop_and_in_process_grid_end_with_the_same_bits(config: dict[str,
     plain, flower = (Settings.parse({**config, "run-dir": config["run-dir"] + name}) for name in ("-plain", "-flower"))
     ran = run_loop(plain), in_process(flower)
     assert same(final(plain.run_dir), final(flower.run_dir))
-    found = [
+    actual = [
         [{key: value for key, value in line.items() if not re.match("time|seconds", key)} for line in read_metrics(d)]
         for d in (ran[0].directory, ran[1].directory)
     ]
-    assert found[0] == found[1]
+    assert actual[0] == actual[1]
 
 
 @pytest.mark.parametrize(("up", "down"), [("bf16", "fp16"), ("int8", "int4"), (SPARSE, "bf16"), ("low-rank:2", SPARSE)])
@@ -389,9 +389,9 @@ def test_settings_that_are_no_codec_are_named(config: dict[str, Any]) -> None:
 def test_a_run_from_before_there_were_codecs_resumes(config: dict[str, Any]) -> None:
     run = run_loop(Settings.parse({**config, "rounds": 2}))
     path = run.directory / "config.json"
-    found = json.loads(path.read_text())
-    del found["run"], found["settings"]["codec-up"], found["settings"]["codec-down"]
-    path.write_text(json.dumps(found))
+    actual = json.loads(path.read_text())
+    del actual["run"], actual["settings"]["codec-up"], actual["settings"]["codec-down"]
+    path.write_text(json.dumps(actual))
     resumed = run_loop(Settings.parse({**config, "resume": True}))
     assert resumed.rounds_done == 3
     assert vectors.digest(resumed.base) == vectors.digest(run_loop(plain_twin(Settings.parse(config))).base)

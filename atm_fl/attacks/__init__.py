@@ -1,4 +1,4 @@
-"""Attacks: what someone who sees a party's task vectors, or who is a party, can learn or break. docs/privacy.md.
+"""Attacks: what someone who sees a party's task vectors, or who is a party, can learn or break. docs/attacks.md.
 
 `scenario` says who sends what and what the attacker knows; `reconstruction` (with `simulation`) looks for the images
 behind a vector and `labels` for their classes; `similarity` and `measurement` say how near they came. `membership` asks

@@ -172,17 +172,17 @@ def inclusion(vector: Tensor, known: Tensor, canary: Tensor, deviation: float) -
 
 def _gradients(party: Party, data: Split) -> Tensor:
     """Clipped gradients of each record at the loaded base, float32 [k, n] on the CPU."""
-    model, found = party.model, []
+    model, gradients = party.model, []
     for images, labels in data.batches(batch_size=PART):
-        own = record_gradients(model.module, party.head, model.layout, model.flat, images, labels)
-        found.append((own * clip_factors(own, party.settings.dp_clip)[:, None]).cpu())
-    return torch.cat(found) if found else torch.zeros(0, model.layout.size)
+        of_images = record_gradients(model.module, party.head, model.layout, model.flat, images, labels)
+        gradients.append((of_images * clip_factors(of_images, party.settings.dp_clip)[:, None]).cpu())
+    return torch.cat(gradients) if gradients else torch.zeros(0, model.layout.size)
 
 
 def _sum(party: Party, data: Split) -> Tensor:
     """The sum of the records' clipped gradients, float32 [n]."""
     parts = torch.arange(len(data), device=data.labels.device).split(PART)
-    return sum((_gradients(party, data.take(part)).sum(0) for part in parts), torch.zeros(party.model.layout.size))
+    return sum((_gradients(party, data.take(chunk)).sum(0) for chunk in parts), torch.zeros(party.model.layout.size))
 
 
 def _joined(one: Split, other: Split) -> Split:

@@ -41,9 +41,9 @@ def class_histogram(seen: Observation) -> Tensor:
         columns.append(torch.cat([gradient.flatten() for gradient in gradients]))
     matrix = torch.stack(columns, 1).double()
     least = matrix.new_full((1, matrix.shape[1]), LEAST * float(matrix.norm()))
-    found, _ = nnls(torch.cat([matrix, least]).numpy(), np.append(wanted.double().numpy(), 0.0))
-    total = found.sum()
-    shares = found / total if total > 0 else np.full(len(found), 1 / len(found))
+    solution, _ = nnls(torch.cat([matrix, least]).numpy(), np.append(wanted.double().numpy(), 0.0))
+    total = solution.sum()
+    shares = solution / total if total > 0 else np.full(len(solution), 1 / len(solution))
     return torch.from_numpy(shares).float()
 
 
@@ -86,11 +86,11 @@ def recovered_labels(seen: Observation) -> Tensor:
     return torch.arange(len(shares)).repeat_interleave(counts.long())
 
 
-def histogram_error(found: Tensor, true: Tensor) -> float:
+def histogram_error(guessed: Tensor, true: Tensor) -> float:
     """Total variation distance of two histograms [classes]: the share of images that are counted to a wrong class."""
-    return float((found - true).abs().sum() / 2)
+    return float((guessed - true).abs().sum() / 2)
 
 
 def _last_block(names: tuple[str, ...]) -> list[str]:
-    last = max(int(found[1]) for name in names if (found := BLOCK.search(name)))
-    return [name for name in names if (found := BLOCK.search(name)) and int(found[1]) == last]
+    last = max(int(match[1]) for name in names if (match := BLOCK.search(name)))
+    return [name for name in names if (match := BLOCK.search(name)) and int(match[1]) == last]

@@ -45,13 +45,13 @@ def measure_reconstruction(scenario: Scenario, base: Tensor | None = None) -> di
 
 def attacked(scenario: Scenario, base: Tensor | None = None) -> list[Outcome]:
     """The scenario's attack on each of its parties."""
-    found = list(victims(scenario, base))
-    model = found[0].observed.model
+    chosen = list(victims(scenario, base))
+    model = chosen[0].observed.model
     # The mean of images that are no victim's: who knows what such images look like needs no vector for it.
     data = tasks.load(scenario.settings.task_names[0], model.image_size).validation
     images, _ = next(data.batches(batch_size=MEAN_OF))
     average = model.denormalise(model.normalise(images)).clamp(0, 1).mean(0)
-    return [_attack_one(victim, number, average) for number, victim in enumerate(found)]
+    return [_attack_one(victim, number, average) for number, victim in enumerate(chosen)]
 
 
 def _attack_one(victim: Victim, number: int, average: Tensor) -> Outcome:
@@ -63,13 +63,13 @@ def _attack_one(victim: Victim, number: int, average: Tensor) -> Outcome:
     }
     distance = None
     try:
-        found = reconstruct(seen, number)
+        guess = reconstruct(seen, number)
     except NoEquation:
         pass
     else:
-        images[FOUND], distance = found.images, found.distance
-        if found.prior is not None:
-            images["prior only"] = found.prior
+        images[FOUND], distance = guess.images, guess.distance
+        if guess.prior is not None:
+            images["prior only"] = guess.prior
     error = None
     if seen.scenario.head_known:
         classes = len(seen.head.bias)
@@ -89,13 +89,13 @@ def summary(scenario: Scenario, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     truth = torch.cat([outcome.truth for outcome in outcomes])
     images = {}
     for name in outcomes[0].images:
-        found = torch.cat([outcome.images[name] for outcome in outcomes])
-        decibels, distance = psnr(found, truth), lpips(found, truth)
+        guesses = torch.cat([outcome.images[name] for outcome in outcomes])
+        decibels, distance = psnr(guesses, truth), lpips(guesses, truth)
         images[name] = {
             "psnr": float(decibels.mean()),
             "psnr_error": float(decibels.std() / len(decibels) ** 0.5) if len(decibels) > 1 else 0.0,
             "psnr_best": float(decibels.max()),
-            "ssim": float(ssim(found, truth).mean()),
+            "ssim": float(ssim(guesses, truth).mean()),
             "lpips": None if distance is None else float(distance.mean()),
         }
     distances = [outcome.distance for outcome in outcomes if outcome.distance is not None]

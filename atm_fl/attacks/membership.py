@@ -64,12 +64,12 @@ GAMMA = 2.0
 @torch.inference_mode()
 def confidences(model: nn.Module, head: nn.Module, data: Split) -> Tensor:
     """φ, float32 [n], of the right label of every item of `data`."""
-    found = []
+    scores = []
     for images, labels in data.batches(batch_size=EVALUATION_BATCH):
         logits = head(model(images))
         right = logits.gather(1, labels[:, None])
-        found.append(right[:, 0] - logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1))
-    return torch.cat(found).cpu()
+        scores.append(right[:, 0] - logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1))
+    return torch.cat(scores).cpu()
 
 
 def lira(target: Tensor, references: Tensor, members: Tensor, shared: bool = True) -> Tensor:
@@ -139,8 +139,8 @@ class Curve:
 
     def rates(self, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """False- and true-positive rates from (0, 0) to (1, 1), one point a distinct score."""
-        own = np.ones(len(self._order)) if weights is None else weights[self._order]
-        sides = [np.append(0, np.cumsum(own * side)[self._ends]) for side in (~self._member, self._member)]
+        ordered = np.ones(len(self._order)) if weights is None else weights[self._order]
+        sides = [np.append(0, np.cumsum(ordered * side)[self._ends]) for side in (~self._member, self._member)]
         return sides[0] / sides[0][-1], sides[1] / sides[1][-1]
 
 
@@ -150,10 +150,10 @@ def membership_leak(scores: Tensor, members: Tensor) -> MembershipLeak:
     Decisions on all models make one curve. An image's decisions depend on each other, so that the bootstrap draws
     whole images.
     """
-    found = Curve(scores, members)
+    curve = Curve(scores, members)
 
     def numbers(weights: np.ndarray | None) -> list[float]:
-        false, true = found.rates(weights)
+        false, true = curve.rates(weights)
         area = float(np.trapezoid(true, false))
         return [area, *(float(true[false <= rate + 1e-12].max()) for rate in RATES)]
 
@@ -191,10 +191,10 @@ def membership_target(settings: Settings, task: str, members: int) -> Membership
 
     No image is in two of the three. SettingError if the source has too few images, or the task is not embedded.
     """
-    found = tasks.find(task)
-    if not isinstance(found, tasks.Embedded):
+    source = tasks.find(task)
+    if not isinstance(source, tasks.Embedded):
         raise SettingError(f"--task {task}: the attack needs an embedded task, to draw its images from the source")
-    arrays = tasks.split_source(found.build(), cap=10**9)
+    arrays = tasks.split_source(source.build(), cap=10**9)
     pixels, labels = (
         np.concatenate([arrays[f"{split}_{what}"] for split in tasks.SPLITS]) for what in ("images", "labels")
     )
@@ -267,13 +267,13 @@ def models_seen(settings: Settings) -> tuple[str, ...]:
 def save_updates(path: Path, updates: dict[str, Update]) -> None:
     """Keep clients' updates as they travel, with what they say of their tuning."""
     arrays: dict[str, np.ndarray] = {}
-    told: dict[str, str] = {}
+    numbers: dict[str, str] = {}
     for client, update in updates.items():
         if update.arrays is not None:
             arrays |= {f"{client}/{name}": array for name, array in update.arrays.items()}
-            told[client] = json.dumps(update.tuning)
-    with atomic_write(path) as part:
-        save_arrays(arrays, part, told)
+            numbers[client] = json.dumps(update.tuning)
+    with atomic_write(path) as temporary:
+        save_arrays(arrays, temporary, numbers)
 
 
 def load_updates(path: Path) -> Iterator[tuple[str, Update]]:
@@ -326,16 +326,19 @@ def study(
             save_updates(path, {party.client: party.train(base, round_number, run) for party in parties})
         return load_updates(path)
 
-    found = []
+    confidences_of_models = []
     for number in range(count):
         path = folder / f"run-{number:03d}.safetensors"
         if not path.exists():
             followed = trajectory(settings, asked, number, others, f"{derive_seed(run, number):016x}", folder)
-            with atomic_write(path) as part:
-                save_file({"confidences": followed}, str(part))
+            with atomic_write(path) as temporary:
+                save_file({"confidences": followed}, str(temporary))
             say(f"run {number + 1} of {count}")
-        found.append(load_file(str(path))["confidences"])
-    confidence, halves = torch.stack(found), torch.stack([asked.half(settings, number) for number in range(count)])
+        confidences_of_models.append(load_file(str(path))["confidences"])
+    confidence, halves = (
+        torch.stack(confidences_of_models),
+        torch.stack([asked.half(settings, number) for number in range(count)]),
+    )
     asks = halves.shape[1]
     rows, models = [], models_seen(settings)
     for place, which in ((r, w) for r in range(settings.rounds) for w in range(len(models))):
@@ -360,7 +363,7 @@ def attacks(seen: Tensor, halves: Tensor, population: Tensor) -> dict[str, Tenso
         scores["loss"].append(seen[number].double())
         scores["LiRA"].append(lira(seen[number], seen[rest], halves[rest]))
         scores["RMIA"].append(rmia(seen[number], seen[rest], halves[rest], population[number], population[rest]))
-    return {name: torch.stack(found) for name, found in scores.items()}
+    return {name: torch.stack(values) for name, values in scores.items()}
 
 
 def table(result: dict[str, Any]) -> str:

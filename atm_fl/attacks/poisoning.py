@@ -133,13 +133,19 @@ def alie_factor(parties: int, attackers: int) -> float:
 
 
 def forge(
-    attack: str, strength: float, own: Tensor, honest: Sequence[Tensor], parties: int, step: Tensor | None, seed: int
+    attack: str,
+    strength: float,
+    honest_own: Tensor,
+    honest: Sequence[Tensor],
+    parties: int,
+    step: Tensor | None,
+    seed: int,
 ) -> Tensor:
     """The vector [n] that an attacker sends instead of its `own`.
 
     honest: what the honest parties sent in this round; step: the base's last one, None in round 1.
     """
-    return ATTACKS[attack].forge(Sight(own, strength, honest, parties, step, seed))
+    return ATTACKS[attack].forge(Sight(honest_own, strength, honest, parties, step, seed))
 
 
 @attack("none")
@@ -248,8 +254,8 @@ class AdversarialClient(Party):
             seed = derive_seed(self.settings.seed, "attack", self.client, round_number)
             honest, parties = list(scene.sent.values())[: scene.honest], len(self.settings.party_names)
             vector = forge(scene.attack, scene.strength, vector, honest, parties, step, seed)
-            told = update.tuning | ({"images": 1e9} if scene.attack == "counts" else {})
-            update = Update(self._write(vector, seed), update.evaluation, told)
+            tuning = update.tuning | ({"images": 1e9} if scene.attack == "counts" else {})
+            update = Update(self._write(vector, seed), update.evaluation, tuning)
         scene.send(vector, update.tuning.get("images", 0.0), self, round_number)
         return update
 
@@ -275,8 +281,8 @@ def kept_shares(merge: Any, vectors: dict[str, Tensor]) -> dict[str, float]:
     """
     names, count = list(vectors), len(vectors)
     if isinstance(merge, LinearCombination):
-        found = merge.coefficients(names, inner_products(list(vectors.values()))) * count
-        return dict(zip(names, found.clamp(0, 1).tolist(), strict=True))
+        coefficients = merge.coefficients(names, inner_products(list(vectors.values()))) * count
+        return dict(zip(names, coefficients.clamp(0, 1).tolist(), strict=True))
     if not isinstance(merge, (Median, TrimmedMean)):
         return dict.fromkeys(names, 1.0)
     out = (count - 1) // 2 if isinstance(merge, Median) else int(round(merge.trim * count, 6))
@@ -353,8 +359,8 @@ def study(settings: Settings, attack: str, attackers: Sequence[str]) -> dict[str
         "trigger": sum(triggered[task][0] for task in attackers) / len(attackers),
         "trigger_elsewhere": sum(honest[task] - triggered[task][1] for task in honest) / len(honest),
     }
-    with atomic_write(path / RESULT) as part:
-        part.write_text(json.dumps(result, indent=1))
+    with atomic_write(path / RESULT) as temporary:
+        temporary.write_text(json.dumps(result, indent=1))
     return result
 
 
@@ -382,9 +388,9 @@ def _triggered(party: Party, base: Tensor) -> tuple[float, float]:
         (party.head(party.model.module(stamp(images))).argmax(1), labels)
         for images, labels in party.splits["test"].batches()
     ]
-    found, labels = (torch.cat(parts) for parts in zip(*guesses, strict=True))
+    guessed, labels = (torch.cat(parts) for parts in zip(*guesses, strict=True))
     others = labels != TARGET
-    return float((found[others] == TARGET).float().mean()), float((found == labels).float().mean())
+    return float((guessed[others] == TARGET).float().mean()), float((guessed == labels).float().mean())
 
 
 def studies(

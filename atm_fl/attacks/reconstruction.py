@@ -68,13 +68,13 @@ def reconstruct(seen: Observation, number: int = 0) -> Reconstruction:
         classes = len(seen.head.bias)
         labels = recovered_labels(seen) if scenario.head_known else torch.arange(scenario.images) % classes
     search = dlg if scenario.attack == "dlg" else signed_descent
-    found = []
+    guesses = []
     for restart in range(scenario.restarts):
         random = torch.Generator().manual_seed(derive_seed(scenario.settings.seed, "start", number, restart))
         size = seen.model.image_size
         start = torch.rand(scenario.images, 3, size, size, generator=random)
-        found.append(Reconstruction(*search(seen, start, labels), search(seen, start, None)[0]))
-    return min(found, key=lambda one: one.distance)
+        guesses.append(Reconstruction(*search(seen, start, labels), search(seen, start, None)[0]))
+    return min(guesses, key=lambda one: one.distance)
 
 
 def closed_form(seen: Observation) -> Tensor:
@@ -150,7 +150,9 @@ def signed_descent(seen: Observation, start: Tensor, labels: Tensor | None) -> t
     search = torch.optim.Adam([pixels], scenario.step_size)
     if not scenario.head_known:
         search.add_param_group({"params": [head.weight.requires_grad_()], "lr": HEAD_RATE})
-    plan = torch.optim.lr_scheduler.MultiStepLR(search, [scenario.iterations * part // 8 for part in (3, 5, 7)], 0.1)
+    plan = torch.optim.lr_scheduler.MultiStepLR(
+        search, [scenario.iterations * eighths // 8 for eighths in (3, 5, 7)], 0.1
+    )
 
     def distance(labels: Tensor) -> Tensor:
         if scenario.attack == "simulation":

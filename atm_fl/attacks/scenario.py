@@ -57,17 +57,19 @@ class Scenario:
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Scenario:
         """A scenario from kebab-case keys: an attack's own, and any of a run's. SettingError if a value cannot work."""
-        own = {kebab(item.name): item for item in fields(cls) if item.name != "settings"}
+        declared = {kebab(item.name): item for item in fields(cls) if item.name != "settings"}
         run = {kebab(item.name) for item in fields(Settings)}
         for key, value in values.items():
-            if key not in own and key not in run:
-                raise SettingError(f"{key!r} is neither of a run nor of an attack{did_you_mean(key, run | set(own))}")
-            if key in own and own[key].type == "float" and type(value) is int:
+            if key not in declared and key not in run:
+                raise SettingError(
+                    f"{key!r} is neither of a run nor of an attack{did_you_mean(key, run | set(declared))}"
+                )
+            if key in declared and declared[key].type == "float" and type(value) is int:
                 continue
-            if key in own and type(value).__name__ != own[key].type:
-                raise SettingError(f"{key}={value!r}: it must be of type {own[key].type}")
+            if key in declared and type(value).__name__ != declared[key].type:
+                raise SettingError(f"{key}={value!r}: it must be of type {declared[key].type}")
         settings = Settings.parse({key: value for key, value in values.items() if key in run})
-        chosen = {own[key].name: value for key, value in values.items() if key in own}
+        chosen = {declared[key].name: value for key, value in values.items() if key in declared}
         scenario = cls(settings=settings, **chosen)
         scenario._check()
         return scenario

@@ -27,28 +27,28 @@ SMALLEST = 64
 """Pixels to which smaller images are enlarged for LPIPS: of 32 the deepest features would see but one place."""
 
 
-def paired(found: Tensor, truth: Tensor) -> Tensor:
+def paired(guessed: Tensor, truth: Tensor) -> Tensor:
     """The images `found` [k, 3, h, w] in the order of `truth` that makes the sum of the pairs' PSNR largest."""
     count = len(truth)
-    every = psnr(found.repeat(count, 1, 1, 1), truth.repeat_interleave(count, 0)).view(count, count)
+    every = psnr(guessed.repeat(count, 1, 1, 1), truth.repeat_interleave(count, 0)).view(count, count)
     _, order = linear_sum_assignment(every.numpy(), maximize=True)
-    return found[torch.from_numpy(order)]
+    return guessed[torch.from_numpy(order)]
 
 
-def psnr(found: Tensor, truth: Tensor) -> Tensor:
+def psnr(guessed: Tensor, truth: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each pair of images [k, 3, h, w] in 0..1, in dB, at most MOST."""
-    each = peak_signal_noise_ratio(found, truth, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    each = peak_signal_noise_ratio(guessed, truth, data_range=1.0, reduction="none", dim=(1, 2, 3))
     return each.reshape(-1).clamp_max(MOST)
 
 
-def ssim(found: Tensor, truth: Tensor) -> Tensor:
+def ssim(guessed: Tensor, truth: Tensor) -> Tensor:
     """Structural similarity of each pair of images [k, 3, h, w] in 0..1: 1 for equal ones."""
-    each = structural_similarity_index_measure(found, truth, data_range=1.0, reduction="none")
+    each = structural_similarity_index_measure(guessed, truth, data_range=1.0, reduction="none")
     assert isinstance(each, Tensor)
     return each.reshape(-1)
 
 
-def lpips(found: Tensor, truth: Tensor) -> Tensor | None:
+def lpips(guessed: Tensor, truth: Tensor) -> Tensor | None:
     """Perceptual distance of each pair of images [k, 3, h, w] in 0..1: 0 for equal ones; None without its weights.
 
     Zhang et al. 2018, "The unreasonable effectiveness of deep features as a perceptual metric" (arXiv:1801.03924),
@@ -58,9 +58,11 @@ def lpips(found: Tensor, truth: Tensor) -> Tensor | None:
     if network is None:
         return None
     if min(truth.shape[2:]) < SMALLEST:
-        found, truth = (functional.interpolate(one, (SMALLEST, SMALLEST), mode="bilinear") for one in (found, truth))
+        guessed, truth = (
+            functional.interpolate(one, (SMALLEST, SMALLEST), mode="bilinear") for one in (guessed, truth)
+        )
     with torch.inference_mode():
-        return network(found, truth, normalize=True).reshape(-1)
+        return network(guessed, truth, normalize=True).reshape(-1)
 
 
 @lru_cache(maxsize=1)

@@ -27,9 +27,9 @@ def simulated_vector(
     step, rate, decay = 0, settings.learning_rate, settings.weight_decay
     for _ in range(max(1, round(settings.local_epochs))):
         order = torch.randperm(len(labels), generator=random).tensor_split(settings.chunks_per_epoch)[0]
-        for part in order.split(settings.batch_size):
+        for batch in order.split(settings.batch_size):
             step += 1
-            loss = functional.cross_entropy(head(seen.features(flat, pixels[part])), labels[part])
+            loss = functional.cross_entropy(head(seen.features(flat, pixels[batch])), labels[batch])
             (gradient,) = torch.autograd.grad(loss, flat, create_graph=differentiable)
             gradient = gradient + settings.proximal * (flat - start)
             if settings.clip_norm:

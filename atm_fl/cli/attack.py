@@ -11,7 +11,7 @@ from atm_fl.cli.study import run_study
 from atm_fl.cli.terminal import Config, Jobs, OnlyReport, Override, app, console, read_config, say
 from atm_fl.errors import RunError
 
-attack = typer.Typer(no_args_is_help=True, help="Attack what parties send, and measure it: docs/privacy.md.")
+attack = typer.Typer(no_args_is_help=True, help="Attack what parties send, and measure it: docs/attacks.md.")
 app.add_typer(attack, name="attack")
 
 
@@ -41,8 +41,8 @@ def membership(
     """Was this image among those a party tuned on? Loss threshold, LiRA and RMIA on every round's models."""
     from atm_fl.attacks import membership as attacks
 
-    found = attacks.study(read_config(config, override or []), task, folder, members, count, say)
-    console.print(attacks.write(found, folder), soft_wrap=True, highlight=False, markup=False)
+    leaks = attacks.study(read_config(config, override or []), task, folder, members, count, say)
+    console.print(attacks.write(leaks, folder), soft_wrap=True, highlight=False, markup=False)
 
 
 @attack.command()
@@ -61,16 +61,16 @@ def audit(
 
     settings = read_config(config, override or [])
     distances = shared_noise(settings, task)
-    told = ", ".join(f"{change} {distance:.3f}" for change, distance in distances.items())
-    say(f"one round's two releases, in units of two independent noises, by what was done to one record: {told}")
+    shown = ", ".join(f"{change} {distance:.3f}" for change, distance in distances.items())
+    say(f"one round's two releases, in units of two independent noises, by what was done to one record: {shown}")
     repeated = distances.pop("repeated")
     if repeated or min(distances.values()) < SHARED:
         raise RunError("the noise of one release is in another: their difference tells of single records")
     for silent in (False, True):
-        found = audit(settings, task, canaries, guesses, silent)
+        outcome = audit(settings, task, canaries, guesses, silent)
         say(
-            f"noise {'off' if silent else 'on'}: claimed ε {found.claimed:.3f}, true ε at least {found.bound:.3f} "
-            f"({CONFIDENCE:.0%}; {found.correct} of {found.guesses} guesses right, {canaries} canaries)"
+            f"noise {'off' if silent else 'on'}: claimed ε {outcome.claimed:.3f}, true ε at least {outcome.bound:.3f} "
+            f"({CONFIDENCE:.0%}; {outcome.correct} of {outcome.guesses} guesses right, {canaries} canaries)"
         )
 
 
@@ -80,7 +80,7 @@ def poison(
     folder: Annotated[Path, typer.Option(help="where the runs go; finished ones are not run again")],
     override: Override = None,
     attacks: Annotated[
-        str, typer.Option(help="with commas between, as none,scale:strength=4: docs/privacy.md")
+        str, typer.Option(help="with commas between, as none,scale:strength=4: docs/attacks.md")
     ] = "none,sign-flip",
     attackers: Annotated[str, typer.Option(help="tasks whose parties attack")] = "mnist,digits",
     merge: Annotated[list[str] | None, typer.Option(help="a defence, as multi-krum:f=2; as often as needed")] = None,

@@ -40,12 +40,12 @@ def tasks(
     table = Table("task", "classes, images and where they are; source and licence", box=SIMPLE, pad_edge=False)
     table.columns[0].no_wrap = True
     rows = []
-    for name, found in sorted(registry.tasks().items(), key=lambda item: isinstance(item[1], Published)):
+    for name, source in sorted(registry.tasks().items(), key=lambda item: isinstance(item[1], Published)):
         numbers, there = [""] * 4, "embedded"
-        if isinstance(found, Published):
-            numbers = [str(found.classes), str(found.train), str(found.test), f"{found.gigabytes:g}"]
-            there = "yes" if found.on_disk() else "no"
-            rows.append([name, *numbers, found.licence, found.source])
+        if isinstance(source, Published):
+            numbers = [str(source.classes), str(source.train), str(source.test), f"{source.gigabytes:g}"]
+            there = "yes" if source.on_disk() else "no"
+            rows.append([name, *numbers, source.licence, source.source])
         if not markdown and (there == "embedded" or (build and there == "yes")):
             try:
                 data = registry.load(name)
@@ -59,7 +59,7 @@ def tasks(
         table.add_row(
             escape(name),
             f"{classes:>4} classes {train:>10} train {test:>6} test  {place}\n"
-            + escape(f"{found.source}. {found.licence}"),
+            + escape(f"{source.source}. {source.licence}"),
         )
     if markdown:
         console.print(tables.markdown(head, rows), soft_wrap=True, markup=False, highlight=False)
@@ -99,10 +99,10 @@ def _say_leaks(name: str, workers: int) -> bool:
     from atm_fl.tasks.leaks import SIZE, describe, find_leaks
 
     data = registry.load(name, SIZE)
-    found = find_leaks(data, workers)
-    for leaks in found:
+    leaks_found = find_leaks(data, workers)
+    for leaks in leaks_found:
         console.print(describe(data, leaks), soft_wrap=True, highlight=False, markup=False)
-    return any(leaks.exact for leaks in found)
+    return any(leaks.exact for leaks in leaks_found)
 
 
 @app.command()
@@ -126,15 +126,15 @@ def prepare(
             f"{folder} has {free:.1f} GB free of the {needed:.1f} GB that are needed; choose another --root"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for found in chosen:
-        console.print(f"{found.name}: {found.source}", soft_wrap=True, highlight=False, markup=False)
-        found.parts(folder, download=True)
-        data = found.load(leaks.SIZE, folder)
+    for data_set in chosen:
+        console.print(f"{data_set.name}: {data_set.source}", soft_wrap=True, highlight=False, markup=False)
+        data_set.parts(folder, download=True)
+        data = data_set.load(leaks.SIZE, folder)
         for leak in leaks.find_leaks(data, workers):
             console.print(leaks.describe(data, leak), soft_wrap=True, highlight=False, markup=False)
         console.print(
-            f"{found.name}: {len(data.classes)} classes, {len(data.train)} training, {len(data.validation)} validation "
-            f"and {len(data.test)} test images",
+            f"{data_set.name}: {len(data.classes)} classes, {len(data.train)} training, "
+            f"{len(data.validation)} validation and {len(data.test)} test images",
             highlight=False,
         )
     if folder != library.data_root().resolve():

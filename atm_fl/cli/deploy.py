@@ -68,10 +68,10 @@ def check(
     """Say in one line each what would keep a party on this machine from joining; exit status 1 if anything would."""
     from atm_fl.deployment.checks import Machine, check
 
-    found = list(check(Machine(superlink, ca, key, task, data, policy, disk, memory)))
-    for name, line, good in found:
+    outcomes = list(check(Machine(superlink, ca, key, task, data, policy, disk, memory)))
+    for name, line, good in outcomes:
         console.print(f"{'ok   ' if good else 'WRONG'} {name}: {line}", soft_wrap=True, highlight=False, markup=False)
-    if not all(good for *_, good in found):
+    if not all(good for *_, good in outcomes):
         raise typer.Exit(1)
 
 

@@ -30,10 +30,10 @@ def merges(markdown: Annotated[bool, typer.Option(help="as the table of docs/mer
     head = ("merge", "options", "definition", "paper")
     table = Table(*head, box=SIMPLE)
     rows = []
-    for name, found in registry().items():
-        text = found.__doc__ or ""
+    for name, merge_class in registry().items():
+        text = merge_class.__doc__ or ""
         definition = text.strip().partition("\n")[0]
-        chosen = [f"{item.name.replace('_', '-')}={item.default}" for item in options(found)]
+        chosen = [f"{item.name.replace('_', '-')}={item.default}" for item in options(merge_class)]
         papers = re.findall(r"arXiv:[\d.]+\d", text)
         table.add_row(name, "\n".join(chosen), definition, "\n".join(papers))
         rows.append((name, ", ".join(chosen), definition, ", ".join(papers)))
@@ -47,8 +47,8 @@ class MergeCommand(TyperCommand):
     """
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        *own, help_option = super().get_params(ctx)
-        return [*own, *_merge_options(), help_option]
+        *parameters, help_option = super().get_params(ctx)
+        return [*parameters, *_merge_options(), help_option]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -67,8 +67,8 @@ def _merge_options() -> list[TyperOption]:
     from atm_fl.merging import options, type_name
 
     declared: dict[str, dict[str, Any]] = {}
-    for name, found in registry().items():
-        for item in options(found):
+    for name, merge_class in registry().items():
+        for item in options(merge_class):
             declared.setdefault(item.name, {})[name] = item
     made = []
     for key, items in declared.items():
@@ -78,14 +78,14 @@ def _merge_options() -> list[TyperOption]:
         *few, most = sorted(meanings.items(), key=lambda entry: len(entry[1]))
         if len(items) == len(registry()):
             most = most[0], ["all others" if few else "all"]
-        told = [f"{', '.join(names)}: {meaning}" for meaning, names in [*few, most]]
+        lines = [f"{', '.join(names)}: {meaning}" for meaning, names in [*few, most]]
         dashed, kind = key.replace("_", "-"), type_name(next(iter(items.values())))
         made.append(
             TyperOption(
                 param_decls=[f"--{dashed}/--no-{dashed}" if kind == "bool" else f"--{dashed}"],
                 type={"bool": bool, "int": int, "float": float}[kind],
                 default=None,
-                help=escape("; ".join(told)),
+                help=escape("; ".join(lines)),
                 rich_help_panel="Options of the methods",
             )
         )

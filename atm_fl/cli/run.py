@@ -182,10 +182,10 @@ def list_settings() -> None:
         table.add_row(f"[bold]{title}[/bold]")
         for item in items:
             choices, names = item.metadata["choices"], item.metadata["names"]
-            told = [" | ".join(choices)] if choices else []
+            limits = [" | ".join(choices)] if choices else []
             if names is not None and not choices and (more := [name for name in names if names.plugin(name)]):
-                told = [f"from plugins: {', '.join(more)}"]
-            meaning = item.metadata["meaning"] + "".join(f" ({text})" for text in told)
+                limits = [f"from plugins: {', '.join(more)}"]
+            meaning = item.metadata["meaning"] + "".join(f" ({text})" for text in limits)
             table.add_row(kebab(item.name), str(item.default), escape(meaning))
     console.print(table)
     for plugin, things in loaded().items():

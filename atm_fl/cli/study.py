@@ -50,7 +50,7 @@ def study_privacy(
     jobs: Jobs = None,
     only_report: OnlyReport = False,
 ) -> None:
-    """What settings protect, by attacks, and what they cost; also writes a page with plots: docs/privacy.md."""
+    """What settings protect, by attacks, and what they cost; also writes a page with plots: docs/attacks.md."""
     from atm_fl.experiments import privacy
 
     run_study(config, privacy, jobs, only_report)
@@ -66,12 +66,12 @@ def run_study(config: Path, kind: Study[Any, Any], jobs: int | None, only_report
 
     from atm_fl.experiments import read_study
 
-    found, begin = read_study(config, kind), time.monotonic()
+    study, begin = read_study(config, kind), time.monotonic()
     if not only_report:
         with ProcessPoolExecutor(jobs or os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
-            for units in kind.phases(found):
+            for units in kind.phases(study):
                 for done in as_completed([pool.submit(kind.run_unit, unit) for unit in units]):
                     console.print(f"{(time.monotonic() - begin) / 60:5.1f} min: {done.result()}", highlight=False)
-    say(kind.table(found))
-    path = kind.page(found)
+    say(kind.table(study))
+    path = kind.page(study)
     say(f"{'page' if path.suffix == '.html' else 'table'}: {path}")

@@ -43,12 +43,12 @@ class Codec(ABC):
         not finite.
         """
         vector = room
-        for part, piece in self._checked(arrays, layout):
+        for chunk, piece in self._checked(arrays, layout):
             if len(piece) == layout.size:
                 return piece
             if vector is None:  # not sooner: arrays that are refused cost nothing
                 vector = empty(layout.size, piece)
-            vector[part] = piece
+            vector[chunk] = piece
         return torch.empty(0) if vector is None else vector
 
     def add(self, arrays: Arrays, layout: Layout, base: Tensor) -> None:
@@ -56,13 +56,13 @@ class Codec(ABC):
 
         The vector itself is nowhere: a ViT-B/16's is 345 MB, and fresh memory costs more than the sum.
         """
-        for part, piece in self._checked(arrays, layout):
-            base[part].add_(piece)
+        for chunk, piece in self._checked(arrays, layout):
+            base[chunk].add_(piece)
 
     def _checked(self, arrays: Arrays, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
-        for part, piece in self._pieces(arrays, layout):
+        for chunk, piece in self._pieces(arrays, layout):
             check_finite(piece)
-            yield part, piece
+            yield chunk, piece
 
     @abstractmethod
     def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays: ...

@@ -46,8 +46,8 @@ class Fp16(Codec):
 
     def _pieces(self, arrays: Arrays, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
         values, lift = self._take(arrays, values=(np.float16, layout.size), exponent=(np.int16, 1))
-        for part in parts(layout.size):
-            yield part, lowered(values[part], lift)
+        for chunk in parts(layout.size):
+            yield chunk, lowered(values[chunk], lift)
 
 
 @codec("bf16")
@@ -58,14 +58,14 @@ class Bf16(Codec):
     def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
         values = torch.empty(len(vector), dtype=torch.bfloat16)
         most = torch.finfo(torch.bfloat16).max  # what lies above would be rounded to infinity
-        for part in parts(len(vector)):
-            values[part] = vector[part].clamp(-most, most)
+        for chunk in parts(len(vector)):
+            values[chunk] = vector[chunk].clamp(-most, most)
         return {"values": values.view(torch.int16).numpy()}
 
     def _pieces(self, arrays: Arrays, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
         (values,) = self._take(arrays, values=(np.int16, layout.size))
-        for part in parts(layout.size):
-            yield part, values[part].view(torch.bfloat16).float()
+        for chunk in parts(layout.size):
+            yield chunk, values[chunk].view(torch.bfloat16).float()
 
 
 def exponent(vector: Tensor, top: int) -> int:
@@ -77,8 +77,8 @@ def exponent(vector: Tensor, top: int) -> int:
 def half(vector: Tensor, lift: int) -> Arrays:
     """2^lift · vector in half precision, and lift."""
     values = torch.empty(len(vector), dtype=torch.float16)
-    for part in parts(len(vector)):
-        values[part] = vector[part] * 2.0**lift
+    for chunk in parts(len(vector)):
+        values[chunk] = vector[chunk] * 2.0**lift
     return {"values": values.numpy(), "exponent": np.array([lift], np.int16)}
 
 

@@ -43,9 +43,9 @@ class Integers(Codec):
         packed = torch.empty(-(-len(vector) // self.per_byte), dtype=torch.uint8)
         largest = torch.empty(-(-len(vector) // self.block))
         random = np.random.Generator(np.random.SFC64(seed))
-        for elements, blocks, those in self._strides(len(vector)):
+        for elements, blocks, codes in self._strides(len(vector)):
             numbers = self._whole(filled(vector[elements], self.block).view(-1, self.block), largest[blocks], random)
-            packed[those] = self._pack(filled(numbers.view(-1), self.per_byte))[: those.stop - those.start]
+            packed[codes] = self._pack(filled(numbers.view(-1), self.per_byte))[: codes.stop - codes.start]
         return {"values": entropy_encode(packed), "largest": largest.numpy()}
 
     def _pieces(self, arrays: Arrays, layout: Layout) -> Iterator[tuple[slice, Tensor]]:
@@ -54,9 +54,9 @@ class Integers(Codec):
         frame, largest = self._take(arrays, **expected)
         packed = entropy_decode(frame, -(-size // self.per_byte))
         room = torch.empty(min(size, self._stride))
-        for elements, blocks, those in self._strides(size):
+        for elements, blocks, codes in self._strides(size):
             count = elements.stop - elements.start
-            scaled = torch.div(self._unpack(packed[those])[:count], self.levels, out=room[:count])
+            scaled = torch.div(self._unpack(packed[codes])[:count], self.levels, out=room[:count])
             whole = count // self.block * self.block
             scaled[:whole].view(-1, self.block).mul_(largest[blocks][: count // self.block].unsqueeze(1))
             scaled[whole:].mul_(largest[blocks][-1])
@@ -71,8 +71,8 @@ class Integers(Codec):
         """(elements, blocks, bytes) that are worked on at once."""
         for first in range(0, size, self._stride):
             last = min(first + self._stride, size)
-            blocks, those = (slice(first // n, -(-last // n)) for n in (self.block, self.per_byte))
-            yield slice(first, last), blocks, those
+            blocks, codes = (slice(first // n, -(-last // n)) for n in (self.block, self.per_byte))
+            yield slice(first, last), blocks, codes
 
     def _whole(self, rows: Tensor, largest: Tensor, random: np.random.Generator) -> Tensor:
         """The whole numbers, int8, of blocks in rows, whose largest magnitudes are written to `largest`."""

@@ -55,10 +55,10 @@ def largest_elements(vector: Tensor, count: int) -> np.ndarray:
         return np.empty(0, np.int64)
     (least,) = ranked_magnitudes(vector, [len(vector) - count])
     above, equal = [], []
-    for part in parts(len(vector)):
-        magnitudes = vector[part].abs().numpy()
-        above.append(np.flatnonzero(magnitudes > least) + part.start)
-        equal.append(np.flatnonzero(magnitudes == least) + part.start)
+    for chunk in parts(len(vector)):
+        magnitudes = vector[chunk].abs().numpy()
+        above.append(np.flatnonzero(magnitudes > least) + chunk.start)
+        equal.append(np.flatnonzero(magnitudes == least) + chunk.start)
     larger = np.concatenate(above)
     return np.sort(np.concatenate([larger, np.concatenate(equal)[: count - len(larger)]]))
 

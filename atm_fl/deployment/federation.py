@@ -70,7 +70,7 @@ def read_parties(text: str) -> list[PartyPlan]:
     """
     plans: dict[str, PartyPlan] = {}
     for item in (item.strip() for item in text.split(",")):
-        said, separator, data = (part.strip() for part in item.partition("="))
+        said, separator, data = (field.strip() for field in item.partition("="))
         name = said.removeprefix("./").removeprefix("published:")
         kind = said[: len(said) - len(name)]
         if not _PARTY.fullmatch(name) or name in _TAKEN:
@@ -210,15 +210,15 @@ def _write_environment(root: Path, port: int) -> None:
     file = root / ".env"
     lines = file.read_text().splitlines() if file.exists() else []
     kept = [line for line in lines if line.partition("=")[0] not in ours]
-    with atomic_write(file) as part:
-        part.write_text("\n".join([*kept, *(f"{key}={value}" for key, value in ours.items())]) + "\n")
+    with atomic_write(file) as temporary:
+        temporary.write_text("\n".join([*kept, *(f"{key}={value}" for key, value in ours.items())]) + "\n")
 
 
 def _known_port(root: Path) -> int:
     """The port of an earlier call, the usual one before the first: parties elsewhere know it."""
     file = root / ".env"
-    found = re.search(r"^ATM_FL_PORT=(\d+)$", file.read_text() if file.exists() else "", re.MULTILINE)
-    return int(found[1]) if found else PORT
+    match = re.search(r"^ATM_FL_PORT=(\d+)$", file.read_text() if file.exists() else "", re.MULTILINE)
+    return int(match[1]) if match else PORT
 
 
 def _is_here(compose_file: Path) -> bool:

@@ -151,13 +151,13 @@ class Contest:
 
 def _row(name: str, values: dict[str, Any]) -> ContestRow:
     """A row of a study's file: keys that are not the row's own are settings."""
-    own = {key: values.pop(key) for key in ("kind", "tune", "tuning-rounds", "report", "select") if key in values}
-    kind = own.setdefault("kind", "atm")
+    row_keys = {key: values.pop(key) for key in ("kind", "tune", "tuning-rounds", "report", "select") if key in values}
+    kind = row_keys.setdefault("kind", "atm")
     if kind not in KINDS:
         raise SettingError(f"row {name!r}: kind={kind!r} is unknown{did_you_mean(str(kind), KINDS)}")
     for key in ("report", "select"):
-        own[key] = tuple(own.get(key, ()))
-    return ContestRow(name, settings=values, **{key.replace("-", "_"): value for key, value in own.items()})
+        row_keys[key] = tuple(row_keys.get(key, ()))
+    return ContestRow(name, settings=values, **{key.replace("-", "_"): value for key, value in row_keys.items()})
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ class ContestUnit:
     @property
     def folder(self) -> Path:
         """Where its results are; of runs, their run directory."""
-        own = [f"{key}={value}" for key, value in self.choice.items()] if self.row.kind != "one-shot" else []
-        return self.study.folder / f"seed-{self.seed}" / "/".join(_slug(part) for part in [self.row.name, *own])
+        choices = [f"{key}={value}" for key, value in self.choice.items()] if self.row.kind != "one-shot" else []
+        return self.study.folder / f"seed-{self.seed}" / "/".join(_slug(name) for name in [self.row.name, *choices])
 
     def parse(self) -> Settings:
         """Its settings to the end."""
@@ -197,8 +197,10 @@ class ContestUnit:
         return replace(full, rounds=self.rounds or full.rounds, test_every=math.gcd(*stops) or full.test_every)
 
     def __str__(self) -> str:
-        own = [f"{key} {value}" for key, value in self.choice.items()] + ([f"{self.rounds} rounds"] * bool(self.rounds))
-        return ", ".join([f"seed {self.seed}", self.row.name, *own])
+        choices = [f"{key} {value}" for key, value in self.choice.items()] + (
+            [f"{self.rounds} rounds"] * bool(self.rounds)
+        )
+        return ", ".join([f"seed {self.seed}", self.row.name, *choices])
 
 
 def _slug(text: str) -> str:
@@ -281,11 +283,11 @@ def _landscape(unit: ContestUnit) -> None:
     merged = load(ContestUnit(study, study.row("one-shot", study.landscape.one_shot), unit.seed).folder)
     path = [load(run.folder, number) for number in range(1, settings.rounds + 1)]
     alone = {f"{task} alone": base + vector for task, vector in single_vectors(study, unit.seed).items()}
-    found = landscape(parties, base, merged, path, alone, study.landscape.grid)
+    plane = landscape(parties, base, merged, path, alone, study.landscape.grid)
     caption = f"Mean validation accuracy on the plane through the pretrained model, {study.landscape.one_shot} and the "
     caption += f"end of {study.landscape.row}, seed {unit.seed}; single-task models where they project to."
-    with atomic_write(unit.folder / "results.json") as part:
-        part.write_text(json.dumps({"caption": caption, **found}))
+    with atomic_write(unit.folder / "results.json") as temporary:
+        temporary.write_text(json.dumps({"caption": caption, **plane}))
 
 
 # ------------------------------------------------------------------------------------------- single tasks and one-shot
@@ -303,7 +305,7 @@ def _single(unit: ContestUnit) -> None:
     _claim(unit, settings)
     parties = [Party(settings, name) for name in settings.task_names]
     base = parties[0].model.pretrained
-    found: dict[str, dict[str, Any]] = {}
+    by_task: dict[str, dict[str, Any]] = {}
     for party in parties:
         path, numbers = unit.folder / f"{party.task}.safetensors", unit.folder / f"{party.task}.json"
         if not numbers.exists():
@@ -311,15 +313,15 @@ def _single(unit: ContestUnit) -> None:
             assert update.arrays is not None
             context = Context(settings, party.model.layout, 1, party.task, party.client)
             vector = party.chain.decode(update.arrays, context)
-            with atomic_write(path) as part:
-                save_file({"vector": vector}, str(part))
+            with atomic_write(path) as temporary:
+                save_file({"vector": vector}, str(temporary))
             after = party.evaluate(base + vector, ("validation", "test"))
-            with atomic_write(numbers) as part:
+            with atomic_write(numbers) as temporary:
                 sent = {"bytes_up": size_of(update.arrays)}
-                part.write_text(json.dumps({"before": update.evaluation, "after": after, **update.tuning, **sent}))
-        found[party.task] = json.loads(numbers.read_text())
-    with atomic_write(unit.folder / "results.json") as part:
-        part.write_text(json.dumps(found, indent=1))
+                temporary.write_text(json.dumps({"before": update.evaluation, "after": after, **update.tuning, **sent}))
+        by_task[party.task] = json.loads(numbers.read_text())
+    with atomic_write(unit.folder / "results.json") as temporary:
+        temporary.write_text(json.dumps(by_task, indent=1))
 
 
 def single_vectors(study: Contest, seed: int) -> dict[str, Tensor]:
@@ -343,13 +345,13 @@ def _one_shot(unit: ContestUnit) -> None:
         model = base + _merged(replace(unit, choice=choice), layout, vectors)
         accuracies = {party.task: party.evaluate(model, ("validation",))["validation"] for party in parties}
         tried.append({"choice": choice, "validation": accuracies})
-    best = max(tried, key=lambda found: mean_accuracy(found["validation"]))
+    best = max(tried, key=lambda outcome: mean_accuracy(outcome["validation"]))
     seconds = (time.perf_counter() - begin) / len(tried)
     model = base + _merged(replace(unit, choice=best["choice"]), layout, vectors)
     save_checkpoint(unit.folder, 1, model, layout)
-    found = best | {"test": {party.task: party.evaluate(model, ("test",))["test"] for party in parties}}
-    with atomic_write(unit.folder / "results.json") as part:
-        part.write_text(json.dumps(found | {"tried": tried, "seconds": seconds}, indent=1))
+    outcome = best | {"test": {party.task: party.evaluate(model, ("test",))["test"] for party in parties}}
+    with atomic_write(unit.folder / "results.json") as temporary:
+        temporary.write_text(json.dumps(outcome | {"tried": tried, "seconds": seconds}, indent=1))
 
 
 def _merged(unit: ContestUnit, layout: Layout, vectors: dict[str, Tensor]) -> Tensor:
@@ -376,29 +378,29 @@ def _curve(folder: Path, elements: int = 0) -> dict[int, dict[str, Any]]:
     Bytes are those of the parties that tune; `down` is what one of them was sent in the round. elements: of a float32
     vector, whose bytes are counted where an older run did not record them.
     """
-    found: dict[int, dict[str, Any]] = {}
+    by_round: dict[int, dict[str, Any]] = {}
     nothing = {"steps": 0, "images": 0, "seconds": 0.0, "bytes": 0}
     for line in read_metrics(folder) if (folder / "metrics.jsonl").exists() else ():
-        own = found.setdefault(line["round"], nothing | {"down": 0})
+        point = by_round.setdefault(line["round"], nothing | {"down": 0})
         if line["kind"] == "evaluation":
             for split in line.keys() & {"validation", "test"}:
-                own.setdefault(split, {})[line["task"]] = line[split]
+                point.setdefault(split, {})[line["task"]] = line[split]
         elif line["kind"] == "tuning":
-            own["steps"] += line["steps"]
-            own["images"] += line["images"]
-            own["seconds"] += line.get("seconds_tune", 0.0) + line.get("seconds_evaluate", 0.0)
+            point["steps"] += line["steps"]
+            point["images"] += line["images"]
+            point["seconds"] += line.get("seconds_tune", 0.0) + line.get("seconds_evaluate", 0.0)
             if line["task"] != "joint":
-                own["down"] = line.get("bytes_down", 4 * elements)
-                own["bytes"] += line.get("bytes_up", 4 * elements) + own["down"]
+                point["down"] = line.get("bytes_down", 4 * elements)
+                point["bytes"] += line.get("bytes_up", 4 * elements) + point["down"]
             if "alignment" in line:
-                own.setdefault("alignment", {})[line["task"]] = line["alignment"]
+                point.setdefault("alignment", {})[line["task"]] = line["alignment"]
         elif line["kind"] == "merge":
-            own["seconds"] += line["seconds_merge"]
+            point["seconds"] += line["seconds_merge"]
     total = nothing
-    for _, own in sorted(found.items()):
-        total = {key: total[key] + own[key] for key in total}
-        own |= total
-    return found
+    for _, point in sorted(by_round.items()):
+        total = {key: total[key] + point[key] for key in total}
+        point |= total
+    return by_round
 
 
 @cache
@@ -416,8 +418,8 @@ def results(study: Contest) -> dict[str, Any]:
     alignment: dict[str, dict[str, dict[str, float]]] = {}
     for row in study.rows:
         for name, stop in [(row.name, 0)] if not row.report else [(f"{row.name}, {n} rounds", n) for n in row.report]:
-            found = _row_results(study, row, stop, elements)
-            rows.append({"name": name, "kind": row.kind, **found})
+            of_row = _row_results(study, row, stop, elements)
+            rows.append({"name": name, "kind": row.kind, **of_row})
         if row.kind == "single":
             rows.insert(0, _pretrained(study, row))
         if row.kind == "atm":
@@ -477,18 +479,20 @@ def _flat_results(unit: ContestUnit, made: dict[str, Any], single: dict[str, Any
     """A seed's numbers of single-task tuning or of a one-shot merge, which costs that tuning and one exchange."""
     merged = unit.row.kind == "one-shot"
     settings = unit.settings()
-    images = sum(found["images"] for found in single.values())
+    images = sum(trained["images"] for trained in single.values())
     return {
-        "test": made["test"] if merged else {task: found["after"]["test"] for task, found in made.items()},
+        "test": made["test"] if merged else {task: trained["after"]["test"] for task, trained in made.items()},
         "validation": mean_accuracy(
-            made["validation"] if merged else {task: found["after"]["validation"] for task, found in made.items()}
+            made["validation"] if merged else {task: trained["after"]["validation"] for task, trained in made.items()}
         ),
-        "steps": sum(found["steps"] for found in single.values()),
+        "steps": sum(trained["steps"] for trained in single.values()),
         "images": images,
         "flops": images * _operations(settings.model, settings.weights),
-        "seconds": sum(found["seconds_tune"] for found in single.values()) + (made["seconds"] if merged else 0.0),
+        "seconds": sum(trained["seconds_tune"] for trained in single.values()) + (made["seconds"] if merged else 0.0),
         # The base to every party, a vector back (float32 where it was not recorded), the merged model to every party.
-        "bytes": sum(8 * elements + found.get("bytes_up", 4 * elements) for found in single.values()) if merged else 0,
+        "bytes": sum(8 * elements + trained.get("bytes_up", 4 * elements) for trained in single.values())
+        if merged
+        else 0,
         "curve": [],
     }
 
@@ -501,8 +505,8 @@ def _pretrained(study: Contest, row: ContestRow) -> dict[str, Any]:
         if finished(unit):
             made = json.loads((unit.folder / "results.json").read_text())
             seeds[str(seed)] = {
-                "test": {task: found["before"]["test"] for task, found in made.items()},
-                "validation": mean(found["before"]["validation"] for found in made.values()),
+                "test": {task: trained["before"]["test"] for task, trained in made.items()},
+                "validation": mean(trained["before"]["validation"] for trained in made.values()),
                 **{"steps": 0, "images": 0, "flops": 0, "seconds": 0.0, "bytes": 0, "curve": []},
             }
     none = {"values": 0, "epochs": 0.0, "evaluations": 0}
@@ -550,11 +554,11 @@ def _run_results(unit: ContestUnit, stop: int, elements: int) -> tuple[int, dict
 
 def table(study: Contest) -> str:
     """Write results.json, table.md, results.csv and report.html into the contest's own folder; the tables' Markdown."""
-    found = results(study)
-    with atomic_write(study.reports / "results.json") as part:
-        part.write_text(json.dumps(found, indent=1))
-    contest_page.write(found, study.reports)
-    return f"{contest_page.table(found)}\n\n{contest_page.cost_table(found)}"
+    outcomes = results(study)
+    with atomic_write(study.reports / "results.json") as temporary:
+        temporary.write_text(json.dumps(outcomes, indent=1))
+    contest_page.write(outcomes, study.reports)
+    return f"{contest_page.table(outcomes)}\n\n{contest_page.cost_table(outcomes)}"
 
 
 def page(study: Contest) -> Path:

@@ -91,8 +91,8 @@ def write(results: Results, folder: Path) -> Path:
         "report.html": page(results),
     }
     for name, text in texts.items():
-        with atomic_write(folder / name) as part:
-            part.write_bytes(text.encode("utf-8", "replace"))
+        with atomic_write(folder / name) as temporary:
+            temporary.write_bytes(text.encode("utf-8", "replace"))
     return folder / "report.html"
 
 
@@ -127,12 +127,12 @@ class _RowResults:
 
     def curve(self, key: str) -> Series:
         """A number of the curve by round, the mean over the seeds where it was measured."""
-        found: dict[int, list[float]] = {}
+        by_round: dict[int, list[float]] = {}
         for run in self.seeds.values():
             for point in run.get("curve", ()):
                 if point.get(key) is not None:
-                    found.setdefault(point["round"], []).append(point[key])
-        return {number: fmean(values) for number, values in sorted(found.items())}
+                    by_round.setdefault(point["round"], []).append(point[key])
+        return {number: fmean(values) for number, values in sorted(by_round.items())}
 
 
 @dataclass(frozen=True)
@@ -151,15 +151,17 @@ class _ContestResults:
             present = {seed: row["seeds"][seed] for seed in seeds if row["seeds"].get(seed, {}).get("test")}
             if not present:
                 continue
-            own = {task for run in present.values() for task in run["test"]}
+            measured = {task for run in present.values() for task in run["test"]}
             notes = [
                 f"{count} of {whole} {what}"
-                for count, whole, what in ((len(present), len(seeds), "seeds"), (len(own), len(tasks), "tasks"))
+                for count, whole, what in ((len(present), len(seeds), "seeds"), (len(measured), len(tasks), "tasks"))
                 if count < whole
             ]
             label = row["name"] + (f" ({', '.join(notes)})" if notes else "")
             tuned, tuning = row.get("tuned") or {}, row.get("tuning") or {}
-            rows.append(_RowResults(row["name"], label, row["kind"], len(own) == len(tasks), tuned, tuning, present))
+            rows.append(
+                _RowResults(row["name"], label, row["kind"], len(measured) == len(tasks), tuned, tuning, present)
+            )
         return cls(tasks, seeds, rows)
 
     @property
@@ -194,15 +196,15 @@ def _accuracy_cells(contest: _ContestResults) -> Cells:
     lines = []
     for row in contest.rows:
         by_task = {task: row.accuracies(task) for task in contest.tasks}
-        found = {task: fmean(values) for task, values in by_task.items() if values}
-        means, worst = row.means(), min(found, key=lambda task: found[task])
+        mean_of = {task: fmean(values) for task, values in by_task.items() if values}
+        means, worst = row.means(), min(mean_of, key=lambda task: mean_of[task])
         ratios = [ratio for task in contest.tasks for ratio in contest.normalised(row, task)]
         lines.append(
             [
                 row.label,
-                *(f"{found[task]:.1f}" if task in found else "–" for task in contest.tasks),
+                *(f"{mean_of[task]:.1f}" if task in mean_of else "–" for task in contest.tasks),
                 f"{fmean(means):.1f}" + (f" ± {stdev(means):.1f}" if len(means) > 1 else ""),
-                f"{worst} {found[worst]:.1f}",
+                f"{worst} {mean_of[worst]:.1f}",
                 f"{fmean(ratios):.1f}" if ratios else "–",
             ]
         )

@@ -45,18 +45,20 @@ def run_joint(settings: Settings) -> None:
             batches = torch.randperm(len(owner), generator=random).split(settings.batch_size)
             held = [[place[batch[owner[batch] == number]] for batch in batches] for number in range(len(parties))]
             readers = [
-                party.tuned_on.parts([own.to(model.device) for own in parts if len(own)], settings.workers)
+                party.tuned_on.parts(
+                    [positions.to(model.device) for positions in parts if len(positions)], settings.workers
+                )
                 for party, parts in zip(parties, held, strict=True)
             ]
             for step, batch in enumerate(batches):
                 flat.grad.zero_()
                 present = [number for number, parts in enumerate(held) if len(parts[step])]
-                found = [next(readers[number]) for number in present]
-                features = model.module(torch.cat([images for images, _ in found]))
-                parts = features.split([len(labels) for _, labels in found])
+                taken = [next(readers[number]) for number in present]
+                features = model.module(torch.cat([images for images, _ in taken]))
+                parts = features.split([len(labels) for _, labels in taken])
                 loss = sum(
-                    functional.cross_entropy(heads[number](part), labels, reduction="sum")
-                    for number, part, (_, labels) in zip(present, parts, found, strict=True)
+                    functional.cross_entropy(heads[number](positions_), labels, reduction="sum")
+                    for number, positions_, (_, labels) in zip(present, parts, taken, strict=True)
                 )
                 assert isinstance(loss, torch.Tensor)
                 (loss / len(batch)).backward()

@@ -82,8 +82,8 @@ class MergeUnit:
     @property
     def folder(self) -> Path:
         """Its run directory."""
-        own = "default" if self.value is None else f"{self.row.tune}-{_text(self.value).replace(':', '-')}"
-        return self.study.folder / f"seed-{self.seed}" / self.row.name / own
+        choice = "default" if self.value is None else f"{self.row.tune}-{_text(self.value).replace(':', '-')}"
+        return self.study.folder / f"seed-{self.seed}" / self.row.name / choice
 
     def settings(self) -> dict[str, Any]:
         """Its run config."""
@@ -99,8 +99,8 @@ class MergeUnit:
         }
 
     def __str__(self) -> str:
-        own = "default" if self.value is None else f"{self.row.tune} {_text(self.value)}"
-        return f"seed {self.seed}, {self.row.name}, {own}, {self.rounds} rounds"
+        choice = "default" if self.value is None else f"{self.row.tune} {_text(self.value)}"
+        return f"seed {self.seed}, {self.row.name}, {choice}, {self.rounds} rounds"
 
 
 def _text(value: float | str) -> str:
@@ -148,15 +148,15 @@ def table(study: MergeStudy) -> str:
     head += ["tuned", f"test at {early}", f"at {last}", "reaches in"]
     reference = next(row for row in study.rows if row.name == study.reference)
     goals = {seed: validation(MergeUnit(study, seed, reference, None, last), last) for seed in study.seeds}
-    found = []
+    rows = []
     for row in study.rows:
         best = {seed: best_value(study, seed, row) for seed in study.seeds}
         plain = [MergeUnit(study, seed, row, None, last) for seed in study.seeds]
         tuned = [MergeUnit(study, seed, row, best[seed], last) for seed in study.seeds]
         values = ", ".join(sorted({"default" if value is None else _text(value) for value in best.values()}))
         cells = [row.name, *_cells(plain, goals), f"{row.tune} {values}", *_cells(tuned, goals)]
-        found.append((max(_test(tuned), _test(plain)), cells))
-    return markdown(head, (cells for _, cells in sorted(found, key=lambda pair: -pair[0])))
+        rows.append((max(_test(tuned), _test(plain)), cells))
+    return markdown(head, (cells for _, cells in sorted(rows, key=lambda pair: -pair[0])))
 
 
 def page(study: MergeStudy) -> Path:
@@ -174,10 +174,10 @@ def _cells(units: list[MergeUnit], goals: dict[int, float]) -> list[str]:
     for unit in units:
         rounds = range(1, unit.rounds + 1)
         reached.append(next((k for k in rounds if validation(unit, k) >= goals[unit.seed]), None))
-    told = "never" if None in reached else f"{mean(k for k in reached if k):g}"
+    first_round = "never" if None in reached else f"{mean(k for k in reached if k):g}"
     if len(accuracies) < len(units):
-        return ["not finite", "not finite", told]
-    return [f"{100 * mean(accuracies):.1f}", f"{100 * _test(units):.1f}", told]
+        return ["not finite", "not finite", first_round]
+    return [f"{100 * mean(accuracies):.1f}", f"{100 * _test(units):.1f}", first_round]
 
 
 def _test(units: list[MergeUnit]) -> float:
@@ -189,8 +189,8 @@ def _test(units: list[MergeUnit]) -> float:
 
 def validation(unit: MergeUnit, round_number: int) -> float:
     """Mean validation accuracy after a round, −1 if the run did not come so far."""
-    found = _accuracies(unit, "validation", round_number)
-    return mean_accuracy(found) if found else -1.0
+    accuracies = _accuracies(unit, "validation", round_number)
+    return mean_accuracy(accuracies) if accuracies else -1.0
 
 
 def _accuracies(unit: MergeUnit, split: str, round_number: int) -> dict[str, float]:

@@ -69,21 +69,21 @@ class PrivacyStudy:
             if {"kind", "tune", "report", "select"} & set(row):
                 raise SettingError(f"row {name!r}: it takes settings and {', '.join(ATTACKS)}")
             for attack in ATTACKS:
-                own = row.get(attack, {})
-                attacks[attack][name] = None if own is False else common[attack] | own
-        found = cls(contest.Contest.of(values | {"rows": rows}), attacks)
-        for row in found.runs.rows:
-            for unit in found.leaks(row):
+                attack_values = row.get(attack, {})
+                attacks[attack][name] = None if attack_values is False else common[attack] | attack_values
+        study = cls(contest.Contest.of(values | {"rows": rows}), attacks)
+        for row in study.runs.rows:
+            for unit in study.leaks(row):
                 try:
                     unit.check()
                 except SettingError as error:
                     raise SettingError(f"row {row.name!r}, {unit.attack}: {error}") from error
-        return found
+        return study
 
     def leaks(self, row: contest.ContestRow) -> list[AttackUnit]:
         """What is to be measured of a row beside its accuracy."""
-        found = ((attack, self.attacks[attack][row.name]) for attack in ATTACKS)
-        return [AttackUnit(self, row, attack, values) for attack, values in found if values is not None]
+        units = ((attack, self.attacks[attack][row.name]) for attack in ATTACKS)
+        return [AttackUnit(self, row, attack, values) for attack, values in units if values is not None]
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,14 @@ class AttackUnit:
             return
         claim(self._about, self._decides(), "delete it")
         if self.attack == "membership":
-            own, settings = self._part("task", "members", "models")
-            found = membership.study(settings, own["task"], self.folder, own["members"], own["models"], _quiet)
-            membership.write(found, self.folder)
+            values, settings = self._part("task", "members", "models")
+            leaks = membership.study(settings, values["task"], self.folder, values["members"], values["models"], _quiet)
+            membership.write(leaks, self.folder)
         else:
-            own, settings = self._part("attack", "attackers")
-            poisoning.studies(settings, ["none", own["attack"]], [settings.merge], self._attackers, self.folder, _quiet)
+            values, settings = self._part("attack", "attackers")
+            poisoning.studies(
+                settings, ["none", values["attack"]], [settings.merge], self._attackers, self.folder, _quiet
+            )
 
     def result(self) -> Any:
         """What was measured, None if it was not yet or with other values: as the attack's own module returns it."""
@@ -139,8 +141,8 @@ class AttackUnit:
             path = self.folder / "result.json"
             return json.loads(path.read_text())["rows"] if path.exists() else None
         merge, attacks = self.run.parse().merge_choice.name, ("none", self.values["attack"])
-        found = [poisoning.result_in(poisoning.place_of(self.folder, attack, merge)) for attack in attacks]
-        return found if None not in found else None
+        results = [poisoning.result_in(poisoning.place_of(self.folder, attack, merge)) for attack in attacks]
+        return results if None not in results else None
 
     def pictured(self) -> reconstruction.ReconstructionUnit:
         """Of reconstruction: the row of that study, with its pictures."""
@@ -162,11 +164,11 @@ class AttackUnit:
         task = Settings.parse({"tasks": self.values["tasks"]}).party_names[0]
         return next((line["noise"] for line in _tuning(self.run) if line["task"] == task), None)
 
-    def _part(self, *own: str) -> tuple[Values, Settings]:
+    def _part(self, *keys: str) -> tuple[Values, Settings]:
         """Those of the attack's own values that are there, and the settings of the run that it attacks."""
         settings = self.run.parse().as_config() | {"test-every": 0}
-        settings |= {key: value for key, value in self.values.items() if key not in own}
-        return {key: self.values[key] for key in own if key in self.values}, Settings.parse(settings)
+        settings |= {key: value for key, value in self.values.items() if key not in keys}
+        return {key: self.values[key] for key in keys if key in self.values}, Settings.parse(settings)
 
     @property
     def _about(self) -> Path:
@@ -174,8 +176,8 @@ class AttackUnit:
         return self.folder / "values.json"
 
     def _decides(self) -> Values:
-        own, settings = self._part("task", "members", "models", "attack", "attackers")
-        return {"attack": own, "rounds": settings.rounds, "settings": settings.decisive()}
+        values, settings = self._part("task", "members", "models", "attack", "attackers")
+        return {"attack": values, "rounds": settings.rounds, "settings": settings.decisive()}
 
     def _same(self) -> bool:
         return holds(self._about, self._decides())
@@ -251,8 +253,8 @@ class Line:
         best: dict[int, float] = {}
         for row in self.members or ():
             if row["model"] == model and row["attack"] != "loss":
-                found = row["leak"]["tpr"]["0.01"]
-                best[row["round"]] = max(found, best.get(row["round"], 0.0))
+                rate = row["leak"]["tpr"]["0.01"]
+                best[row["round"]] = max(rate, best.get(row["round"], 0.0))
         return sorted(best.items())
 
     def cells(self) -> list[str]:
@@ -260,10 +262,12 @@ class Line:
         mean = "–" if not self.means else f"{fmean(self.means):.1f}"
         if len(self.means) > 1:
             mean += f" ± {stdev(self.means):.1f}"
-        found, images = self.found, self.images
-        likeness = [pages.told((found or {}).get(name)) for name in ("ssim", "lpips")]
+        measured, images = self.found, self.images
+        likeness = [pages.told((measured or {}).get(name)) for name in ("ssim", "lpips")]
         cells = [self.name, str(len(self.means)), mean, pages.told(self.worst, ".1f"), pages.told(self.epsilon)]
-        cells.append(f"{found['psnr']:.1f} ± {found['psnr_error']:.1f}" if found else "none" if images else "–")
+        cells.append(
+            f"{measured['psnr']:.1f} ± {measured['psnr_error']:.1f}" if measured else "none" if images else "–"
+        )
         cells += [f"{images['mean image']['psnr']:.1f}" if images else "–", *likeness]
         last = [rates[-1][1] if (rates := self.rates(model)) else None for model in ("local", "merged")]
         cells += [pages.told(rate, ".1%") for rate in last]
@@ -278,7 +282,7 @@ def lines(study: PrivacyStudy) -> list[Line]:
 
 
 def _line(study: PrivacyStudy, row: contest.ContestRow, runs: list[dict[str, Any]]) -> Line:
-    found = {leak.attack: leak.result() for leak in study.leaks(row)}
+    measured = {leak.attack: leak.result() for leak in study.leaks(row)}
     spent = [
         line["epsilon"]
         for seed in study.runs.seeds
@@ -292,7 +296,7 @@ def _line(study: PrivacyStudy, row: contest.ContestRow, runs: list[dict[str, Any
         100 * min(fmean(run["test"][task] for run in runs) for task in tasks) if runs else None,
         max(spent, default=None),
         (fmean(run["bytes"] for run in runs), fmean(run["seconds"] for run in runs)) if runs else None,
-        *(found.get(attack) for attack in ATTACKS),
+        *(measured.get(attack) for attack in ATTACKS),
     )
 
 
@@ -308,27 +312,29 @@ def table(study: PrivacyStudy) -> str:
 
 def page(study: PrivacyStudy) -> Path:
     """Write report.html, the table, the frontiers and the images that were found, into the study's folder; its path."""
-    found = lines(study)
-    parts = ["<h1>Privacy</h1>", pages.table(HEAD, (line.cells() for line in found), CAPTION, "numbers dense")]
-    parts.append(pages.figure("Accuracy against what leaks; up and to the left is better", partial(_frontiers, found)))
-    parts.append(pages.figure("Members found at 1 % false alarms, by round", partial(_by_round, found)))
+    all_lines = lines(study)
+    parts = ["<h1>Privacy</h1>", pages.table(HEAD, (line.cells() for line in all_lines), CAPTION, "numbers dense")]
+    parts.append(
+        pages.figure("Accuracy against what leaks; up and to the left is better", partial(_frontiers, all_lines))
+    )
+    parts.append(pages.figure("Members found at 1 % false alarms, by round", partial(_by_round, all_lines)))
     for row in study.runs.rows:
         for leak in study.leaks(row):
             if leak.attack == "reconstruction" and leak.result() is not None:
                 pictures = load_file(str(leak.pictured().pictures))
                 parts.append(pages.figure(f"{row.name}: first images", partial(reconstruction.grid, pictures)))
     path = study.runs.reports / "report.html"
-    with atomic_write(path) as part:
-        part.write_text(pages.document("Privacy", parts))
+    with atomic_write(path) as temporary:
+        temporary.write_text(pages.document("Privacy", parts))
     return path
 
 
-def _frontiers(found: list[Line]) -> Figure:
+def _frontiers(rows: list[Line]) -> Figure:
     """Mean accuracy against what is leaked: images, membership, control over the attackers' tasks."""
     drawing, across = pages.axes(3, 4.2, share=False)
     titles = {"PSNR of images found, dB": "psnr", "members found, %": "members_found", "backdoor works, %": "backdoor"}
     for axis, (title, leak) in zip(across, titles.items(), strict=True):
-        for i, line in enumerate(found):
+        for i, line in enumerate(rows):
             if line.means and (value := getattr(line, leak)) is not None:
                 axis.plot([value], [fmean(line.means)], **_mark(i), label=line.name)
         axis.set(xlabel=title)
@@ -336,10 +342,10 @@ def _frontiers(found: list[Line]) -> Figure:
     return _with_legend(drawing)
 
 
-def _by_round(found: list[Line]) -> Figure:
+def _by_round(rows: list[Line]) -> Figure:
     drawing, across = pages.axes(2, 4.2)
     for axis, model in zip(across, ("local", "merged"), strict=True):
-        for i, line in enumerate(found):
+        for i, line in enumerate(rows):
             if rates := line.rates(model):
                 axis.plot(
                     *zip(*((number, 100 * rate) for number, rate in rates), strict=True), **_mark(i), label=line.name

@@ -97,10 +97,10 @@ def run_unit(unit: ReconstructionUnit) -> str:
         pictures = {"original": _stacked([outcome.truth for outcome in first])}
         for name in first[0].images:
             pictures[name] = _stacked([outcome.images[name] for outcome in first])
-        with atomic_write(unit.pictures) as part:
-            save_file(pictures, str(part))
-        with atomic_write(unit.path) as part:
-            part.write_text(json.dumps({"values": unit.values, "result": summary(scenario, outcomes)}))
+        with atomic_write(unit.pictures) as temporary:
+            save_file(pictures, str(temporary))
+        with atomic_write(unit.path) as temporary:
+            temporary.write_text(json.dumps({"values": unit.values, "result": summary(scenario, outcomes)}))
     return unit.name
 
 
@@ -132,15 +132,15 @@ def _done(study: ReconstructionStudy) -> list[ReconstructionUnit]:
 def _cells(unit: ReconstructionUnit) -> list[str]:
     result = unit.result()
     assert result is not None
-    found, labels, epsilon = result[FOUND], result["labels"], result["epsilon"]
+    guesses, labels, epsilon = result[FOUND], result["labels"], result["epsilon"]
     cells = [unit.name, result["attack"], str(result["images"]), str(result["steps"])]
     cells.append("–" if epsilon is None else f"{epsilon:.3g}")
-    if found:
+    if guesses:
         cells += [
-            f"{found['psnr']:.1f} ± {found['psnr_error']:.1f}",
-            f"{found['psnr_best']:.1f}",
-            f"{found['ssim']:.2f}",
-            told(found.get("lpips")),
+            f"{guesses['psnr']:.1f} ± {guesses['psnr_error']:.1f}",
+            f"{guesses['psnr_best']:.1f}",
+            f"{guesses['ssim']:.2f}",
+            told(guesses.get("lpips")),
         ]
     else:
         cells += ["no equation", "–", "–", "–"]

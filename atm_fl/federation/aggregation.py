@@ -66,9 +66,9 @@ class TaskVectorAggregator:
         for client in settings.party_names:
             clients[settings.task_of[client]] += [client] if client in spilled else []
         vectors = {
-            task: mean([spilled[name] for name in those], [self._images[name] for name in those])
-            for task, those in clients.items()
-            if those
+            task: mean([spilled[name] for name in clients_of_task], [self._images[name] for name in clients_of_task])
+            for task, clients_of_task in clients.items()
+            if clients_of_task
         }
         merge, context = settings.make_merge(self._layout, self._round), Context(settings, self._layout, self._round)
         if self._chain.totals:
@@ -133,7 +133,7 @@ def mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
     if len(vectors) == 1:
         return vectors[0]
     result = torch.empty_like(vectors[0])
-    for part in parts(len(result)):
-        total = sum(weight * vector[part].double() for vector, weight in zip(vectors, weights, strict=True))
-        result[part] = total / sum(weights)
+    for chunk in parts(len(result)):
+        total = sum(weight * vector[chunk].double() for vector, weight in zip(vectors, weights, strict=True))
+        result[chunk] = total / sum(weights)
     return result

@@ -36,14 +36,14 @@ def too_long(norms: Mapping[str, float], past: float, base: float, factor: float
     neither. And it may always be as long as the base (of norm `base`): an honest one is, but for training from
     scratch, a small part of it, so that one who sends next to nothing has nobody else refused.
     """
-    found = {}
+    reasons = {}
     for client, norm in norms.items():
         others = [other for name, other in norms.items() if name != client]
         usual = max(past, median(others) if others else 0.0) or base
         allowed = max(factor * usual, base)
         if not norm <= allowed:
-            found[client] = (
+            reasons[client] = (
                 f"its vector's norm is {norm:.4g}, {usual:.4g} is usual (base {base:.4g}); "
                 f"proportion={factor:g} allows {allowed:.4g}"
             )
-    return found
+    return reasons

@@ -49,8 +49,8 @@ class ClientState:
         It is the caller's, who may change it.
         """
         recent = _recent.pop(digest, None)
-        found = _load(self.folder / "base.safetensors", whole=recent is None)
-        return found[1].get("vector", recent) if found and found[0]["digest"] == digest else None
+        stored = _load(self.folder / "base.safetensors", whole=recent is None)
+        return stored[1].get("vector", recent) if stored and stored[0]["digest"] == digest else None
 
     def held(self) -> Tensor | None:
         """The base model as it was saved last; None if there is none or it is damaged."""
@@ -73,8 +73,8 @@ class ClientState:
     def last(self, kind: str, round_number: int) -> dict[str, Tensor] | None:
         """What was saved as `kind` in the last round before `round_number`; None if there is none or it is damaged."""
         before = [path for path in self._files(kind) if _round(path) < round_number]
-        found = _load(before[-1]) if before else None
-        return found[1] if found and _digest(found[1]) == found[0]["digest"] else None
+        stored = _load(before[-1]) if before else None
+        return stored[1] if stored and _digest(stored[1]) == stored[0]["digest"] else None
 
     def save(self, kind: str, tensors: dict[str, Tensor], round_number: int) -> None:
         """Keep a round's "residual" or "optimizer", float32; all but the last few go, and what a resumed run left."""
@@ -86,9 +86,9 @@ class ClientState:
 
     def save_secret(self, text: str) -> None:
         """Keep a secret, for its owner's eyes only, instead of the one before."""
-        with atomic_write(self.folder / "secret.json", private=True) as part:
-            part.touch(0o600)
-            part.write_text(text)
+        with atomic_write(self.folder / "secret.json", private=True) as temporary:
+            temporary.touch(0o600)
+            temporary.write_text(text)
 
     def take_secret(self) -> str | None:
         """The secret, which is gone then: of several processes that want it, one gets it. None if there is none."""
@@ -119,8 +119,8 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, str], flush: bool = True) -> None:
-    with atomic_write(path, flush, private=True) as part:
-        save_vectors(part, tensors, about)
+    with atomic_write(path, flush, private=True) as temporary:
+        save_vectors(temporary, tensors, about)
 
 
 def _load(path: Path, whole: bool = True) -> tuple[dict[str, str], dict[str, Tensor]] | None:

@@ -50,7 +50,7 @@ def kept_head(settings: Settings, data: Dataset, model: SharedModel, task: str) 
                 settings.workers,
             )
         )
-        with atomic_write(path, private=True) as part:
-            save_file(made.state(), str(part))
+        with atomic_write(path, private=True) as temporary:
+            save_file(made.state(), str(temporary))
     # Tensors out of a file are not aligned as torch's own are, and with that a product's last bits may differ.
     return models.Head(**{name: tensor.clone() for name, tensor in load_file(str(path)).items()}).to(model.device)

@@ -69,9 +69,9 @@ class ServerRound:
         """RunError if an unmasked sum, of which no single vector is known, is out of proportion."""
         factor, count = self.run.settings.proportion, len(self.vectors.clients)
         norms = {"the mean": self.vectors.mean_norm()}
-        if factor and (told := too_long(norms, self.run.usual_norm, l2_norm(self.run.base), factor)):
+        if factor and (reason := too_long(norms, self.run.usual_norm, l2_norm(self.run.base), factor)):
             raise RunError(
-                f"round {self.number}: the sum of {count} vectors is refused, whoever spoiled it: {told['the mean']}"
+                f"round {self.number}: the sum of {count} vectors is refused, whoever spoiled it: {reason['the mean']}"
             )
 
     def close(self, failures: dict[str, str] | None = None, costs: dict[str, float] | None = None) -> None:

@@ -153,10 +153,10 @@ _Class = TypeVar("_Class", bound=type[Merge])
 def merge(name: str) -> Callable[[_Class], _Class]:
     """Register the decorated class as the merge `name`; its options become keyword arguments."""
 
-    def register(found: _Class) -> _Class:
-        found.name = name
-        MERGES[name] = dataclass(kw_only=True)(found)
-        return found
+    def register(merge_class: _Class) -> _Class:
+        merge_class.name = name
+        MERGES[name] = dataclass(kw_only=True)(merge_class)
+        return merge_class
 
     return register
 
@@ -168,7 +168,7 @@ def merges() -> dict[str, type[Merge]]:
 
 def merges_of_sum() -> list[str]:
     """The names of the merges that need the sum of the vectors alone, sorted."""
-    return [name for name, found in merges().items() if found.of_sum]
+    return [name for name, merge_class in merges().items() if merge_class.of_sum]
 
 
 def find_merge(name: str) -> type[Merge]:
@@ -181,8 +181,8 @@ def find_merge(name: str) -> type[Merge]:
 
 def make_merge(name: str, layout: Layout, *, seed: int = 0, **chosen: Any) -> Merge:
     """A new object of the merge `name`. SettingError if it has no such option or an option's value cannot work."""
-    found = find_merge(name)
-    known = [item.name for item in options(found)]
+    merge_class = find_merge(name)
+    known = [item.name for item in options(merge_class)]
     for key in chosen:
         if key not in known:
             dashed = [item.replace("_", "-") for item in known]
@@ -190,4 +190,4 @@ def make_merge(name: str, layout: Layout, *, seed: int = 0, **chosen: Any) -> Me
                 f"the merge {name!r} has no option {key.replace('_', '-')!r}"
                 f"{did_you_mean(key.replace('_', '-'), dashed)}"
             )
-    return found(layout=layout, seed=seed, **chosen)
+    return merge_class(layout=layout, seed=seed, **chosen)

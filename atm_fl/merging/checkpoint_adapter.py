@@ -72,7 +72,7 @@ def write_adapter(ready: Ready, steps: Steps, out: Path, rank: int, warn: Callab
             tensors[f"base_model.model.{module}.lora_A.weight"] = down
             tensors[f"base_model.model.{module}.lora_B.weight"] = up
             modules.append(module)
-            total += sum(float(matrix.view(-1)[part].double().square().sum()) for part in parts(matrix.numel()))
+            total += sum(float(matrix.view(-1)[chunk].double().square().sum()) for chunk in parts(matrix.numel()))
             lost += float((matrix - up @ down).double().square().sum())
     if not modules:
         raise SettingError("the merged vector is zero: there is no adapter to write")

@@ -82,23 +82,23 @@ class Ready:
 
     def lines(self) -> list[str]:
         """What each tensor of the base gets, a line each."""
-        layout, told = self.plan.layout, []
+        layout, lines = self.plan.layout, []
         row = {name: number for number, name in enumerate(layout.names)}
         for name, entry in self.base.entries.items():
             head = f"{name} {entry.dtype} {list(entry.shape)}: "
             if name in self.plan.kept:
-                told.append(f"{head}as in the base ({self.plan.kept[name]})")
+                lines.append(f"{head}as in the base ({self.plan.kept[name]})")
                 continue
             if name in self.plan.tied:
-                told.append(f"{head}as {self.plan.tied[name]} (tied)")
+                lines.append(f"{head}as {self.plan.tied[name]} (tied)")
                 continue
             number = row[name]
-            scaled = [(task, own[number]) for task, own in zip(self.tasks, self.factors, strict=True)]
+            scaled = [(task, of_file[number]) for task, of_file in zip(self.tasks, self.factors, strict=True)]
             weights = ", ".join(f"{task} x {factor:g}" if factor != 1 else task for task, factor in scaled)
             after = f", then x {self.layers[number]:g}" if self.layers[number] != 1 else ""
             rows = f", its first {layout.shapes[number][0]} rows" if layout.shapes[number] != entry.shape else ""
-            told.append(f"{head}{self.merge.name} of {weights}{after}{rows}")
-        return told
+            lines.append(f"{head}{self.merge.name} of {weights}{after}{rows}")
+        return lines
 
 
 def prepare(
@@ -224,12 +224,12 @@ class _Told:
 class Steps:
     """The merged vector, computed block by block where it is asked for."""
 
-    def __init__(self, ready: Ready, told: _Told) -> None:
-        self.ready, self.told, self.merge, layout = ready, told, ready.merge, ready.plan.layout
+    def __init__(self, ready: Ready, facts: _Told) -> None:
+        self.ready, self.told, self.merge, layout = ready, facts, ready.merge, ready.plan.layout
         self.parts = BaseParts(ready.base, layout)
         self.vectors = [
-            FileVector(file, self.parts, readers, own, done=told.read)
-            for file, readers, own in zip(ready.files, ready.plan.readers, ready.factors, strict=True)
+            FileVector(file, self.parts, readers, factors, done=facts.read)
+            for file, readers, factors in zip(ready.files, ready.plan.readers, ready.factors, strict=True)
         ]
         vectors, rows = cast(list[Tensor], self.vectors), ROWS
         self._pieces, self._whole, self._own = None, None, threading.local()
@@ -243,7 +243,7 @@ class Steps:
         if isinstance(self.merge, TensorWise):
             entries = [[Block(n, slice(*self.parts.starts[n : n + 2]))] for n in range(len(layout.names))]
             # An eigendecomposition hardly gains from a second core. Largest first, to end together.
-            self.items = sorted(entries, key=lambda item: -told.work[layout.names[item[0].entry]])
+            self.items = sorted(entries, key=lambda item: -facts.work[layout.names[item[0].entry]])
         else:
             self.items = list(stretches(blocks(layout, rows)))
 
@@ -271,10 +271,10 @@ class Steps:
         held = {}
         for task, vector in zip(self.ready.tasks, self.vectors, strict=True):
             held[task] = torch.empty(size) if spill is None else torch.empty(0)
-            for part in parts(size):
-                values = vector[block.part.start + part.start : block.part.start + part.stop]
+            for chunk in parts(size):
+                values = vector[block.part.start + chunk.start : block.part.start + chunk.stop]
                 if spill is None:
-                    held[task][part] = values
+                    held[task][chunk] = values
                 else:
                     spill.append(task, values)
         if spill:
@@ -289,15 +289,15 @@ class Steps:
         """Have the system read what the item needs."""
         for block in item:
             start = self.parts.starts[block.entry]
-            part = slice(block.part.start - start, block.part.stop - start)
+            chunk = slice(block.part.start - start, block.part.stop - start)
             for vector in self.vectors:
-                vector.ahead(block.entry, part)
-            self.parts.entries[block.entry].ahead(part)
+                vector.ahead(block.entry, chunk)
+            self.parts.entries[block.entry].ahead(chunk)
 
 
 def _write(ready: Ready, steps: Steps, out: Output) -> None:
     """Compute and write everything: merged entries by blocks in several threads, then what is the base's."""
-    base, plan, told = ready.base, ready.plan, steps.told
+    base, plan, facts = ready.base, ready.plan, steps.told
     written_as: dict[str, list[str]] = {name: [name] for name in plan.layout.names}
     for name, first in plan.tied.items():
         written_as[first].append(name)
@@ -310,11 +310,11 @@ def _write(ready: Ready, steps: Steps, out: Output) -> None:
             step = steps.step(block)
             for piece in parts(len(step), ROWS):
                 first = block.part.start - start + piece.start
-                part = slice(first, first + piece.stop - piece.start)
-                values = _summed(name, steps.parts, block.entry, part, step[piece])
+                chunk = slice(first, first + piece.stop - piece.start)
+                values = _summed(name, steps.parts, block.entry, chunk, step[piece])
                 for each in written_as[name]:
-                    out.write(each, part.start * values.element_size(), values)
-                told.merged(name, len(values) / plan.layout.sizes[block.entry])
+                    out.write(each, chunk.start * values.element_size(), values)
+                facts.merged(name, len(values) / plan.layout.sizes[block.entry])
 
     for item in steps.items[:AHEAD]:
         steps.ahead(item)
@@ -327,16 +327,16 @@ def _write(ready: Ready, steps: Steps, out: Output) -> None:
             tensor = base.read(name)
             for each in written_as[name]:
                 out.copy(each, tensor, plan.layout.sizes[number] * tensor.element_size())
-    told.end()
+    facts.end()
 
 
-def _summed(name: str, base: BaseParts, entry: int, part: slice, step: Tensor) -> Tensor:
+def _summed(name: str, base: BaseParts, entry: int, chunk: slice, step: Tensor) -> Tensor:
     """base + step in the base's dtype; where no element changes, the base's bits. RunError if one does not fit."""
-    stored = base.entries[entry].values[part]
+    stored = base.entries[entry].values[chunk]
     low, high = (float(end) for end in torch.aminmax(step))
     if low == high == 0:
         return stored
-    total = torch.add(base.part(entry, part), step)
+    total = torch.add(base.part(entry, chunk), step)
     low, high = (float(end) for end in torch.aminmax(total))
     rounded = total.to(stored.dtype)
     if not fits(low, high, stored.dtype):

@@ -22,19 +22,19 @@ class LowRank:
     down: Tensor
     scale: float
 
-    def difference(self, part: slice, before: Tensor, out: Tensor) -> None:
+    def difference(self, chunk: slice, before: Tensor, out: Tensor) -> None:
         width = self.down.shape[1]
-        if part.step not in (None, 1):
-            places = torch.arange(part.start, part.stop, part.step)
+        if chunk.step not in (None, 1):
+            places = torch.arange(chunk.start, chunk.stop, chunk.step)
             for some, target in zip(places.split(1 << 16), out.split(1 << 16), strict=True):
                 left, right = self.up[some // width], self.down[:, some % width].T
                 torch.sum(left * right, 1, out=target).mul_(self.scale)
             return
-        first = part.start // width
-        rows = self.up[first : -(-part.stop // width)] @ self.down
-        out.copy_(rows.reshape(-1)[part.start - first * width :][: len(out)]).mul_(self.scale)
+        first = chunk.start // width
+        rows = self.up[first : -(-chunk.stop // width)] @ self.down
+        out.copy_(rows.reshape(-1)[chunk.start - first * width :][: len(out)]).mul_(self.scale)
 
-    def ahead(self, part: slice) -> None:
+    def ahead(self, chunk: slice) -> None:
         pass
 
 
@@ -88,17 +88,17 @@ class Adapter(Checkpoint):
         for name in [*wanted, *self._whole]:
             # A base's file may lack the prefix that the model with a head has, or have one that the adapter lacks.
             fits = [each for each in base.entries if each.endswith("." + name) or name.endswith("." + each)]
-            own = name if name in base.entries else fits[0] if len(fits) == 1 else None
-            if own is None and name in self._whole:
+            base_name = name if name in base.entries else fits[0] if len(fits) == 1 else None
+            if base_name is None and name in self._whole:
                 self.entries[name] = stored[self._whole[name]]  # a head of its own, which is left out with a warning
                 continue
-            if own is None:
+            if base_name is None:
                 unknown.append(name)
                 continue
-            entry = base.entries[own]
+            entry = base.entries[base_name]
             if name in self._whole:
                 key = self._whole[name]
-                self.entries[own], self._readers[own] = stored[key], super().reader(key)
+                self.entries[base_name], self._readers[base_name] = stored[key], super().reader(key)
                 continue
             pair = wanted[name]
             assert pair.a is not None
@@ -108,11 +108,11 @@ class Adapter(Checkpoint):
                 up, down = down.T, up.T
             if up.shape[0] * down.shape[1] != math.prod(entry.shape) or up.shape[0] != entry.shape[0]:
                 raise SettingError(
-                    f"{self.path}: its difference of {own} is {[up.shape[0], down.shape[1]]}, in the base it is "
+                    f"{self.path}: its difference of {base_name} is {[up.shape[0], down.shape[1]]}, in the base it is "
                     f"{list(entry.shape)}"
                 )
-            self.entries[own] = Entry("F32", entry.shape, (0, 0))
-            self._readers[own] = LowRank(up.contiguous(), down.contiguous(), self._scale(name, pair.a.shape[0]))
+            self.entries[base_name] = Entry("F32", entry.shape, (0, 0))
+            self._readers[base_name] = LowRank(up.contiguous(), down.contiguous(), self._scale(name, pair.a.shape[0]))
         if unknown:
             raise SettingError(
                 f"{self.path} is an adapter of another model: {few(unknown)} are not in {base.path}, which has "
@@ -141,7 +141,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise SettingError(f"{path} is a LoRA adapter without its adapter_config.json, which has its α")
     if (path / "adapter_config.json").is_file():
         return Adapter(path)
-    found = Checkpoint(path)
-    if lora := [name for name in found.entries if ".lora_" in name]:
+    checkpoint = Checkpoint(path)
+    if lora := [name for name in checkpoint.entries if ".lora_" in name]:
         raise SettingError(f"{path} has {few(lora)}: of an adapter, give the folder with its adapter_config.json")
-    return found
+    return checkpoint

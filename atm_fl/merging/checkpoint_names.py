@@ -75,7 +75,9 @@ def make_plan(
     aliases = base_aliases(base, [name for name in wanted if base.is_float(name)])
     for file in files:
         file.named_as(base)
-    names = [{name: own for name in wanted if (own := own_name(base, file, name, aliases))} for file in files]
+    names = [
+        {name: file_name for name in wanted if (file_name := own_name(base, file, name, aliases))} for file in files
+    ]
     for file, known in zip(files, names, strict=True):
         check_file(base, file, known, rows)
         tell_differences(base, file, known, wanted, warn)
@@ -126,7 +128,9 @@ def own_name(base: Checkpoint, file: Checkpoint, name: str, aliases: dict[str, s
 
 def ties_words(base: Checkpoint) -> bool:
     """Whether the base's config ties its output to its embeddings."""
-    return any(part.get("tie_word_embeddings") is True for part in (base.config, base.config.get("text_config") or {}))
+    return any(
+        chunk.get("tie_word_embeddings") is True for chunk in (base.config, base.config.get("text_config") or {})
+    )
 
 
 def base_aliases(base: Checkpoint, names: Sequence[str]) -> dict[str, set[str]]:
@@ -189,7 +193,7 @@ def same_bits(file: Checkpoint, one: str | None, other: str | None) -> bool:
 def check_file(base: Checkpoint, file: Checkpoint, known: dict[str, str], rows: str) -> None:
     """SettingError if the file is of another model, or an entry's shape or kind is another than in the base."""
     matching = [name for name in file.entries if name in base.entries] + [
-        own for name, own in known.items() if own != name
+        file_name for name, file_name in known.items() if file_name != name
     ]
     if 2 * len(set(matching)) < len(file.entries) or not matching:
         strange = [name for name in file.entries if name not in base.entries]
@@ -198,17 +202,17 @@ def check_file(base: Checkpoint, file: Checkpoint, known: dict[str, str], rows: 
             f"floating-point tensor in common or is of another model; the base has {few(list(base.entries))}, "
             f"it has {few(strange)}{_prefix_hint(base, strange)}"
         )
-    for name, own in known.items():
-        ours, theirs = base.shape(name), file.shape(own)
+    for name, file_name in known.items():
+        ours, theirs = base.shape(name), file.shape(file_name)
         if ours != theirs and not (rows == "common" and ours[1:] == theirs[1:] and len(ours) == len(theirs) > 0):
             longer = len(ours) == len(theirs) > 0 and ours[1:] == theirs[1:]
             hint = "--rows common merges the rows that all have, " * longer
             raise SettingError(
-                f"{file.path}: {own} has the shape {list(theirs)}, in the base {list(ours)}; {hint}"
+                f"{file.path}: {file_name} has the shape {list(theirs)}, in the base {list(ours)}; {hint}"
                 f"--exclude {name!r} leaves it out"
             )
-        if file.is_float(own) != base.is_float(name):
-            kinds = [one.entries[each].dtype for one, each in ((file, own), (base, name))]
+        if file.is_float(file_name) != base.is_float(name):
+            kinds = [one.entries[each].dtype for one, each in ((file, file_name), (base, name))]
             raise SettingError(f"{file.path}: {name} is {kinds[0]}, in the base {kinds[1]}")
 
 
@@ -234,9 +238,12 @@ def tell_differences(
     missing = [name for name in wanted if base.is_float(name) and name not in known]
     different = [
         name
-        for name, own in known.items()
+        for name, file_name in known.items()
         if not base.is_float(name)
-        and (file.shape(own) != base.shape(name) or not torch.equal(bits(file.read(own)), bits(base.read(name))))
+        and (
+            file.shape(file_name) != base.shape(name)
+            or not torch.equal(bits(file.read(file_name)), bits(base.read(name)))
+        )
     ]
     if missing and not isinstance(file, Adapter):
         warn(f"{file.path} lacks {len(missing)} that stay as in the base for all: {few(missing)}")

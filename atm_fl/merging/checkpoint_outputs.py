@@ -58,7 +58,7 @@ def output(base: Checkpoint, out: Path, made: Mapping[str, Any]) -> Iterator[Out
     """
     metadata = base.metadata | {"atm-fl": json.dumps(made)}
     if not is_folder(base, out):
-        with atomic_write(out) as part, _opened({part: list(base.entries)}, base, metadata) as opened:
+        with atomic_write(out) as unfinished, _opened({unfinished: list(base.entries)}, base, metadata) as opened:
             yield opened
         return
     check_folder(out)

@@ -30,12 +30,12 @@ class BaseParts:
         self.entries = [base.reader(name) for name in layout.names]
         self._own = threading.local()
 
-    def part(self, entry: int, part: slice) -> Tensor:
+    def part(self, entry: int, chunk: slice) -> Tensor:
         """The elements `part` of the entry `entry`, which lasts until the thread asks for others."""
-        values = self.entries[entry].values[part]
+        values = self.entries[entry].values[chunk]
         if values.dtype in (torch.float32, torch.float64):
             return values
-        key = entry, part.start, part.stop, part.step
+        key = entry, chunk.start, chunk.stop, chunk.step
         if getattr(self._own, "key", None) != key:
             buffer = _buffer(self._own, "base", len(values))
             self._own.converted, self._own.key = buffer.copy_(values), key
@@ -53,13 +53,13 @@ class BaseParts:
             start += count * step
 
 
-def _buffer(own: Any, name: str, size: int) -> Tensor:
+def _buffer(thread_local: Any, name: str, size: int) -> Tensor:
     """A thread's buffer, float32 [size]; fresh memory if that is more than a block."""
     if size > BLOCK:
         return torch.empty(size)
-    if not hasattr(own, name):
-        setattr(own, name, torch.empty(BLOCK))
-    buffer: Tensor = getattr(own, name)[:size]
+    if not hasattr(thread_local, name):
+        setattr(thread_local, name, torch.empty(BLOCK))
+    buffer: Tensor = getattr(thread_local, name)[:size]
     return buffer
 
 
@@ -110,18 +110,18 @@ class FileVector:
         start, stop, step = key.indices(self.numel())
         out = _buffer(self._own, "block", max(0, -(-(stop - start) // step)))
         place = 0
-        for entry, part, count in self._base.within(self._span[0] + start, self._span[0] + stop, step):
-            self._fill(entry, part, out[place : place + count])
+        for entry, chunk, count in self._base.within(self._span[0] + start, self._span[0] + stop, step):
+            self._fill(entry, chunk, out[place : place + count])
             place += count
         self._done(place)
         return out
 
-    def _fill(self, entry: int, part: slice, out: Tensor) -> None:
-        reader, before = self._readers[entry], self._base.part(entry, part)
-        reader.difference(part, before, out)
+    def _fill(self, entry: int, chunk: slice, out: Tensor) -> None:
+        reader, before = self._readers[entry], self._base.part(entry, chunk)
+        reader.difference(chunk, before, out)
         if not is_finite(out):
             if isinstance(reader, Dense):
-                out.masked_fill_(reader.equal(part, before), 0)
+                out.masked_fill_(reader.equal(chunk, before), 0)
             if not is_finite(out):
                 wrong = self._file.path if is_finite(before) else self._base.base.path
                 name = self._base.layout.names[entry]
@@ -129,16 +129,16 @@ class FileVector:
         if self._factors[entry] != 1:
             out.mul_(self._factors[entry])
 
-    def ahead(self, entry: int, part: slice) -> None:
+    def ahead(self, entry: int, chunk: slice) -> None:
         """Have the system read a part of an entry soon."""
-        self._readers[entry].ahead(part)
+        self._readers[entry].ahead(chunk)
 
     def whole(self) -> Tensor:
         """The vector as a tensor of its own."""
         out = torch.empty(self.numel())
         for start in range(0, len(out), BLOCK):
-            part = slice(start, min(start + BLOCK, len(out)))
-            out[part] = self[part]
+            chunk = slice(start, min(start + BLOCK, len(out)))
+            out[chunk] = self[chunk]
         return out
 
     def __getattr__(self, name: str) -> Any:

@@ -122,11 +122,11 @@ def fold_block(
 ) -> None:
     """`fold` of one block, into `target` [w]."""
     for vector, coefficient, change in zip(vectors, coefficients, changes, strict=True):
-        own = change(vector[block.part], block, scratch) if change else vector[block.part]
+        changed = change(vector[block.part], block, scratch) if change else vector[block.part]
         if fresh:
-            torch.mul(own, coefficient, out=target)
+            torch.mul(changed, coefficient, out=target)
         else:
-            target.add_(own, alpha=coefficient)
+            target.add_(changed, alpha=coefficient)
         fresh = False
 
 
@@ -183,9 +183,9 @@ class Elementwise(BatchMerge):
     def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:
         """Look at the whole vectors before the blocks come."""
 
-    def take(self, number: int, own: Tensor, block: Block, row: Tensor) -> None:
+    def take(self, number: int, changed: Tensor, block: Block, row: Tensor) -> None:
         """Put one block of the task `number` into its `row` of the stack, as it is or changed already."""
-        row.copy_(own)
+        row.copy_(changed)
 
     @abstractmethod
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:

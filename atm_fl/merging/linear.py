@@ -52,7 +52,7 @@ class ClippedMean(Streaming):
             return None
         factor = self.max_norm / norm
 
-        def shorten(own: Tensor, block: Block, scratch: Tensor) -> Tensor:
-            return torch.mul(own, factor, out=scratch[0])
+        def shorten(values: Tensor, block: Block, scratch: Tensor) -> Tensor:
+            return torch.mul(values, factor, out=scratch[0])
 
         return shorten

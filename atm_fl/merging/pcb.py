@@ -39,22 +39,22 @@ class Pcb(BatchMerge):
         with tempfile.NamedTemporaryFile() as file:
             # A third vector, in a mapped file as a joint merge's vectors are.
             scores = torch.from_file(file.name, shared=True, size=size, dtype=total.dtype).to(total.device)
-        for own, vector in enumerate(vectors):
-            for part, rows, (inter, block) in _stacks(vectors, lengths, 2):
+        for number, vector in enumerate(vectors):
+            for chunk, rows, (inter, block) in _stacks(vectors, lengths, 2):
                 inter.zero_()
                 for other, row in enumerate(rows):
-                    if other != own:
-                        _exponential(rows[own], row, low[own, other], high[own, other], block)
+                    if other != number:
+                        _exponential(rows[number], row, low[number, other], high[number, other], block)
                         # A mean of 1 instead of 1/n, for float32: constant factors of β drop out of the result.
-                        inter.add_(block, alpha=float(size / sums[own, other]))
-                _exponential(rows[own], rows[own], low[own, own], high[own, own], block)
-                inter.add_(block, alpha=float(size / sums[own, own]))
-                torch.mul(inter, block.pow_(count), out=scores[part]).mul_(float(size / sums[own, count]))
+                        inter.add_(block, alpha=float(size / sums[number, other]))
+                _exponential(rows[number], rows[number], low[number, number], high[number, number], block)
+                inter.add_(block, alpha=float(size / sums[number, number]))
+                torch.mul(inter, block.pow_(count), out=scores[chunk]).mul_(float(size / sums[number, count]))
             threshold = ranked_magnitudes(scores, [size - kept(size, self.density)])[0]
-            for part, (block, keep), _ in _stacks([vector, vector], [1, 1], 0):
-                torch.ge(scores[part], threshold, out=keep).mul_(scores[part])
-                weights[part].add_(keep)
-                total[part].addcmul_(keep, block)
+            for chunk, (block, keep), _ in _stacks([vector, vector], [1, 1], 0):
+                torch.ge(scores[chunk], threshold, out=keep).mul_(scores[chunk])
+                weights[chunk].add_(keep)
+                total[chunk].addcmul_(keep, block)
         return total.div_(weights.clamp_min_(torch.finfo(total.dtype).tiny)).mul_(self.scaling)
 
     def _products(self, vectors: Sequence[Tensor], lengths: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,11 +83,11 @@ def _stacks(
     """(elements, one block of each vector over its length, `extra` scratch blocks), block by block."""
     count = len(vectors)
     scratch = Scratch(count + extra, vectors[0])
-    for part in parts(vectors[0].numel()):
-        rows = list(scratch[part])
+    for chunk in parts(vectors[0].numel()):
+        rows = list(scratch[chunk])
         for row, vector, length in zip(rows, vectors, lengths, strict=False):
-            torch.mul(vector[part], 1 / length, out=row)
-        yield part, rows[:count], rows[count:]
+            torch.mul(vector[chunk], 1 / length, out=row)
+        yield chunk, rows[:count], rows[count:]
 
 
 def _exponential(left: Tensor, right: Tensor, low: Tensor, high: Tensor, out: Tensor) -> Tensor:

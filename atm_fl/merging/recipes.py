@@ -172,12 +172,12 @@ def _from_mergekit(path: Path, content: dict[str, Any]) -> Step:
     for item in content.get("models") or []:
         if not isinstance(item, dict) or not isinstance(item.get("model"), str):
             raise refuse(f"models: {item!r} has no model")
-        own = shared | (item.get("parameters") or {})
+        parameters = shared | (item.get("parameters") or {})
         if item["model"] == base and method != "linear":
             continue  # mergekit's examples list the base without parameters
         models.append(path.parent / item["model"])
-        weights.append(own.pop("weight", 1.0))
-        tables.append(own)
+        weights.append(parameters.pop("weight", 1.0))
+        tables.append(parameters)
     if not models or (base is None and method != "linear"):
         raise refuse("it needs models and a base_model")
 

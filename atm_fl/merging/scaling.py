@@ -23,7 +23,7 @@ def read_table(key: str, text: str) -> dict[str, Any]:
 
     Quotes are for names with a comma or an equals sign: '"a,b=c"=2'. SettingError if it cannot be read.
     """
-    found: dict[str, Any] = {}
+    table: dict[str, Any] = {}
     place = 0
     while text[place:].strip():
         item = ITEM.match(text, place)
@@ -38,20 +38,20 @@ def read_table(key: str, text: str) -> dict[str, Any]:
                 "a name with a comma or = in it is to be quoted"
             ) from error
         try:
-            found[name] = tomllib.loads(f"value = {item[2]}")["value"]
+            table[name] = tomllib.loads(f"value = {item[2]}")["value"]
         except ValueError:
             raise SettingError(f"{key}={text!r}: {name}={item[2]!r} must be a number, as {name}=0.5") from None
         place = item.end()
-    return found
+    return table
 
 
 def read_factors(key: str, text: str) -> dict[str, float]:
     """`read_table` of finite numbers."""
-    found = read_table(key, text)
-    for name, value in found.items():
+    table = read_table(key, text)
+    for name, value in table.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise SettingError(f"{key}={text!r}: the factor of {name!r} must be a finite number")
-    return found
+    return table
 
 
 Factor = float | Sequence[float]

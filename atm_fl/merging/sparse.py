@@ -43,10 +43,10 @@ class Magnitude(Streaming):
 
     def change(self, task: str, vector: Tensor) -> Change:
         entries = vector.split(self.layout.sizes)
-        thresholds = in_parallel(lambda part: largest(part, self.density), entries, vector.device)
+        thresholds = in_parallel(lambda entry: largest(entry, self.density), entries, vector.device)
 
-        def prune(own: Tensor, block: Block, scratch: Tensor) -> Tensor:
-            return torch.ops.aten.hardshrink.out(own, thresholds[block.entry], out=scratch[0])
+        def prune(values: Tensor, block: Block, scratch: Tensor) -> Tensor:
+            return torch.ops.aten.hardshrink.out(values, thresholds[block.entry], out=scratch[0])
 
         return prune
 
@@ -69,11 +69,11 @@ class Breadcrumbs(Streaming):
     def change(self, task: str, vector: Tensor) -> Change:
         bounds = in_parallel(self._bounds, vector.split(self.layout.sizes), vector.device)
 
-        def mask(own: Tensor, block: Block, scratch: Tensor) -> Tensor:
+        def mask(values: Tensor, block: Block, scratch: Tensor) -> Tensor:
             low, high = bounds[block.entry]
             kept, largest = scratch
-            torch.ops.aten.hardshrink.out(own, low, out=kept)
-            return kept.sub_(torch.ops.aten.hardshrink.out(own, high, out=largest))
+            torch.ops.aten.hardshrink.out(values, low, out=kept)
+            return kept.sub_(torch.ops.aten.hardshrink.out(values, high, out=largest))
 
         return mask
 
@@ -100,17 +100,17 @@ class Mask:
         self._seed = derive_seed(*seed)
         self._own = threading.local()
 
-    def draw(self, part: slice, out: Tensor) -> Tensor:
+    def draw(self, chunk: slice, out: Tensor) -> Tensor:
         """The mask's elements `part`, 1 or 0, into `out`."""
         if self._threshold == 65536:
             return out.fill_(1)
         # A number of 64 bits serves four elements. Each thread has a generator, and leaps to where it is needed.
         if not hasattr(self._own, "random"):
             self._own.random, self._own.position = np.random.PCG64DXSM(self._seed), 0
-        first, end = part.start // 4, -(-part.stop // 4)
+        first, end = chunk.start // 4, -(-chunk.stop // 4)
         if first != self._own.position:
             self._own.random.advance(first - self._own.position)
-        bits = self._own.random.random_raw(end - first).view(np.int16)[part.start - 4 * first :][: out.numel()]
+        bits = self._own.random.random_raw(end - first).view(np.int16)[chunk.start - 4 * first :][: out.numel()]
         self._own.position = end
         return torch.lt(torch.from_numpy(bits).to(out.device), self._threshold - 32768, out=out)
 
@@ -130,7 +130,7 @@ class Dare(Streaming):
     def change(self, task: str, vector: Tensor) -> Change:
         mask = Mask(self.density, self.seed, "dare", task)
 
-        def drop(own: Tensor, block: Block, scratch: Tensor) -> Tensor:
-            return mask.draw(block.part, scratch[0]).mul_(own).mul_(1 / mask.density)
+        def drop(values: Tensor, block: Block, scratch: Tensor) -> Tensor:
+            return mask.draw(block.part, scratch[0]).mul_(values).mul_(1 / mask.density)
 
         return drop

@@ -123,12 +123,12 @@ class IsoCts(Spectral):
 
     def matrix(self, matrices: list[Tensor]) -> Tensor:
         count, rank, dtype = len(matrices), min(matrices[0].shape), matrices[0].dtype
-        own = min(round((rank - int(rank * self.common)) / count), rank // count)
-        u, values, v = svd(add(matrices), rank - own * count, dtype)
-        found = [(u, values, v)]
-        for matrix in matrices if own else []:
+        own_rank = min(round((rank - int(rank * self.common)) / count), rank // count)
+        u, values, v = svd(add(matrices), rank - own_rank * count, dtype)
+        factors = [(u, values, v)]
+        for matrix in matrices if own_rank else []:
             exact = matrix.double()
-            found.append(svd(exact - u @ (u.T @ exact), own, dtype, exact.norm()))
-        left, strengths, right = zip(*found, strict=True)
+            factors.append(svd(exact - u @ (u.T @ exact), own_rank, dtype, exact.norm()))
+        left, strengths, right = zip(*factors, strict=True)
         (u, _), (v, _) = polar(torch.cat(left, 1), dtype), polar(torch.cat(right, 1), dtype)
         return torch.cat(strengths).sum() / rank * (u @ v.T)

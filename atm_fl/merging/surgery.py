@@ -62,7 +62,7 @@ class CaGrad(LinearCombination):
             norm = np.sqrt(max(w @ towards, 1e-24))
             return float(mean @ towards + radius * norm), inner @ mean + radius * towards / norm
 
-        found = minimize(
+        solution = minimize(
             objective,
             mean,
             jac=True,
@@ -71,7 +71,7 @@ class CaGrad(LinearCombination):
             constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
             options={"ftol": 1e-14, "maxiter": 500},
         ).x
-        norm = np.sqrt(max(found @ inner @ found, 0.0))
+        norm = np.sqrt(max(solution @ inner @ solution, 0.0))
         # Where a mixture of the vectors is 0 no direction serves all tasks, and g_w is the minimiser's rounding.
-        aside = radius / norm * found if norm > 1e-6 else 0.0
+        aside = radius / norm * solution if norm > 1e-6 else 0.0
         return torch.from_numpy((mean + aside) / (1 + self.c**2))

@@ -47,8 +47,8 @@ class Ties(Elementwise):
     def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:
         self._thresholds = in_parallel(lambda vector: largest(vector, self.density), vectors, vectors[0].device)
 
-    def take(self, number: int, own: Tensor, block: Block, row: Tensor) -> None:
-        torch.ops.aten.hardshrink.out(own, self._thresholds[number], out=row)
+    def take(self, number: int, changed: Tensor, block: Block, row: Tensor) -> None:
+        torch.ops.aten.hardshrink.out(changed, self._thresholds[number], out=row)
 
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
         return mean_of_elected(stack, scratch)
@@ -67,9 +67,9 @@ class DareTies(Elementwise):
     def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:
         self._masks = [Mask(self.density, self.seed, "dare", task) for task in tasks]
 
-    def take(self, number: int, own: Tensor, block: Block, row: Tensor) -> None:
+    def take(self, number: int, changed: Tensor, block: Block, row: Tensor) -> None:
         mask = self._masks[number]
-        mask.draw(block.part, row).mul_(own).mul_(1 / mask.density)
+        mask.draw(block.part, row).mul_(changed).mul_(1 / mask.density)
 
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
         return mean_of_elected(stack, scratch)

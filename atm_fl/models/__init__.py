@@ -90,8 +90,8 @@ def _family(name: str) -> tuple[Callable[[str, str], Backbone], Callable[[str, s
 
 def check_backbone(name: str, weights: str = "pretrained") -> None:
     """SettingError, with the nearest known name, if there is no backbone `name` or there are no such weights of it."""
-    if found := _family(name):
-        found[1](name.partition("/")[2], weights)
+    if family := _family(name):
+        family[1](name.partition("/")[2], weights)
     elif name not in BACKBONES:
         raise SettingError(f"model={name!r} is unknown{did_you_mean(name, [*BACKBONES, 'open_clip/…', 'timm/…'])}")
     elif weights != "pretrained":
@@ -104,5 +104,5 @@ def load_backbone(name: str, weights: str = "pretrained") -> Backbone:
     # A ViT draws its initial weights before ours are loaded: without the fork each client's draws would be disturbed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        found = _family(name)
-        return (found[0](name.partition("/")[2], weights) if found else BACKBONES[name]()).eval()
+        family = _family(name)
+        return (family[0](name.partition("/")[2], weights) if family else BACKBONES[name]()).eval()

@@ -181,11 +181,11 @@ def _dinov2_state(file: Path, depth: int, grid: int) -> dict[str, Tensor]:
     }
     for block in range(depth):
         old, new = f"backbone.encoder.layer.{block}", f"blocks.{block}"
-        for part in ("weight", "bias"):
-            projections = [tensors[f"{old}.attention.attention.{name}.{part}"] for name in ("query", "key", "value")]
-            state[f"{new}.attn.qkv.{part}"] = torch.cat(projections)
+        for kind in ("weight", "bias"):
+            projections = [tensors[f"{old}.attention.attention.{name}.{kind}"] for name in ("query", "key", "value")]
+            state[f"{new}.attn.qkv.{kind}"] = torch.cat(projections)
             for ours, theirs in renamed.items():
-                state[f"{new}.{ours}.{part}"] = tensors[f"{old}.{theirs}.{part}"]
+                state[f"{new}.{ours}.{kind}"] = tensors[f"{old}.{theirs}.{kind}"]
         for number in (1, 2):
             state[f"{new}.ls{number}.gamma"] = tensors[f"{old}.layer_scale{number}.lambda1"]
     return state

@@ -83,8 +83,8 @@ def prototypes(model: Backbone, data: Split, classes: int, shots: int, seed: int
     random = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data.labels), generator=random)
     chosen = [order[data.labels[order] == label][:shots] for label in range(classes)]
-    found = functional.normalize(features(model, data.take(torch.cat(chosen))), dim=-1)
-    means = torch.stack([part.mean(0) for part in found.split([len(part) for part in chosen])])
+    embedded = functional.normalize(features(model, data.take(torch.cat(chosen))), dim=-1)
+    means = torch.stack([of_class.mean(0) for of_class in embedded.split([len(of_class) for of_class in chosen])])
     centre = means.mean(0)
     weight = functional.normalize(means - centre, dim=-1)
     return Head(weight, -LOGIT_SCALE * (weight @ centre))
@@ -94,8 +94,8 @@ def linear_probe(model: Backbone, data: Split, classes: int, workers: int = 0) -
     """A head fitted to the normalised features of all of `data` by logistic regression (scikit-learn, C = 1)."""
     from sklearn.linear_model import LogisticRegression
 
-    found = functional.normalize(features(model, data, workers), dim=-1) * LOGIT_SCALE
-    fitted = LogisticRegression(max_iter=1000).fit(found.numpy(), data.labels.numpy())
+    embedded = functional.normalize(features(model, data, workers), dim=-1) * LOGIT_SCALE
+    fitted = LogisticRegression(max_iter=1000).fit(embedded.numpy(), data.labels.numpy())
     weight, bias = torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
     if classes == 2:  # scikit-learn returns one row for two classes
         weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])

@@ -76,8 +76,8 @@ def zero_shot(name: str, weights: str, prompts: Sequence[Sequence[str]]) -> Head
     """
     import open_clip
 
-    own = name.removeprefix("open_clip/")
-    clip, tokenizer = load_clip(own, weights), open_clip.get_tokenizer(own)
+    clip_name = name.removeprefix("open_clip/")
+    clip, tokenizer = load_clip(clip_name, weights), open_clip.get_tokenizer(clip_name)
     # Classes may have different numbers of sentences; open_clip's function wants as many of each at a time.
     columns = [
         open_clip.build_zero_shot_classifier(clip, tokenizer, [""], [lambda _, text=text: text for text in texts])
@@ -123,8 +123,8 @@ def timm_vit(name: str, weights: str) -> Backbone:
 
 
 def _not_here(name: str, weights: str, error: Exception) -> SettingError:
-    told = " ".join(str(error).split())[:200]
+    reason = " ".join(str(error).split())[:200]
     return SettingError(
-        f"model={name!r}: the weights {weights!r} could not be loaded here ({told}); fetch them once on a machine with "
-        "a network and name the file with weights=FILE"
+        f"model={name!r}: the weights {weights!r} could not be loaded here ({reason}); fetch them once on a machine "
+        "with a network and name the file with weights=FILE"
     )

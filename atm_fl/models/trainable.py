@@ -41,7 +41,7 @@ def set_trainable(module: nn.Module, trainable: str) -> None:
     """
     check_trainable(trainable)
     names = dict(module.named_parameters())
-    depth = 1 + max((int(found[1]) for name in names if (found := BLOCK.search(name))), default=-1)
+    depth = 1 + max((int(match[1]) for name in names if (match := BLOCK.search(name))), default=-1)
     last = int(trainable.removeprefix("last-")) if trainable.startswith("last-") else 0
     if last > depth:
         raise SettingError(f"trainable={trainable!r}: the backbone has {depth} blocks")

@@ -91,7 +91,7 @@ def trusted_parties(keys: Mapping[str, str]) -> dict[str, bytes]:
 
     SettingError names the first that is none, or that two clients have.
     """
-    found: dict[str, bytes] = {}
+    key_of: dict[str, bytes] = {}
     for client, text in keys.items():
         try:
             key = load_ssh_public_key(text.encode())
@@ -100,10 +100,10 @@ def trusted_parties(keys: Mapping[str, str]) -> dict[str, bytes]:
         if not isinstance(key, Ed25519PublicKey):
             raise SettingError(f"trusted-parties: {client}: {text!r} is no public key of the form 'ssh-ed25519 AAAA…'")
         public = key.public_bytes_raw()
-        if public in found.values():
+        if public in key_of.values():
             raise SettingError(f"trusted-parties: {client} has another client's key; each party has its own")
-        found[client] = public
-    return found
+        key_of[client] = public
+    return key_of
 
 
 def read_trusted(path: str | Path) -> dict[str, bytes]:

@@ -61,9 +61,9 @@ def derive_key(secret: str, *inputs: object) -> bytes:
 def add_noise(vector: Tensor, deviation: float, random: np.random.Generator) -> None:
     """Add Gaussian noise to `vector`, float32 [n], in place, and round the sum to the grid."""
     step = 2.0 ** math.floor(math.log2(deviation * GRID))
-    for part in parts(len(vector)):
-        drawn = torch.from_numpy(random.standard_normal(part.stop - part.start)).to(vector.device)
-        vector[part] = ((vector[part].double() + deviation * drawn) / step).round_().mul_(step)
+    for chunk in parts(len(vector)):
+        drawn = torch.from_numpy(random.standard_normal(chunk.stop - chunk.start)).to(vector.device)
+        vector[chunk] = ((vector[chunk].double() + deviation * drawn) / step).round_().mul_(step)
 
 
 def party_secret(folder: Path) -> str:

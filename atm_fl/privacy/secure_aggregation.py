@@ -70,8 +70,8 @@ def add_mask(words: np.ndarray, seed: bytes, sign: int = 1) -> None:
     stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), None).encryptor()
     zeros, drawn = bytes(BLOCK * WORD.itemsize), bytearray(BLOCK * WORD.itemsize)
     change = np.add if sign > 0 else np.subtract
-    for part in parts(len(words)):
-        block = words[part]
+    for chunk in parts(len(words)):
+        block = words[chunk]
         stream.update_into(memoryview(zeros)[: block.nbytes], drawn)
         change(block, np.frombuffer(drawn, WORD, len(block)), out=block)
 
@@ -185,8 +185,8 @@ class Member:
         wrong = {name: reason for name, key in others.items() if (reason := self._wrong(name, key, keys))}
         self.keys = {name: key for name, key in keys.items() if name not in wrong}
         if len(self.keys) < self.threshold:
-            told = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
-            raise self._refusal(f"good keys of {len(self.keys)} parties, {self.threshold} are needed ({told})")
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
+            raise self._refusal(f"good keys of {len(self.keys)} parties, {self.threshold} are needed ({reasons})")
         numbers = {name: self.parties.index(name) + 1 for name in self.keys}
         of_key, of_seed = (
             shamir.split(secret, numbers.values(), self.threshold) for secret in (self.mask_key, self.seed)
@@ -254,12 +254,12 @@ class Member:
     @classmethod
     def load(cls, text: str, identity: Identity) -> Member:
         """What was dumped."""
-        found = json.loads(text)
+        stored = json.loads(text)
         for name in ("mask_key", "seal_key", "seed"):
-            found[name] = bytes.fromhex(found[name])
+            stored[name] = bytes.fromhex(stored[name])
         for name in ("keys", "held"):
-            found[name] = {other: bytes.fromhex(value) for other, value in found[name].items()}
-        return cls(**found | {"parties": tuple(found["parties"]), "identity": identity})
+            stored[name] = {other: bytes.fromhex(value) for other, value in stored[name].items()}
+        return cls(**stored | {"parties": tuple(stored["parties"]), "identity": identity})
 
     def _published(self) -> bytes:
         public = _public(self.mask_key) + _public(self.seal_key) + _commitment(self.seed)
@@ -350,8 +350,8 @@ class UnjoinedShares(RunError):
     """A sum stays masked, since the shares of some parties' secrets do not join; reasons: of each of these, why."""
 
     def __init__(self, session: str, reasons: dict[str, str]) -> None:
-        told = "; ".join(f"the shares of {name}'s secret do not join: {why}" for name, why in reasons.items())
-        super().__init__(f"secure aggregation of {session}: {told}")
+        message = "; ".join(f"the shares of {name}'s secret do not join: {why}" for name, why in reasons.items())
+        super().__init__(f"secure aggregation of {session}: {message}")
         self.reasons = reasons
 
 
@@ -400,7 +400,7 @@ def _left_over(
             mask_key, seed = published[:KEY_BYTES], published[2 * KEY_BYTES : PUBLIC_BYTES]
             return _commitment(secret) == seed if there else _public(secret) == mask_key
 
-        shares = {numbers[holder]: found[name] for holder, found in revealed.items() if name in found}
+        shares = {numbers[holder]: by_dealer[name] for holder, by_dealer in revealed.items() if name in by_dealer}
         try:
             secret, bad = shamir.join_right(shares, threshold, right, {numbers[holder] for holder in wrong})
         except ValueError as error:

@@ -39,8 +39,8 @@ def save_checkpoint(
     moments = {STATE + name: moment for name, moment in (state or {}).items()}
     about = {"rounds": rounds_done, "layout": layout.digest, "base": digest or vectors.digest(base)}
     about |= {name: vectors.digest(moment) for name, moment in sorted(moments.items())}
-    with atomic_write(path) as part:
-        save_vectors(part, layout.views(base.cpu()) | moments, {"atm-fl": json.dumps(about)})
+    with atomic_write(path) as temporary:
+        save_vectors(temporary, layout.views(base.cpu()) | moments, {"atm-fl": json.dumps(about)})
     past = checkpoints(directory)[:-kept] if kept else []
     for old in [*(other for other in past if other != good), *folder.glob(".*.safetensors")]:
         old.unlink()
@@ -74,10 +74,10 @@ def load_checkpoint(
             continue
         if about.get("layout") != layout.digest:
             raise RunError(f"{path} holds a model of another layout ({about.get('layout')}, not {layout.digest})")
-        found = {name: tensors.pop(name).clone() for name in list(tensors) if name.startswith(STATE)}
-        found["base"] = torch.cat([tensors[name].reshape(-1) for name in layout.names])
-        if all(vectors.digest(tensor) == about.get(name) for name, tensor in found.items()):
-            return int(about["rounds"]), found.pop("base"), {k.removeprefix(STATE): v for k, v in found.items()}
+        state = {name: tensors.pop(name).clone() for name in list(tensors) if name.startswith(STATE)}
+        state["base"] = torch.cat([tensors[name].reshape(-1) for name in layout.names])
+        if all(vectors.digest(tensor) == about.get(name) for name, tensor in state.items()):
+            return int(about["rounds"]), state.pop("base"), {k.removeprefix(STATE): v for k, v in state.items()}
         warn(f"{path} is damaged (its digest does not match); going back to the checkpoint before it")
     raise RunError(f"{directory} holds no whole checkpoint")
 

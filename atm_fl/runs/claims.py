@@ -25,8 +25,8 @@ def claim(path: Path, decides: dict[str, Any], fix: str) -> dict[str, Any]:
         if not holds(path, decides):
             raise SettingError(f"{path.parent} holds results of another configuration; {fix}")
         return json.loads(path.read_text())
-    with atomic_write(path) as part:
-        part.write_text(json.dumps(decides, indent=1))
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(decides, indent=1))
     return decides
 
 

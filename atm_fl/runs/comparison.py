@@ -168,6 +168,6 @@ def write_comparison(directories: list[Path], out: Path) -> Path:
         "<h2>Each run</h2>",
         *(f"<p><b>{escape(name)}</b>: {escape(result_text(record))}</p>" for name, record in records.items()),
     ]
-    with atomic_write(out) as part:
-        part.write_bytes(pages.document("Runs side by side", parts).encode("utf-8", "replace"))
+    with atomic_write(out) as temporary:
+        temporary.write_bytes(pages.document("Runs side by side", parts).encode("utf-8", "replace"))
     return out

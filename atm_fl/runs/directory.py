@@ -74,9 +74,9 @@ def make_run_dir(directory: Path) -> None:
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) in FULL:
             raise
-        told = getattr(error, "strerror", None) or str(error)
+        reason = getattr(error, "strerror", None) or str(error)
         raise SettingError(
-            f"run-dir={str(directory)!r} can't be made or written to ({told}); choose another directory"
+            f"run-dir={str(directory)!r} can't be made or written to ({reason}); choose another directory"
         ) from None
 
 

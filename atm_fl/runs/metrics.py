@@ -22,11 +22,11 @@ def read_metrics(directory: Path, damaged: Callable[[int], object] = lambda _: N
     lines = text.split("\n")
     for number, line in enumerate(lines, 1):
         try:
-            found = json.loads(line)
-            if not (isinstance(found, dict) and isinstance(found["kind"], str) and isinstance(found["round"], int)):
+            record = json.loads(line)
+            if not (isinstance(record, dict) and isinstance(record["kind"], str) and isinstance(record["round"], int)):
                 raise ValueError
         except (ValueError, KeyError, RecursionError):
             if number < len(lines):
                 damaged(number)
             continue
-        yield found
+        yield record

@@ -120,8 +120,8 @@ _TIP = "tip:"
 """What the id of a stripe with a text begins with; the text follows in hexadecimal digits."""
 
 
-def _shown_tip(found: re.Match[str]) -> str:
-    return f'<g class="tip"><title>{escape(bytes.fromhex(found[1]).decode())}</title>'
+def _shown_tip(match: re.Match[str]) -> str:
+    return f'<g class="tip"><title>{escape(bytes.fromhex(match[1]).decode())}</title>'
 
 
 def size_text(count: float) -> str:
@@ -216,7 +216,7 @@ def draw_curves(
     for name, series in lines.items():
         for n, value in series.items():
             texts.setdefault(n, [f"round {n}"]).append(f"{name}: {value:{form}}")
-    add_tips(axis, {n: "\n".join(told) for n, told in texts.items()})
+    add_tips(axis, {n: "\n".join(tips) for n, tips in texts.items()})
     drawing.legend(loc="outside lower center", ncols=3, fontsize=8)
     return drawing
 

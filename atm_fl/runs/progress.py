@@ -34,10 +34,10 @@ def progress(settings: Settings, console: Console) -> Iterator[None]:
                 last = stop.wait(POLL)
                 if path.exists() and path.stat().st_mtime_ns != already:
                     lines = list(read_metrics(path.parent))
-                    told = [line["text"] for line in lines if line["kind"] == "warning"]
-                    for text in told[warned:]:
+                    warnings = [line["text"] for line in lines if line["kind"] == "warning"]
+                    for text in warnings[warned:]:
                         console.print(f"warning: {text}", highlight=False, markup=False)
-                    warned = len(told)
+                    warned = len(warnings)
                     printed = _print_rounds(lines, settings, console, printed, last)
                     live.update(_under_way(lines, settings, time.monotonic() - begin))
                 if last:
@@ -53,11 +53,11 @@ def progress(settings: Settings, console: Console) -> Iterator[None]:
 
 
 def _accuracies(lines: list[dict[str, Any]], split: str) -> dict[int, dict[str, float]]:
-    found: dict[int, dict[str, float]] = {}
+    by_round: dict[int, dict[str, float]] = {}
     for line in lines:
         if line["kind"] == "evaluation" and split in line:
-            found.setdefault(line["round"], {})[line["task"]] = line[split]
-    return found
+            by_round.setdefault(line["round"], {})[line["task"]] = line[split]
+    return by_round
 
 
 def _print_rounds(lines: list[dict[str, Any]], settings: Settings, console: Console, printed: int, last: bool) -> int:

@@ -111,10 +111,10 @@ def write_report(directory: Path) -> Path:
     """Write a run's report.html, one file without any link to outside, and accuracy.png. Returns the page's path."""
     record = Record.read(directory)
     page = _page(record, directory.resolve().name, find_references(directory, record.settings))
-    with atomic_write(directory / "accuracy.png") as part:
-        part.write_bytes(pages.render(lambda: _draw_accuracy(record), "png"))
-    with atomic_write(directory / "report.html") as part:
-        part.write_bytes(page.encode("utf-8", "replace"))
+    with atomic_write(directory / "accuracy.png") as temporary:
+        temporary.write_bytes(pages.render(lambda: _draw_accuracy(record), "png"))
+    with atomic_write(directory / "report.html") as temporary:
+        temporary.write_bytes(page.encode("utf-8", "replace"))
     return directory / "report.html"
 
 
@@ -164,14 +164,14 @@ class Record:
 
     def series(self, kind: str, key: str, task: str = "") -> Series:
         """A finite number of one task, or of the merge, by round."""
-        found = {
+        values = {
             number: line[key]
             for (its_kind, number, its_task), line in self.lines.items()
             if (its_kind, its_task) == (kind, task)
             and isinstance(line.get(key), (int, float))
             and math.isfinite(line[key])
         }
-        return dict(sorted(found.items()))
+        return dict(sorted(values.items()))
 
     def total(self, *kinds: str, key: str) -> float:
         """The sum of a number over all lines of these kinds."""
@@ -370,18 +370,18 @@ def _norms(record: Record) -> Iterable[str]:
 def _cosines(record: Record) -> Iterable[str]:
     """Pairwise cosines; only rounds with at least two task vectors have any."""
     merges = record.merges().items()
-    found = {
+    values = {
         n: (line["tasks"], np.array(line["cosines"], float)) for n, line in merges if len(line.get("cosines", ())) > 1
     }
-    if not found:
+    if not values:
         return
-    apart = {n: cosines[~np.eye(len(cosines), dtype=bool)] for n, (_, cosines) in found.items()}
+    apart = {n: cosines[~np.eye(len(cosines), dtype=bool)] for n, (_, cosines) in values.items()}
     yield pages.figure(
         "Cosines between task vectors: mean over all pairs, and the range from the least to the greatest.",
         lambda: _draw_range(apart),
     )
-    for n in sorted({min(found), max(found)}):
-        yield pages.figure(f"Cosines of all pairs, round {n}.", partial(_draw_heat_map, f"round {n}", *found[n]))
+    for n in sorted({min(values), max(values)}):
+        yield pages.figure(f"Cosines of all pairs, round {n}.", partial(_draw_heat_map, f"round {n}", *values[n]))
 
 
 def _costs(record: Record) -> Iterable[str]:
@@ -427,8 +427,8 @@ def _privacy(record: Record) -> Iterable[str]:
         return
     numbers = {name: record.by_task("tuning", name) for name in ("epsilon", "epsilon_rdp", "noise")}
     last = [
-        (task, *(f"{series[task].get(max(own), math.inf):.3f}" for series in numbers.values()))
-        for task, own in spent.items()
+        (task, *(f"{series[task].get(max(epsilons), math.inf):.3f}" for series in numbers.values()))
+        for task, epsilons in spent.items()
     ]
     yield "<h3>Privacy</h3>"
     yield pages.table(

@@ -63,8 +63,8 @@ class Run:
         self._lock = lock(self.directory)
         warnings: list[str] = []
         if settings.resume:
-            found = load_checkpoint(self.directory, self.layout, warnings.append, settings.resume_from)
-            self.rounds_done, self.base, state = found
+            checkpoint = load_checkpoint(self.directory, self.layout, warnings.append, settings.resume_from)
+            self.rounds_done, self.base, state = checkpoint
             self.downlink.residual = state.pop("residual", None)
             self.optimizer.state = state
         elif settings.start != "pretrained":
@@ -135,7 +135,9 @@ class Run:
         A minority that lies about its own does not decide it. The later one of equals; None if none is known.
         """
         known = {rounds_of(path): path for path in checkpoints(self.directory)}
-        scores = {number: median(found.values()) for number, found in self._validations.items() if number in known}
+        scores = {
+            number: median(accuracies.values()) for number, accuracies in self._validations.items() if number in known
+        }
         best = max(scores, key=lambda number: (scores[number], number), default=0)
         return known.get(best)
 
@@ -168,8 +170,8 @@ class Run:
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "machine": {"processor": processor(), "cores": torch.multiprocessing.cpu_count()},
         }
-        with atomic_write(self.directory / "config.json") as part:
-            part.write_text(json.dumps(config, indent=2) + "\n")
+        with atomic_write(self.directory / "config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n")
 
     def _keep_metrics(self, warnings: list[str]) -> None:
         """Drop what came after the checkpoint of a resumed run: it will be written again.
@@ -187,14 +189,14 @@ class Run:
         if path.exists() and (damaged or self.settings.resume_from):
             self._set_aside([path])
         if damaged:
-            told = f"lines {', '.join(map(str, damaged[:10]))} of metrics.jsonl are damaged and left out"
-            warnings.append(f"{told}; the old file is in {self.directory / SET_ASIDE}")
+            warning = f"lines {', '.join(map(str, damaged[:10]))} of metrics.jsonl are damaged and left out"
+            warnings.append(f"{warning}; the old file is in {self.directory / SET_ASIDE}")
         norms = (line.get("usual_norm", 0.0) for line in kept if line["kind"] == "merge")
         self.usual_norm = max((norm for norm in norms if isinstance(norm, float)), default=0.0)
         for line in kept:
             self._note(line)
-        with atomic_write(path) as part:
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def _set_aside(self, files: list[Path]) -> None:
         """Move files of this directory to a new folder of set-aside/, where nothing looks for them."""

@@ -11,14 +11,14 @@ from atm_fl.errors import SettingError, did_you_mean
 
 def read_participation(text: str) -> dict[str, tuple[int, float]]:
     """'mnist=1-5, digits=6-' as task → (first, last) round; an open end is infinite. SettingError if it is neither."""
-    found: dict[str, tuple[int, float]] = {}
+    periods: dict[str, tuple[int, float]] = {}
     for item in text.split(",") if text.strip() else ():
         read = re.fullmatch(r"\s*(\S.*?)\s*=\s*(\d+)\s*-\s*(\d*)\s*", item)
         first, last = (int(read[2]), float(read[3] or math.inf)) if read else (0, 0.0)
         if not read or not 1 <= first <= last:
             raise SettingError(f"participation={text!r}: {item.strip()!r} is not of the form mnist=2-5 or mnist=2-")
-        found[read[1]] = first, last
-    return found
+        periods[read[1]] = first, last
+    return periods
 
 
 def check_participation(table: Mapping[str, tuple[int, float]], tasks: tuple[str, ...]) -> None:

@@ -320,15 +320,15 @@ class Settings:
 
     def part_taken(self, task: str, round_number: int) -> float:
         """The part of its epochs that `task` tunes in a round: 1, 0 if it takes no part, `replay` when it is past."""
-        part = self._planned(task, round_number)
-        return part if part and (self.fraction == 1 or task in self._drawn(round_number)) else 0.0
+        share = self._planned(task, round_number)
+        return share if share and (self.fraction == 1 or task in self._drawn(round_number)) else 0.0
 
     def _drawn(self, round_number: int) -> set[str]:
         """The tasks that are drawn for a round: `fraction` of those whose turn it is, one at least."""
-        those = [task for task in dict.fromkeys(self.client_tasks) if self._planned(task, round_number)]
+        planned = [task for task in dict.fromkeys(self.client_tasks) if self._planned(task, round_number)]
         random = torch.Generator().manual_seed(derive_seed(self.seed, "fraction", round_number))
-        order = torch.randperm(len(those), generator=random)
-        return {those[place] for place in order[: max(1, round(self.fraction * len(those)))]}
+        order = torch.randperm(len(planned), generator=random)
+        return {planned[place] for place in order[: max(1, round(self.fraction * len(planned)))]}
 
     def _planned(self, task: str, round_number: int) -> float:
         """The same by `participation` alone."""
@@ -373,7 +373,7 @@ class Settings:
 
     def plugins(self) -> dict[str, str]:
         """What decides a run's weights and comes from plugins: "codec 'sign'" → its file's name and digest."""
-        found = {}
+        files = {}
         for item in fields(self):
             registry = item.metadata["names"]
             if registry is None or not item.metadata["decides"]:
@@ -382,8 +382,8 @@ class Settings:
             for name in [text] if kebab(item.name) in CHOSEN else text.split(","):
                 name = name.partition(":")[0].strip()
                 if plugin := registry.plugin(name):
-                    found[f"{registry.kind} {name!r}"] = str(plugin)
-        return found
+                    files[f"{registry.kind} {name!r}"] = str(plugin)
+        return files
 
     def as_config(self) -> dict[str, Any]:
         """All settings by kebab-case key, as `parse` takes them."""

@@ -78,10 +78,10 @@ class Split:
     def parts(self, parts: Sequence[Tensor], workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """`batches` of the items of each of `parts`, int64 [k] on the labels' device."""
         if isinstance(self.images, Tensor):
-            pixels: Iterator[Tensor] = (self.images[part].expand(-1, 3, -1, -1) for part in parts)
+            pixels: Iterator[Tensor] = (self.images[chunk].expand(-1, 3, -1, -1) for chunk in parts)
         else:
-            pixels = decode_batches(self.images, [part.cpu() for part in parts], workers)
-        yield from zip(pixels, (self.labels[part] for part in parts), strict=True)
+            pixels = decode_batches(self.images, [chunk.cpu() for chunk in parts], workers)
+        yield from zip(pixels, (self.labels[chunk] for chunk in parts), strict=True)
 
     @property
     def digests(self) -> tuple[str, str]:
@@ -163,8 +163,8 @@ class Embedded(Task):
                 raise SettingError(
                     f"task {self.name!r} needs the package {error.name!r}; install it with pip"
                 ) from error
-            with atomic_write(path) as part:
-                np.savez_compressed(part, allow_pickle=False, **arrays)
+            with atomic_write(path) as temporary:
+                np.savez_compressed(temporary, allow_pickle=False, **arrays)
         with np.load(path) as stored:
             return _dataset(self.name, dict(stored))
 
@@ -252,12 +252,12 @@ def split_source(source: Source, cap: int = CAP) -> dict[str, np.ndarray]:
         parts = [strata[label][i] for i in random.permutation(len(strata[label]))]
         keep = min(1.0, cap / len(labels)) * sum(map(len, parts))
         taken = 0
-        for part in parts:
+        for positions in parts:
             if taken >= keep:
                 break
             name = "test" if taken < TEST * keep else "validation" if taken < (TEST + VALIDATION) * keep else "train"
-            chosen[name].extend(part)
-            taken += len(part)
+            chosen[name].extend(positions)
+            taken += len(positions)
     arrays = {"classes": np.array(list(source.classes))}
     for name, indices in chosen.items():
         arrays[f"{name}_images"], arrays[f"{name}_labels"] = images[indices], labels[indices]

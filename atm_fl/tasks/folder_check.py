@@ -114,14 +114,14 @@ def _leaks(
         for side in (pictures, others)
     ]
     leaks = compare(split, *sides[0], *sides[1])
-    for pairs, told, lines in (
+    for pairs, words, lines in (
         (leaks.exact, f"are in {other} too", report.errors),
         (leaks.alike, f"look like one of {other}", report.notes),
     ):
         if pairs:
             shown = ", ".join(f"{_name(pictures[one])} = {_name(others[two])}" for one, two in pairs[:EXAMPLES])
             more = ", …" if len(pairs) > EXAMPLES else ""
-            lines.append(f"{split}: {len(pairs)} of {len(pictures)} pictures {told} ({shown}{more})")
+            lines.append(f"{split}: {len(pairs)} of {len(pictures)} pictures {words} ({shown}{more})")
 
 
 def _facts(pictures: list[Picture]) -> list[str]:

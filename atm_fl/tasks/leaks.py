@@ -71,25 +71,25 @@ def difference_hash(images: Tensor) -> np.ndarray:
 
 def _near(bits: np.ndarray, train: np.ndarray) -> list[tuple[int, int]]:
     """Each of `bits` that is within `NEAR` of one of `train`, with the nearest: every pair is compared, in blocks."""
-    found: list[tuple[int, int]] = []
+    pairs: list[tuple[int, int]] = []
     if not len(train):
-        return found
+        return pairs
     rows = max(1, 2**22 // len(train))
     for start in range(0, len(bits), rows):
         distance = np.bitwise_count(bits[start : start + rows, None] ^ train)
         nearest = distance.argmin(1)
         close = distance[np.arange(len(nearest)), nearest] <= NEAR
-        found += [(start + row, int(nearest[row])) for row in close.nonzero()[0].tolist()]
-    return found
+        pairs += [(start + row, int(nearest[row])) for row in close.nonzero()[0].tolist()]
+    return pairs
 
 
 def describe(data: Dataset, leaks: Leaks, examples: int = 3) -> str:
     """One line: numbers, and the first few pairs by file name or number."""
 
-    def pairs(found: list[tuple[int, int]]) -> str:
+    def pairs(matched: list[tuple[int, int]]) -> str:
         here, train = _namer(data.split(leaks.split)), _namer(data.train)
-        shown = ", ".join(f"{here(i)} = {train(j)}" for i, j in found[:examples])
-        return f" ({shown}{', …' if len(found) > examples else ''})" if found else ""
+        shown = ", ".join(f"{here(i)} = {train(j)}" for i, j in matched[:examples])
+        return f" ({shown}{', …' if len(matched) > examples else ''})" if matched else ""
 
     return (
         f"{data.name}: of {leaks.images} {leaks.split} images {len(leaks.exact)} are in train"

@@ -127,10 +127,10 @@ def one_colour(pixels: np.ndarray) -> bool:
 
 def _orientation(image: Image) -> int:
     try:
-        told = image.getexif().get(0x0112, 1)
+        value = image.getexif().get(0x0112, 1)
     except Exception:  # EXIF that cannot be read says nothing, and the picture is there
         return 1
-    return told if isinstance(told, int) and 1 <= told <= 8 else 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _full_scale(image: Image) -> float:

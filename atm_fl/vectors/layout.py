@@ -53,7 +53,7 @@ class Layout:
                 f"a flat tensor of shape {tuple(flat.shape)} does not fit a layout of {self.size} elements"
             )
         parts = flat.split(self.sizes)
-        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+        return {name: entry.view(shape) for name, entry, shape in zip(self.names, parts, self.shapes, strict=True)}
 
     def flatten(self, module: nn.Module) -> Tensor:
         """A copy of the module's shared entries as one flat tensor [n], in their own dtype."""
@@ -77,10 +77,10 @@ def bind(module: nn.Module, layout: Layout) -> nn.Parameter:
 
 def digest(*parts: Tensor) -> str:
     """A short hash of the exact bytes of a vector, or of its parts one after another."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part.detach().cpu().contiguous().numpy().data)
-    return found.hexdigest()[:16]
+    sha = hashlib.sha256()
+    for item in parts:
+        sha.update(item.detach().cpu().contiguous().numpy().data)
+    return sha.hexdigest()[:16]
 
 
 def shared_entries(module: nn.Module) -> dict[str, nn.Parameter]:

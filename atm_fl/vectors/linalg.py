@@ -67,8 +67,8 @@ def leading(matrix: Tensor, rank: int, refined: bool) -> tuple[Tensor, Tensor]:
 
     `refined`: a few of a large one are found in float32 and refined, where that succeeds.
     """
-    if refined and rank and len(matrix) >= max(LARGE, 4 * rank) and (found := refine(matrix, rank)):
-        return found
+    if refined and rank and len(matrix) >= max(LARGE, 4 * rank) and (factors := refine(matrix, rank)):
+        return factors
     squares, vectors = eigh(matrix)
     return squares[len(squares) - rank :], vectors[:, len(squares) - rank :]
 
@@ -134,8 +134,8 @@ def polar(columns: Tensor, dtype: torch.dtype, least: float = 0.0) -> tuple[Tens
 def add(matrices: list[Tensor]) -> Tensor:
     """Their sum, float64."""
     total = torch.empty_like(matrices[0], dtype=torch.float64)
-    for part, first, *others in zip(total.split(ROWS), *(matrix.split(ROWS) for matrix in matrices), strict=True):
-        part.copy_(first)
+    for rows, first, *others in zip(total.split(ROWS), *(matrix.split(ROWS) for matrix in matrices), strict=True):
+        rows.copy_(first)
         for other in others:
-            part.add_(other)
+            rows.add_(other)
     return total

@@ -41,12 +41,12 @@ class MappedVectors:
     def vectors(self) -> dict[str, Tensor]:
         """The vectors by name, in the order of `add`, on the CPU; read from the file when they are looked at."""
         self._file.flush()
-        found, offset = {}, 0
+        views, offset = {}, 0
         for name, (dtype, size) in self._parts.items():
             # Mode c: torch wants writable memory, and what is written never reaches the file.
-            found[name] = torch.from_numpy(np.memmap(self._file, dtype, "c", offset, size))
+            views[name] = torch.from_numpy(np.memmap(self._file, dtype, "c", offset, size))
             offset += dtype.itemsize * size
-        return found
+        return views
 
     def close(self) -> None:
         """Delete the file; its space is free when the vectors are gone too."""

@@ -42,23 +42,23 @@ class Ring:
         vector = vector.detach().cpu()
         check_finite(vector)
         words = torch.empty(len(vector), dtype=torch.int32)
-        for part in parts(len(vector)):
-            block = vector[part].double()
+        for chunk in parts(len(vector)):
+            block = vector[chunk].double()
             largest = max(map(abs, map(float, block.aminmax())))
             if largest > self.reach:
                 raise with_figures(
                     ValueError(f"an element beyond secure-range={self.reach:g} (raise it)"),
                     f"one of magnitude {largest:.4g}",
                 )
-            words[part] = block.div_(self.step).round_().clamp_(-self.levels, self.levels)
+            words[chunk] = block.div_(self.step).round_().clamp_(-self.levels, self.levels)
         return words.numpy().view(np.uint32).astype(WORD, copy=False)
 
     def decode(self, words: np.ndarray, factor: float = 1.0) -> Tensor:
         """`factor` times the vector, float32 [n], that a sum of words [n] stands for."""
         vector = torch.empty(len(words))
-        for part in parts(len(words)):
-            signed = words[part].astype(np.uint32, copy=False).view(np.int32)
-            vector[part] = torch.from_numpy(signed).double() * (self.step * factor)
+        for chunk in parts(len(words)):
+            signed = words[chunk].astype(np.uint32, copy=False).view(np.int32)
+            vector[chunk] = torch.from_numpy(signed).double() * (self.step * factor)
         return vector
 
 

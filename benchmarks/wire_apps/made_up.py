@@ -37,8 +37,8 @@ def first_base(elements: int) -> Tensor:
 
 def step(turn: int) -> Tensor:
     """What this client's tuning would have found, float32 [n]; another one for every turn below 97."""
-    found = np.fromfile(folder() / f"{os.environ['WIRE_CLIENT']}.f32", np.float32)
-    return torch.from_numpy(found).mul_(1 + turn % 97 / 97)
+    vector = np.fromfile(folder() / f"{os.environ['WIRE_CLIENT']}.f32", np.float32)
+    return torch.from_numpy(vector).mul_(1 + turn % 97 / 97)
 
 
 def mark(event: str) -> None:
@@ -60,8 +60,8 @@ def marked(strategy: type[Strategy]) -> type[Strategy]:
             return super().configure_evaluate(*args)
 
         def aggregate_evaluate(self, *args: Any) -> MetricRecord | None:
-            found = super().aggregate_evaluate(*args)
+            metrics = super().aggregate_evaluate(*args)
             mark("evaluated")
-            return found
+            return metrics
 
     return Marked

@@ -31,8 +31,8 @@ class Tower(nn.Module):
         sizes = [math.prod(shape) for shape in layout.values()]
         # A client's is overwritten by the one that comes.
         flat = first_base(sum(sizes)) if in_server else torch.zeros(sum(sizes))
-        for (name, shape), part in zip(layout.items(), flat.split(sizes), strict=True):
-            self.register_parameter(name.replace(".", "_"), nn.Parameter(part.view(shape)))
+        for (name, shape), entry in zip(layout.items(), flat.split(sizes), strict=True):
+            self.register_parameter(name.replace(".", "_"), nn.Parameter(entry.view(shape)))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return pixels.mean((2, 3))

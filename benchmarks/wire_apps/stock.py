@@ -19,7 +19,7 @@ def named(flat: Tensor) -> dict[str, Tensor]:
     """A flat tensor as a state dict."""
     layout = shapes()
     parts = flat.split([math.prod(shape) for shape in layout.values()])
-    return {name: part.view(shape) for (name, shape), part in zip(layout.items(), parts, strict=True)}
+    return {name: entry.view(shape) for (name, shape), entry in zip(layout.items(), parts, strict=True)}
 
 
 @server.main()
@@ -37,8 +37,8 @@ def main(grid: Grid, context: Context) -> None:
 def train(message: Message, context: Context) -> Message:
     """The state dict plus a step."""
     state = message.content["arrays"].to_torch_state_dict()
-    for name, part in named(step(int(message.content["config"]["server-round"]))).items():
-        state[name] += part
+    for name, entry in named(step(int(message.content["config"]["server-round"]))).items():
+        state[name] += entry
     content = {"arrays": ArrayRecord(state), "metrics": MetricRecord({"num-examples": 1, "loss": 0.0})}
     return Message(RecordDict(content), reply_to=message)
 
