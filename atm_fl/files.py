@@ -57,3 +57,9 @@ def private_folder(path: Path) -> Path:
     if path.stat().st_mode & 0o077 and path.stat().st_uid == os.getuid():
         path.chmod(0o700)
     return path
+
+
+def packaged(path: Path) -> Path:
+    """A configuration's file: `path`, or, where there is none, this package's own `configs/NAME.toml`."""
+    inside = Path(__file__).parent / "configs" / path.name
+    return inside if path.parent == Path("configs") and not path.exists() and inside.is_file() else path

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+import atm_fl
 from atm_fl.errors import RunError, SettingError
 from atm_fl.plugins import absolute
 from atm_fl.settings import Settings
@@ -38,14 +39,27 @@ START_TIMEOUT = 60.0
 def run_simulation(settings: Settings, app: Path, cpus: float = 1, gpus: float = 0) -> None:
     """Run `settings` with one virtual SuperNode a task. Logs go to flower.log in the run directory.
 
-    app: the folder with pyproject.toml; cpus, gpus: what Ray reserves for one client. RunError, with the ServerApp's
-    own message, if the run did not complete.
+    app: the folder with pyproject.toml, by default this one, or else the apps that are installed; cpus, gpus: what Ray
+    reserves for one client. RunError, with the ServerApp's own message, if the run did not complete.
     """
+    if app == Path.cwd() and not (app / "pyproject.toml").exists():
+        app = installed_app(Path(settings.run_dir) / "flower" / "app")
     check_app(app)
     federation = f"num-supernodes={len(settings.task_names)} client-resources-num-cpus={cpus:g}"
     federation += f" client-resources-num-gpus={gpus:g}" if gpus else ""
     with superlink(Path(settings.run_dir) / "flower") as variables:
         flower_run(settings, app, "local", variables, "--federation-config", federation)
+
+
+def installed_app(folder: Path) -> Path:
+    """The apps of the installed package in a new `folder`, as `flwr run` wants them."""
+    about, ours = Path(atm_fl.__file__).parent / "deployment" / "app", Path(__file__).parent
+    shutil.copytree(about, folder, dirs_exist_ok=True)
+    for package in (ours, ours.with_name("clients")):
+        shutil.copytree(
+            package, folder / package.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    return folder
 
 
 def check_app(app: Path) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from atm_fl.errors import SettingError, figures
+from atm_fl.files import packaged
 
 console = Console()
 app = typer.Typer(
@@ -77,6 +78,7 @@ def read_config(path: Path, overrides: list[str], defaults: dict[str, Any] | Non
     """
     from atm_fl.settings import Settings
 
+    path = packaged(path)
     if not path.is_file():
         raise SettingError(f"{path} is not a file; the configurations are in configs/")
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from atm_fl.errors import SettingError
+from atm_fl.files import packaged
 
 Configuration = TypeVar("Configuration")
 Unit = TypeVar("Unit")
@@ -51,6 +52,7 @@ def command_for(values: dict[str, Any]) -> str:
 
 def read_study(path: Path, kind: Study[Configuration, Unit]) -> Configuration:
     """The study, of the module `kind`, in a TOML file. SettingError if it is not one, or a value cannot work."""
+    path = packaged(path)
     try:
         values = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
