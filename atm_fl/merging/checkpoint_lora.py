@@ -15,7 +15,7 @@ from atm_fl.merging.checkpoint_inputs import Checkpoint, Entry, Reader, few, rea
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LoraDelta:
     """The difference scale · up · down [m, n] of a LoRA, up [m, r], down [r, n], computed row by row."""
 
     up: Tensor
@@ -112,7 +112,7 @@ class Adapter(Checkpoint):
                     f"{list(entry.shape)}"
                 )
             self.entries[base_name] = Entry("F32", entry.shape, (0, 0))
-            self._readers[base_name] = LowRank(up.contiguous(), down.contiguous(), self._scale(name, pair.a.shape[0]))
+            self._readers[base_name] = LoraDelta(up.contiguous(), down.contiguous(), self._scale(name, pair.a.shape[0]))
         if unknown:
             raise SettingError(
                 f"{self.path} is an adapter of another model: {few(unknown)} are not in {base.path}, which has "
