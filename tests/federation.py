@@ -313,8 +313,10 @@ def in_process(settings: Settings, app: ClientApp = client_app) -> Run:
     return serve(InProcessGrid(app, len(settings.task_names), settings.as_config()), settings)
 
 
-def tampered(change: Callable[[Message, Message], Message], task: str, kind: str = "train") -> ClientApp:
-    """The real ClientApp, with the replies of one task's client changed by `change(message, reply)`."""
+def tampered(
+    change: Callable[[Message, Message], Message], task: str | tuple[str, ...], kind: str = "train"
+) -> ClientApp:
+    """The real ClientApp, with the replies of one task's client (or several's) changed by `change(message, reply)`."""
 
     class Tampered(ClientApp):
         def __call__(self, message: Message, context: Context) -> Message:

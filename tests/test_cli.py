@@ -48,7 +48,8 @@ ROOT = Path(__file__).parents[1]
         ({"scaling": float("inf")}, "scaling=inf"),
         ({"optimizer": "adam"}, "optimizer='adam': it takes one of adamw, sgd"),
         ({"on-failure": "retry"}, "on-failure='retry': it takes one of abort, skip"),
-        ({"min-successful": 9}, "min-successful=9: there are only 8 clients"),
+        ({"min-successful": 9, "on-failure": "skip"}, "min-successful=9: there are only 8 clients"),
+        ({"min-successful": 2}, "min-successful=2: on-failure='abort' ends a run at the first failure"),
         ({"device": "gpu"}, "device='gpu'"),
     ],
 )

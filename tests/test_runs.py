@@ -15,6 +15,7 @@ import pytest
 import torch
 from federation import final, in_process, replace_info, same, tampered
 from flwr.app import Array, ArrayRecord, Message
+from flwr.clientapp import ClientApp
 
 from atm_fl.errors import RunError, SettingError
 from atm_fl.federation.loop import run_loop
@@ -229,13 +230,25 @@ def test_skip_goes_on_without_the_failing_client(config: dict[str, Any]) -> None
         in_process(strict, drop)
 
 
+def test_skip_alone_goes_on_with_the_one_client_that_is_left_and_not_with_none(config: dict[str, Any]) -> None:
+    def drop(*names: str) -> ClientApp:
+        return tampered(replace_info("base", "0"), names)
+
+    run = in_process(Settings.parse({**config, "on-failure": "skip"}), drop("green", "red"))
+    merged = [line for line in read_metrics(run.directory) if line["kind"] == "merge"]
+    assert [line["tasks"] for line in merged] == [["blue"]] * 3
+    nobody = Settings.parse({**config, "on-failure": "skip", "run-dir": config["run-dir"] + "2"})
+    with pytest.raises(RunError, match="0 of 3 clients succeeded, 1 needed"):
+        in_process(nobody, drop("green", "red", "blue"))
+
+
 def test_skip_goes_on_without_a_party_that_fails_the_roll_call(config: dict[str, Any], folders: list[str]) -> None:
     shutil.rmtree(folders[1])
     run = in_process(Settings.parse({**config, "on-failure": "skip", "min-successful": 2}))
     merged = [line for line in read_metrics(run.directory) if line["kind"] == "merge"]
     assert merged[0]["tasks"] == ["red", "blue"]
     assert merged[0]["failures"] == {"green": "no party at the roll call"}
-    all_needed = {**config, "on-failure": "skip", "run-dir": config["run-dir"] + "2"}
+    all_needed = {**config, "on-failure": "skip", "min-successful": 3, "run-dir": config["run-dir"] + "2"}
     with pytest.raises(RunError, match="no party holds green"):
         in_process(Settings.parse(all_needed))
 

@@ -122,6 +122,11 @@ def check(settings: Settings) -> None:
     for name in settings.sinks:
         SINKS.find(name, f"metric-sinks={settings.metric_sinks!r}: metric sink {name!r}")
     check_secure(settings)
+    if settings.min_successful and settings.on_failure == "abort":
+        raise SettingError(
+            f"min-successful={settings.min_successful}: on-failure='abort' ends a run at the first failure; it needs "
+            "on-failure=skip"
+        )
     if settings.min_successful > len(settings.task_names):
         raise SettingError(
             f"min-successful={settings.min_successful}: there are only {len(settings.task_names)} clients in tasks"

@@ -193,7 +193,9 @@ class Settings:
         decides=False,
     )
     min_successful: int = setting(
-        0, "clients that must succeed in a round under skip, of those that take part in it; 0: all", decides=False
+        0,
+        "clients that must succeed in a round under skip, of those that take part in it; 0: one, or secure-threshold",
+        decides=False,
     )
     on_failure: str = setting(
         "abort", "when a client fails: end the run, or go on without it", decides=False, choices=("abort", "skip")
@@ -275,8 +277,10 @@ class Settings:
 
     @property
     def needed(self) -> int:
-        """Clients that must succeed for a round to count: `min-successful` under skip, all under abort."""
-        return (self.on_failure == "skip" and self.min_successful) or len(self.task_names)
+        """Clients that must succeed for a round to count: all, or under skip `min-successful` (or as few as can)."""
+        if self.on_failure == "abort":
+            return len(self.task_names)
+        return self.min_successful or (self.threshold if self.secure_aggregation else 1)
 
     @property
     def task_scalings(self) -> dict[str, float]:
