@@ -48,6 +48,8 @@ def parse(words: list[str]) -> None:
     """click.UsageError unless a command takes these words."""
     command: click.Command = typer.main.get_command(app)
     while isinstance(command, click.Group):
+        if command.invoke_without_command and (not words or words[0].startswith("-")):
+            break  # as `atm-fl tasks --leaks dtd` beside `atm-fl tasks check`
         name, *words = words or [""]
         chosen = command.commands.get(name)
         if chosen is None:

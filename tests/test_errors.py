@@ -16,7 +16,7 @@ from server.grid import InProcessGrid
 
 ROOT = Path(__file__).parents[1]
 TOLD_BY = (
-    *["atm_fl/federation/client.py", "atm_fl/federation/bounds.py", "atm_fl/privacy/budget.py"],
+    *["atm_fl/federation/shares.py", "atm_fl/federation/bounds.py", "atm_fl/privacy/budget.py"],
     *["atm_fl/privacy/accounting.py", "atm_fl/vectors/ring.py", "atm_fl/vectors/finite.py", "clients/app.py"],
 )
 SECRET = ("len(", "path", "largest", "holding", "tuned_on", "images", "labels")

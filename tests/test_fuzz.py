@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from itertools import chain, cycle
 from pathlib import Path
 from threading import Event, Thread
@@ -109,13 +109,22 @@ def size_mutations(draw: st.DrawFn) -> Change:
         elif kind == "strings":
             records["info"] = ConfigRecord({"task": "x" * 2**20, "base": "x" * count})
         elif "arrays" in records.array_records:
-            held = {name: array.numpy() for name, array in records.array_records["arrays"].items()}
+            held = readable(records)
             longer = {name: np.resize(array, len(array) + count) for name, array in held.items() if array.ndim == 1}
             shorter = {name: array[:-1] for name, array in held.items() if array.ndim == 1}
             chosen = longer if kind == "long" else shorter
             records["arrays"] = ArrayRecord({name: Array(array) for name, array in chosen.items()})
 
     return change
+
+
+def readable(records: RecordDict) -> dict[str, np.ndarray]:
+    """The arrays of a message that another change has left readable, by name."""
+    arrays = {}
+    for name, array in records.array_records["arrays"].items():
+        with suppress(TypeError, ValueError, EOFError):
+            arrays[name] = array.numpy()
+    return arrays
 
 
 @st.composite
@@ -125,7 +134,7 @@ def direction_mutations(draw: st.DrawFn) -> Change:
 
     def change(records: RecordDict) -> None:
         if "arrays" in records.array_records:
-            held = {name: array.numpy() for name, array in records.array_records["arrays"].items()}
+            held = readable(records)
             with np.errstate(all="ignore"):
                 changed = {name: (array * factor).astype(array.dtype) for name, array in held.items()}
             records["arrays"] = ArrayRecord({name: Array(array) for name, array in changed.items()})

@@ -321,7 +321,7 @@ def test_the_help_shows_every_option_of_every_merge(
         (["--method", "ties", "--density", "1.5"], "density=1.5: it must be above 0 and at most 1"),
         (["--method", "ties", "--density", "nan"], "density=nan: it must be a finite number"),
         (["--method", "ties", "--density", "much"], "'much' is not a valid float"),
-        (["--method", "tie"], "merge='tie' is unknown; did you mean 'ties'?"),
+        (["--method", "tie"], "merge 'tie' is unknown; did you mean 'ties'?"),
         (["--method", "multi-krum", "--f", "2"], "needs at least 7 tasks"),
         (["none.safetensors"], "none.safetensors is not a file"),
     ],

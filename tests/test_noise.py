@@ -244,7 +244,7 @@ def test_a_lifetime_stops_any_run_whatever_its_seed_or_configuration(
     with pytest.raises(RunError, match=r"round 1 would bring its ε over all runs over this party's lifetime-epsilon="):
         later.train(later.model.pretrained, 1, "f" * 16)
     plain = Party(Settings.parse(config), folder, account=Account(lifetime=1.05 * once))
-    with pytest.raises(RunError, match="a run without dp-sgd would bring the ε"):
+    with pytest.raises(RunError, match="a run without dp-sgd would bring its ε"):
         plain.train(plain.model.pretrained, 1, "e" * 16)
     assert epsilon(party.budget.ledger.history(party.budget.holding), 1e-5) == once  # what was refused costs nothing
 

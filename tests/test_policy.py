@@ -88,7 +88,7 @@ def grid_with(config: dict[str, Any], tmp_path: Path, policy: str) -> tuple[InPr
     return grid, settings
 
 
-@pytest.mark.parametrize(("line", "breaks", "keeps", "told"), RULES)
+@pytest.mark.parametrize(("line", "breaks", "keeps", "message"), RULES)
 def test_a_run_that_asks_for_more_is_refused_before_data_are_read(
     config: dict[str, Any],
     tmp_path: Path,
@@ -219,7 +219,7 @@ def test_the_partys_bound_goes_before_the_runs(config: dict[str, Any], tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("epsilom = 3", "rule 'epsilom' is unknown; did you mean 'epsilon'?"),
         ("dp-epsilon = 3", "rule 'dp-epsilon' is unknown"),
@@ -247,7 +247,7 @@ def test_a_policy_that_cannot_be_read_is_one_clear_error(tmp_path: Path, text: s
 
 
 @pytest.mark.parametrize(
-    ("node", "told"),
+    ("node", "message"),
     [
         (
             {"privacy": "dp-sgd"},

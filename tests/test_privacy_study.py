@@ -122,7 +122,7 @@ def test_epsilon_and_the_attacked_noise_are_the_runs(file: Path) -> None:
         ('"x" = { kind = "one-shot" }', "row 'x': it takes settings and reconstruction, membership, poisoning"),
         ('"x" = { reconstruction = { victims = 0 } }', "row 'x', reconstruction: victims=0"),
         ('"x" = { poisoning = { attackers = "blue" }, tasks = "noise" }', "row 'x', poisoning: --attackers blue"),
-        ('"x" = { poisoning = { attack = "sign-flop" } }', "--attack sign-flop: it is unknown"),
+        ('"x" = { poisoning = { attack = "sign-flop" } }', "attack='sign-flop' is unknown"),
         ('"x" = { membership = { rounds = 0 } }', "row 'x', membership: rounds=0"),
     ],
 )

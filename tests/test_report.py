@@ -262,7 +262,7 @@ def test_models_of_other_settings_are_no_reference(changed: dict[str, Any], tmp_
 
 
 @pytest.mark.parametrize(
-    ("privacy", "spent", "told"),
+    ("privacy", "spent", "message"),
     [
         ({}, {}, "no differential privacy"),
         ({"privacy": "dp-sgd"}, {"epsilon": 1.5}, "1.500 for a training record of icons, δ = 1e-05"),

@@ -30,13 +30,13 @@ from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
 from clients.app import app as client_app
 
-SPARSE = "topk:0.05"
+SPARSE = "topk:density=0.05"
 PAIRS = [
     *[(up, "fp32") for up in CODECS],
     *[("fp32", down) for down in CODECS if down != "fp32"],
-    ("topk:0.05", "int8"),
-    ("int4", "topk:0.2"),
-    ("low-rank:2", "low-rank:4"),
+    ("topk:density=0.05", "int8"),
+    ("int4", "topk:density=0.2"),
+    ("low-rank:rank=2", "low-rank:rank=4"),
     ("int8", "int8"),
 ]
 

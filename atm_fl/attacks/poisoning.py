@@ -35,6 +35,7 @@ from atm_fl.federation.aggregation import mean
 from atm_fl.federation.client import Party, Update
 from atm_fl.federation.loop import run_loop
 from atm_fl.files import atomic_write
+from atm_fl.merging import MERGES
 from atm_fl.merging.kinds import LinearCombination
 from atm_fl.merging.robust import Median, TrimmedMean
 from atm_fl.options import Choice, option, read_choice
@@ -371,8 +372,9 @@ def result_in(place: Path) -> dict[str, Any] | None:
 
 
 def place_of(folder: Path, attack: str, merge: str) -> Path:
-    """The run directory of one of `studies`. merge: the name alone."""
-    return folder / f"{str(read_attack(attack)).replace(':', '-')}-{merge}"
+    """The run directory of one of `studies`, by all that is chosen."""
+    chosen = read_attack(attack), read_choice("merge", merge, MERGES)
+    return folder / "-".join(str(choice).replace(":", "-") for choice in chosen)
 
 
 def _shown(settings: Settings) -> str:
@@ -408,7 +410,7 @@ def studies(
     runs = []
     for merge in merges:
         for attack in attacks:
-            place = str(place_of(folder, attack, merge.partition(":")[0]).resolve())
+            place = str(place_of(folder, attack, merge).resolve())
             config = {**settings.as_config(), "merge": merge, "run-dir": place}
             runs.append((attack, Settings.parse(config)))
             check(runs[-1][1], attack, attackers)

@@ -140,7 +140,7 @@ class AttackUnit:
         if self.attack == "membership":
             path = self.folder / "result.json"
             return json.loads(path.read_text())["rows"] if path.exists() else None
-        merge, attacks = self.run.parse().merge_choice.name, ("none", self.values["attack"])
+        merge, attacks = self.run.parse().merge, ("none", self.values["attack"])
         results = [poisoning.result_in(poisoning.place_of(self.folder, attack, merge)) for attack in attacks]
         return results if None not in results else None
 

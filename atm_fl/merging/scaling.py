@@ -31,6 +31,8 @@ def read_table(key: str, text: str) -> dict[str, Any]:
             if not item or not item[1]:
                 raise ValueError
             name = tomllib.loads(f"name = {item[1]}")["name"] if item[1][0] in "\"'" else item[1]
+            if "=" in item[2]:
+                raise ValueError
         except ValueError as error:
             wrong = text[place : item.end() if item else None].strip().rstrip(",")
             raise SettingError(
