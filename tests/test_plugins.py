@@ -139,11 +139,11 @@ def test_an_attack_is_measured_against_a_defence(config: dict[str, Any], tmp_pat
     assert names == {(a, m) for a in ("none", "echo") for m in ("mean", "sign-mean size=0.001")}
     norms = {
         name: next(line["norm"] for line in read_metrics(tmp_path / "poison" / name) if line["kind"] == "merge")
-        for name in ("none-mean", "echo-mean", "echo-sign-mean", "none-sign-mean")
+        for name in ("none-mean", "echo-mean", "echo-sign-mean-size=0.001", "none-sign-mean-size=0.001")
     }
     assert norms["echo-mean"] != norms["none-mean"]
     size = len(Run(Settings.parse({**config, "run-dir": str(tmp_path / "size")})).base)
-    assert norms["echo-sign-mean"] <= 0.001 * size**0.5 * 1.0001  # whatever an attacker sends
+    assert norms["echo-sign-mean-size=0.001"] <= 0.001 * size**0.5 * 1.0001  # whatever an attacker sends
     changed = page.parent / "changed"
     changed.mkdir()
     (changed / "echo.py").write_text((page / "An_attack.py").read_text() + "# another")
