@@ -443,7 +443,9 @@ def test_the_roll_call_survives_a_client_without_info(two: dict[str, Any]) -> No
     run = in_process(Settings.parse(two), app)
     assert "green" in next(line for line in read_metrics(run.directory) if line["kind"] == "merge")["failures"]
     with pytest.raises(RunError, match="no party holds green; node 2: refused: a reply without info"):
-        in_process(Settings.parse({**two, "on-failure": "abort", "run-dir": two["run-dir"] + "2"}), app)
+        in_process(
+            Settings.parse({**two, "on-failure": "abort", "min-successful": 0, "run-dir": two["run-dir"] + "2"}), app
+        )
 
 
 class Registered(InProcessGrid):
@@ -462,7 +464,7 @@ def test_a_registered_node_holds_its_own_task_alone(two: dict[str, Any], folders
     run = serve(grid, settings)
     merges = [line for line in read_metrics(run.directory) if line["kind"] == "merge"]
     assert [line["tasks"] for line in merges] == [["red", "blue"]] * 2
-    again = Settings.parse({**two, "on-failure": "abort", "run-dir": two["run-dir"] + "2"})
+    again = Settings.parse({**two, "on-failure": "abort", "min-successful": 0, "run-dir": two["run-dir"] + "2"})
     with pytest.raises(RunError, match=r"node 2 \(green\): refused: it is registered as 'green' and says.* 'red'"):
         serve(grid, again)
 
