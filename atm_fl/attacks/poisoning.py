@@ -136,17 +136,17 @@ def alie_factor(parties: int, attackers: int) -> float:
 def forge(
     attack: str,
     strength: float,
-    honest_own: Tensor,
+    tuned: Tensor,
     honest: Sequence[Tensor],
     parties: int,
     step: Tensor | None,
     seed: int,
 ) -> Tensor:
-    """The vector [n] that an attacker sends instead of its `own`.
+    """The vector [n] that an attacker sends instead of `tuned`, its own as an honest party.
 
     honest: what the honest parties sent in this round; step: the base's last one, None in round 1.
     """
-    return ATTACKS[attack].forge(Sight(honest_own, strength, honest, parties, step, seed))
+    return ATTACKS[attack].forge(Sight(tuned, strength, honest, parties, step, seed))
 
 
 @attack("none")

@@ -28,7 +28,7 @@ SMALLEST = 64
 
 
 def paired(guessed: Tensor, truth: Tensor) -> Tensor:
-    """The images `found` [k, 3, h, w] in the order of `truth` that makes the sum of the pairs' PSNR largest."""
+    """The images `guessed` [k, 3, h, w] in the order of `truth` that makes the sum of the pairs' PSNR largest."""
     count = len(truth)
     every = psnr(guessed.repeat(count, 1, 1, 1), truth.repeat_interleave(count, 0)).view(count, count)
     _, order = linear_sum_assignment(every.numpy(), maximize=True)

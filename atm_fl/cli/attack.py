@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from atm_fl.cli.study import run_study
-from atm_fl.cli.terminal import Config, Jobs, OnlyReport, Override, app, console, read_config, say
+from atm_fl.cli.terminal import Config, Jobs, OnlyReport, Override, app, read_config, say
 from atm_fl.errors import RunError
 
 attack = typer.Typer(no_args_is_help=True, help="Attack what parties send, and measure it: docs/attacks.md.")
@@ -42,7 +42,7 @@ def membership(
     from atm_fl.attacks import membership as attacks
 
     leaks = attacks.study(read_config(config, override or []), task, folder, members, count, say)
-    console.print(attacks.write(leaks, folder), soft_wrap=True, highlight=False, markup=False)
+    say(attacks.write(leaks, folder))
 
 
 @attack.command()

@@ -101,7 +101,7 @@ def _say_leaks(name: str, workers: int) -> bool:
     data = registry.load(name, SIZE)
     leaks_found = find_leaks(data, workers)
     for leaks in leaks_found:
-        console.print(describe(data, leaks), soft_wrap=True, highlight=False, markup=False)
+        say(describe(data, leaks))
     return any(leaks.exact for leaks in leaks_found)
 
 
@@ -127,15 +127,15 @@ def prepare(
         )
     folder.mkdir(parents=True, exist_ok=True)
     for data_set in chosen:
-        console.print(f"{data_set.name}: {data_set.source}", soft_wrap=True, highlight=False, markup=False)
+        say(f"{data_set.name}: {data_set.source}")
         data_set.parts(folder, download=True)
         data = data_set.load(leaks.SIZE, folder)
         for leak in leaks.find_leaks(data, workers):
-            console.print(leaks.describe(data, leak), soft_wrap=True, highlight=False, markup=False)
+            say(leaks.describe(data, leak))
         console.print(
             f"{data_set.name}: {len(data.classes)} classes, {len(data.train)} training, "
             f"{len(data.validation)} validation and {len(data.test)} test images",
             highlight=False,
         )
     if folder != library.data_root().resolve():
-        console.print(f"runs find it with ATM_FL_DATA={folder}", soft_wrap=True, highlight=False, markup=False)
+        say(f"runs find it with ATM_FL_DATA={folder}")

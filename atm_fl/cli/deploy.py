@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from atm_fl.cli.terminal import Authority, Superlink, app, console
+from atm_fl.cli.terminal import Authority, Superlink, app, say
 
 deploy = typer.Typer(no_args_is_help=True, help="Set up a federation of real machines: docs/deployment.md.")
 app.add_typer(deploy, name="deploy")
@@ -36,7 +36,7 @@ def init(
 
     for folder in lay_out(root, parties, host, port, renew):
         then = "carry it to its machine, and there: sh join" if host else "starts with docker-compose up -d"
-        console.print(f"{folder}: {then}", soft_wrap=True, highlight=False, markup=False)
+        say(f"{folder}: {then}")
 
 
 @deploy.command()
@@ -51,7 +51,7 @@ def sign(
     from server.deployment import sign
 
     for line in sign(app_dir, key, to):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        say(line)
 
 
 @deploy.command()
@@ -70,7 +70,7 @@ def check(
 
     outcomes = list(check(Machine(superlink, ca, key, task, data, policy, disk, memory)))
     for name, line, good in outcomes:
-        console.print(f"{'ok   ' if good else 'WRONG'} {name}: {line}", soft_wrap=True, highlight=False, markup=False)
+        say(f"{'ok   ' if good else 'WRONG'} {name}: {line}")
     if not all(good for *_, good in outcomes):
         raise typer.Exit(1)
 
@@ -87,4 +87,4 @@ def register(
     from server.deployment import register
 
     for line in register(superlink, ca, keys):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        say(line)

@@ -57,8 +57,8 @@ def run_joint(settings: Settings) -> None:
                 features = model.module(torch.cat([images for images, _ in taken]))
                 parts = features.split([len(labels) for _, labels in taken])
                 loss = sum(
-                    functional.cross_entropy(heads[number](positions_), labels, reduction="sum")
-                    for number, positions_, (_, labels) in zip(present, parts, taken, strict=True)
+                    functional.cross_entropy(heads[number](features_of_party), labels, reduction="sum")
+                    for number, features_of_party, (_, labels) in zip(present, parts, taken, strict=True)
                 )
                 assert isinstance(loss, torch.Tensor)
                 (loss / len(batch)).backward()
