@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from atm_fl.errors import SettingError
-from atm_fl.merging.checkpoint_inputs import few
 from atm_fl.merging.checkpoint_lora import Adapter
 from atm_fl.merging.checkpoint_names import INPUTS
 from atm_fl.merging.checkpoint_outputs import check_folder
 from atm_fl.vectors.blocks import parts
 from atm_fl.vectors.linalg import svd
+from atm_fl.vectors.model_files import few
 from atm_fl.vectors.tensor_files import save_vectors
 
 if TYPE_CHECKING:

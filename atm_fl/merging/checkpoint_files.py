@@ -1,8 +1,8 @@
 """Merging models on disk, block by block, at the disk's speed and in little memory.
 
-read: the base and models that were fine-tuned from it (checkpoint_inputs.py), which are mapped and never altered. What
-is merged are the tensors of floating point (fp64, fp32, fp16, bf16) that checkpoint_names.py chooses; all else stays as
-in the base. Differences are taken in float32, or float64 where a tensor is float64, and are merged in float32.
+read: the base and models that were fine-tuned from it (vectors/model_files.py), which are mapped and never altered.
+What is merged are the tensors of floating point (fp64, fp32, fp16, bf16) that checkpoint_names.py chooses; all else
+stays as in the base. Differences are taken in float32, or float64 where a tensor is float64, and are merged in float32.
 
 held: a few blocks for each thread. Merges that need something of the whole vectors first (TIES its thresholds, others
 norms or inner products) go through the files once more. Merges of matrices hold one entry of every file, two entries at
@@ -30,7 +30,6 @@ from torch import Tensor
 
 from atm_fl.errors import RunError, SettingError
 from atm_fl.merging import Merge, make_merge, options
-from atm_fl.merging.checkpoint_inputs import Checkpoint, few
 from atm_fl.merging.checkpoint_lora import Adapter, open_checkpoint
 from atm_fl.merging.checkpoint_names import Plan, make_plan
 from atm_fl.merging.checkpoint_outputs import Output, fits, is_folder, output
@@ -39,6 +38,7 @@ from atm_fl.merging.kinds import Elementwise, LinearCombination, Streaming, Tens
 from atm_fl.merging.scaling import Factor, check_task_scaling, factors
 from atm_fl.vectors.blocks import Block, blocks, in_parallel, parts, stretches
 from atm_fl.vectors.mapped import MappedVectors
+from atm_fl.vectors.model_files import Checkpoint, few
 
 Progress = Callable[[str, float], object]
 """(what is being done, part of all the work that is done, 0 to 1)"""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from atm_fl.errors import SettingError
-from atm_fl.merging.checkpoint_inputs import Checkpoint, Entry, Reader, few, read_json
+from atm_fl.vectors.model_files import Checkpoint, Entry, Reader, few, read_json
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from fnmatch import fnmatchcase
 import torch
 
 from atm_fl.errors import SettingError
-from atm_fl.merging.checkpoint_inputs import Checkpoint, Reader, Zero, few
 from atm_fl.merging.checkpoint_lora import Adapter
 from atm_fl.vectors import Layout
+from atm_fl.vectors.model_files import Checkpoint, Reader, Zero, few
 from atm_fl.vectors.tensor_files import bits
 
 INPUTS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from atm_fl.errors import SettingError
 from atm_fl.files import atomic_write
-from atm_fl.merging.checkpoint_inputs import WEIGHTS, Checkpoint
+from atm_fl.vectors.model_files import WEIGHTS, Checkpoint
 from atm_fl.vectors.tensor_files import bits, header_bytes
 
 PIECE = 1 << 23

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from atm_fl.errors import SettingError
-from atm_fl.merging.checkpoint_inputs import Checkpoint, Dense, Reader
 from atm_fl.vectors import Layout
 from atm_fl.vectors.blocks import BLOCK
 from atm_fl.vectors.finite import is_finite
+from atm_fl.vectors.model_files import Checkpoint, Dense, Reader
 
 
 class BaseParts:

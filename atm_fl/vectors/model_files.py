@@ -1,7 +1,7 @@
 """Models on disk as people have them, each as named entries that are read when they are looked at.
 
 A safetensors file; shards with their `*.index.json`; a Hugging Face folder; a `.pt` or `.bin` of `torch.save` (read by
-`weights_only`, which runs no code). LoRA adapters are in checkpoint_lora.py. What is mapped belongs to the system's
+`weights_only`, which runs no code). LoRA adapters are in merging/checkpoint_lora.py. What is mapped belongs to the system's
 page cache and goes when memory is short. Nothing is ever written.
 """
 
