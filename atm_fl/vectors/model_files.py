@@ -1,8 +1,8 @@
 """Models on disk as people have them, each as named entries that are read when they are looked at.
 
 A safetensors file; shards with their `*.index.json`; a Hugging Face folder; a `.pt` or `.bin` of `torch.save` (read by
-`weights_only`, which runs no code). LoRA adapters are in merging/checkpoint_lora.py. What is mapped belongs to the system's
-page cache and goes when memory is short. Nothing is ever written.
+`weights_only`, which runs no code). LoRA adapters are in merging/checkpoint_lora.py. What is mapped belongs to the
+system's page cache and goes when memory is short. Nothing is ever written.
 """
 
 from __future__ import annotations
