@@ -261,7 +261,7 @@ NODE = {
     "policy": "its policy.toml",
     "max-update-norm": "the policy's rule of this name, for a party without a policy",
     "trusted-parties": "the policy's rule of this name, for a party without a policy",
-    "apps-checked": "set by clients/supernode.py, which keeps the rule `apps`",
+    "apps-checked": "set by atm_fl/clients/supernode.py, which keeps the rule `apps`",
     "partition-id": "set by a simulation",
     "num-partitions": "set by a simulation",
 }

@@ -24,10 +24,10 @@ from flwr.clientapp import ClientApp
 from atm_fl import models
 from atm_fl.codecs import Fp32
 from atm_fl.runs.run import Run
+from atm_fl.server.grid import InProcessGrid, StreamingGrid
+from atm_fl.server.strategy import AtmStrategy
 from atm_fl.settings import Settings
 from atm_fl.vectors import Layout
-from server.grid import InProcessGrid, StreamingGrid
-from server.strategy import AtmStrategy
 
 COUNTS = (4, 16)
 

@@ -23,8 +23,8 @@ from PIL import Image
 
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import processor
+from atm_fl.server.simulation import run_simulation
 from atm_fl.settings import Settings
-from server.simulation import run_simulation
 
 CLASSES = 2
 ROOT = Path(__file__).parents[1]

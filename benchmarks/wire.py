@@ -44,9 +44,9 @@ from merging import SCALES, image_tower, made_up
 from atm_fl import models
 from atm_fl.deployment.keys import make_authority, make_certificate, make_key_pair
 from atm_fl.runs.run import processor
+from atm_fl.server.deployment import register
+from atm_fl.server.simulation import environment, flower_run
 from atm_fl.settings import Settings
-from server.deployment import register
-from server.simulation import environment, flower_run
 
 ROOT = Path(__file__).parents[1]
 APPS = ROOT / "benchmarks" / "wire_apps"
@@ -147,7 +147,7 @@ class Federation:
         for client in range(self.clients):
             command = ["flower-supernode"]
             if self.whose == "ours":
-                command = [sys.executable, "-m", "clients.supernode"]
+                command = [sys.executable, "-m", "atm_fl.clients.supernode"]
             command += [f"--superlink={address}", f"--root-certificates={authority}", f"--port={free_port()}"]
             command += [f"--auth-supernode-private-key={self.folder}/keys/{client}"]
             command += [f'--node-config=data="wire" task="{client}"']

@@ -1,1 +1,1 @@
-"""The Flower side of a party: ClientApp and its mods."""
+"""What Flower ships as the clients' app."""

@@ -1,1 +1,1 @@
-"""The Flower side of the server: ServerApp, strategy, grids."""
+"""What Flower ships as the server's app."""

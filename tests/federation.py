@@ -27,16 +27,16 @@ from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 
 from atm_fl import cli
+from atm_fl.clients.app import app as client_app
 from atm_fl.deployment.federation import lay_out
 from atm_fl.errors import RunError
 from atm_fl.runs.checkpoints import checkpoints
 from atm_fl.runs.run import Run
+from atm_fl.server.app import serve
+from atm_fl.server.deployment import register
+from atm_fl.server.grid import InProcessGrid
+from atm_fl.server.simulation import QUIET, plain
 from atm_fl.settings import Settings
-from clients.app import app as client_app
-from server.app import serve
-from server.deployment import register
-from server.grid import InProcessGrid
-from server.simulation import QUIET, plain
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,7 +68,7 @@ class Federation:
         files = [f"--ssl-{kind}={self.secrets / name}" for kind, name in CERTIFICATES.items()]
         self.spawn(
             "superlink",
-            *[sys.executable, "-m", "server.superlink", "--host=127.0.0.1", f"--port={port}", *files],
+            *[sys.executable, "-m", "atm_fl.server.superlink", "--host=127.0.0.1", f"--port={port}", *files],
             *["--enable-supernode-auth", "--disable-runtime-dependency-installation"],
             f"--database={self.home / 'superlink.db'}",
         )
@@ -89,7 +89,12 @@ class Federation:
         trust = more or (f"--root-certificates={settings.get('ca', self.secrets / 'ca.crt')}",)
         return self.spawn(
             settings.get("called", name),
-            *[sys.executable, "-m", "clients.supernode", f"--superlink={settings.get('through') or self.address}"],
+            *[
+                sys.executable,
+                "-m",
+                "atm_fl.clients.supernode",
+                f"--superlink={settings.get('through') or self.address}",
+            ],
             *[f"--port={port}", *trust],
             f"--auth-supernode-private-key={self.home / 'federation' / 'parties' / held / 'key'}",
             f'--node-config=data="{self.data[name]}"'

@@ -1,4 +1,4 @@
-"""What test_deploy.py has run in the processes of clients/superexec.py; nothing of atm_fl is imported for it."""
+"""What test_deploy.py has run in the processes of atm_fl/clients/superexec.py, all of atm_fl that is imported there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clients import superexec
+from atm_fl.clients import superexec
 
 
 def work(specs: Any) -> None:

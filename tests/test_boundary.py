@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from atm_fl.clients.app import app as client_app
 from atm_fl.errors import RunError, SettingError, printable
 from atm_fl.federation.bounds import too_long
 from atm_fl.federation.loop import run_loop
@@ -29,13 +30,12 @@ from atm_fl.runs.checkpoints import checkpoints
 from atm_fl.runs.directory import told_if_full
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import Run
+from atm_fl.server import boundary
+from atm_fl.server.app import serve
+from atm_fl.server.grid import InProcessGrid
 from atm_fl.settings import Settings
 from atm_fl.settings.rules import fewest_tasks
 from atm_fl.vectors.npy import read_array, read_arrays
-from clients.app import app as client_app
-from server import boundary
-from server.app import serve
-from server.grid import InProcessGrid
 
 SKIP: dict[str, Any] = {"on-failure": "skip", "min-successful": 2}
 INFO = {"task": "green", "codec": "fp32", "layout": "l", "base": "b", "needs-base": False}

@@ -14,17 +14,17 @@ from hypothesis import settings as tries
 from hypothesis import strategies as st
 
 from atm_fl import vectors
+from atm_fl.clients.app import app as client_app
+from atm_fl.clients.app import received_base
 from atm_fl.errors import RunError, SettingError
 from atm_fl.federation.bounds import check_base
 from atm_fl.federation.client import Party
 from atm_fl.federation.client_state import ClientState
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import Run
+from atm_fl.server.app import serve
+from atm_fl.server.grid import InProcessGrid
 from atm_fl.settings import Settings
-from clients.app import app as client_app
-from clients.app import received_base
-from server.app import serve
-from server.grid import InProcessGrid
 
 LIMIT = 2.0
 

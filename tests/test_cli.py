@@ -107,7 +107,7 @@ def test_a_failed_run_has_a_status(
 def test_a_deployment_sends_int4_unless_it_is_told_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from server import deployment
+    from atm_fl.server import deployment
 
     taken: list[tuple[str, str]] = []
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from atm_fl.clients.app import app as client_app
 from atm_fl.errors import RunError, figures, with_figures
+from atm_fl.server.grid import InProcessGrid
 from atm_fl.settings import Settings
-from clients.app import app as client_app
-from server.grid import InProcessGrid
 
 ROOT = Path(__file__).parents[1]
 TOLD_BY = (
     *["atm_fl/federation/shares.py", "atm_fl/federation/bounds.py", "atm_fl/privacy/budget.py"],
-    *["atm_fl/privacy/accounting.py", "atm_fl/vectors/ring.py", "atm_fl/vectors/finite.py", "clients/app.py"],
+    *["atm_fl/privacy/accounting.py", "atm_fl/vectors/ring.py", "atm_fl/vectors/finite.py", "atm_fl/clients/app.py"],
 )
 SECRET = ("len(", "path", "largest", "holding", "tuned_on", "images", "labels")
 """What stands in an expression that tells of a party's records or its disk."""

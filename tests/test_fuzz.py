@@ -28,6 +28,8 @@ from test_boundary import CHANGES, QUICK, mutations, raw
 from test_runs import final, in_process, same
 
 from atm_fl import vectors
+from atm_fl.clients.app import app as client_app
+from atm_fl.clients.app import party_of
 from atm_fl.errors import RunError
 from atm_fl.federation.client import Party, Update
 from atm_fl.federation.loop import play_round
@@ -35,12 +37,10 @@ from atm_fl.runs.checkpoints import checkpoints
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.report import write_report
 from atm_fl.runs.run import Run
+from atm_fl.server import boundary
+from atm_fl.server.app import serve
+from atm_fl.server.grid import LOST, UNREADABLE, InProcessGrid
 from atm_fl.settings import Settings
-from clients.app import app as client_app
-from clients.app import party_of
-from server import boundary
-from server.app import serve
-from server.grid import LOST, UNREADABLE, InProcessGrid
 
 ROUNDS = 8
 MORE_MEMORY = 96 * 2**20
@@ -382,7 +382,9 @@ def fuzz_the_server(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, examples: int, scenarios: Iterable[str]
 ) -> int:
     """Play `examples` runs of each scenario; how many replies were tampered with."""
-    monkeypatch.setattr("server.app.write_report", lambda directory: directory)  # seconds, and nothing of a client's
+    monkeypatch.setattr(
+        "atm_fl.server.app.write_report", lambda directory: directory
+    )  # seconds, and nothing of a client's
     replies = 0
     for scenario in scenarios:
         fuzz = Fuzz({**config, "run-dir": f"{config['run-dir']}-{scenario}"}, scenario)
@@ -518,7 +520,7 @@ def fuzz_the_client(config: dict[str, Any], known: dict[Any, Update], examples: 
 def test_whatever_a_server_sends_a_client_answers_and_tells_no_more(
     config: dict[str, Any], remembered: dict[Any, Update], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.app.write_report", lambda directory: directory)
+    monkeypatch.setattr("atm_fl.server.app.write_report", lambda directory: directory)
     assert fuzz_the_client(config, remembered, 50) >= 200
 
 
@@ -526,5 +528,5 @@ def test_whatever_a_server_sends_a_client_answers_and_tells_no_more(
 def test_whatever_many_servers_send_a_client_answers_and_tells_no_more(
     config: dict[str, Any], remembered: dict[Any, Update], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.app.write_report", lambda directory: directory)
+    monkeypatch.setattr("atm_fl.server.app.write_report", lambda directory: directory)
     assert fuzz_the_client(config, remembered, 500) >= 2000

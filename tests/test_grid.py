@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from server.grid import InProcessGrid, StreamingGrid
+from atm_fl.server.grid import InProcessGrid, StreamingGrid
 
 CLIENTS = 4
 app = ClientApp()

@@ -14,16 +14,16 @@ from federation import final, in_process, same, tampered
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
+from atm_fl.clients.app import app as client_app
 from atm_fl.errors import RunError, SettingError
 from atm_fl.federation.aggregation import mean
 from atm_fl.federation.client import Party
 from atm_fl.federation.loop import run_loop
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import Run
+from atm_fl.server.app import serve
+from atm_fl.server.grid import InProcessGrid
 from atm_fl.settings import Settings
-from clients.app import app as client_app
-from server.app import serve
-from server.grid import InProcessGrid
 
 
 def lines(directory: str | Path, kind: str) -> list[dict[str, Any]]:

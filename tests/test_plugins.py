@@ -21,15 +21,15 @@ from federation import call
 from atm_fl import plugins
 from atm_fl.attacks import poisoning
 from atm_fl.attacks.scenario import Scenario
+from atm_fl.clients.app import app as client_app
 from atm_fl.codecs import CODECS
 from atm_fl.errors import SettingError
 from atm_fl.federation.loop import run_loop
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import Run
+from atm_fl.server.app import serve
+from atm_fl.server.grid import InProcessGrid
 from atm_fl.settings import Settings
-from clients.app import app as client_app
-from server.app import serve
-from server.grid import InProcessGrid
 
 ROOT = Path(__file__).parents[1]
 PAGE = re.findall(r"## (.+?)\n.*?```python\n(.*?)```", (ROOT / "docs" / "plugins.md").read_text(), re.DOTALL)

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from atm_fl.cli.terminal import app
+from atm_fl.clients.app import _party
+from atm_fl.clients.app import app as client_app
 from atm_fl.errors import RunError, SettingError
 from atm_fl.federation import client as party_module
 from atm_fl.policy import _BROKEN, TELL, Policy, policy_of, table, template
 from atm_fl.privacy.accounting import Spent, epsilon
 from atm_fl.runs.metrics import read_metrics
+from atm_fl.server.app import serve
+from atm_fl.server.grid import InProcessGrid
 from atm_fl.settings import Settings, kebab
-from clients.app import _party
-from clients.app import app as client_app
-from server.app import serve
-from server.grid import InProcessGrid
 
 DP = {"privacy": "dp-sgd", "dp-epsilon": 3.0}
 NOISE = {"privacy": "dp-sgd", "dp-noise": 1.0}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from atm_fl.clients.app import app as client_app
 from atm_fl.errors import RunError, SettingError
 from atm_fl.federation.client import Party, Update
 from atm_fl.federation.loop import run_loop
@@ -20,11 +21,10 @@ from atm_fl.privacy.dp_sgd import clipped_sum, record_gradients
 from atm_fl.privacy.noise import party_secret
 from atm_fl.runs.checkpoints import checkpoints
 from atm_fl.runs.metrics import read_metrics
+from atm_fl.server.app import serve
+from atm_fl.server.grid import InProcessGrid
 from atm_fl.settings import Settings
 from atm_fl.vectors import Layout
-from clients.app import app as client_app
-from server.app import serve
-from server.grid import InProcessGrid
 
 DP = {"privacy": "dp-sgd", "batch-size": 12, "dp-noise": 1.0, "learning-rate": 0.01}
 

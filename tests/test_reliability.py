@@ -22,16 +22,16 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 
+from atm_fl.clients.app import app as client_app
 from atm_fl.deployment.keys import make_authority, make_key_pair
 from atm_fl.errors import RunError
 from atm_fl.federation.loop import run_loop
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import Run
+from atm_fl.server.app import serve
+from atm_fl.server.grid import LOST, InProcessGrid
+from atm_fl.server.simulation import plain
 from atm_fl.settings import Settings
-from clients.app import app as client_app
-from server.app import serve
-from server.grid import LOST, InProcessGrid
-from server.simulation import plain
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def test_a_node_that_stays_away_is_waited_for_once(config: dict[str, Any], monke
     slept: list[float] = []
     clock = SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append)
     for module in ("strategy", "grid"):
-        monkeypatch.setattr(f"server.{module}.time", clock)
+        monkeypatch.setattr(f"atm_fl.server.{module}.time", clock)
     settings = Settings.parse(config)
     run = serve(Offline(settings.as_config(), {2: 2}), settings)
     assert [line["tasks"] for line in lines(run.directory, "merge")] == [
@@ -324,7 +324,7 @@ def test_a_supernode_that_started_anew_is_asked_again(config: dict[str, Any], mo
                 elif message_id in self._waiting:
                     yield from super().pull_messages([message_id])
 
-    monkeypatch.setattr("server.grid.ROLL", 0.0)
+    monkeypatch.setattr("atm_fl.server.grid.ROLL", 0.0)
     settings = Settings.parse(config)
     run = serve(Forgetful(client_app, 3, config), settings)
     assert not any(line["failures"] for line in lines(run.directory, "merge"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from atm_fl.clients.app import app as client_app
 from atm_fl.errors import SettingError
 from atm_fl.federation import client as party_module
 from atm_fl.federation.client import Party, Update
@@ -17,11 +18,10 @@ from atm_fl.federation.client_state import ClientState
 from atm_fl.federation.loop import run_loop
 from atm_fl.federation.shared_model import shared_model
 from atm_fl.runs.metrics import read_metrics
+from atm_fl.server.app import serve
+from atm_fl.server.grid import InProcessGrid
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
-from clients.app import app as client_app
-from server.app import serve
-from server.grid import InProcessGrid
 
 
 def vector_of(update: Update) -> Tensor:

@@ -17,14 +17,14 @@ from federation import final, in_process, replace_info, same, tampered
 from flwr.app import Array, ArrayRecord, Message
 from flwr.clientapp import ClientApp
 
+from atm_fl.clients.app import app as client_app
 from atm_fl.errors import RunError, SettingError
 from atm_fl.federation.loop import run_loop
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import Run
+from atm_fl.server.app import serve
+from atm_fl.server.grid import InProcessGrid
 from atm_fl.settings import Settings
-from clients.app import app as client_app
-from server.app import serve
-from server.grid import InProcessGrid
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -303,7 +303,7 @@ def test_config_json_says_what_decides_the_result(settings: Settings) -> None:
 
 @pytest.mark.slow
 def test_ray_simulation_ends_with_the_same_bits(tmp_path: Path) -> None:
-    from server.simulation import run_simulation
+    from atm_fl.server.simulation import run_simulation
 
     config = {"tasks": "digits,mnist", "rounds": 2, "local-epochs": 1}
     plain, ray = (Settings.parse({**config, "run-dir": str(tmp_path / name)}) for name in ("plain", "ray"))
@@ -314,7 +314,7 @@ def test_ray_simulation_ends_with_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_failed_ray_run_is_an_error_that_says_why(tmp_path: Path) -> None:
-    from server.simulation import run_simulation
+    from atm_fl.server.simulation import run_simulation
 
     settings = Settings.parse({"tasks": f"digits,{tmp_path}/nothing", "rounds": 1, "run-dir": str(tmp_path / "run")})
     with pytest.raises(RunError, match="no party holds nothing.*does not exist on this machine"):

@@ -26,6 +26,7 @@ from scipy.stats import chisquare
 
 from atm_fl import codecs
 from atm_fl.cli import run as cli
+from atm_fl.clients.app import app as client_app
 from atm_fl.errors import RunError, SettingError
 from atm_fl.federation import client as party_module
 from atm_fl.federation.client_state import ClientState
@@ -35,13 +36,12 @@ from atm_fl.privacy.identity import Identity, party_key, public_line, read_trust
 from atm_fl.privacy.secure_aggregation import Member, add_mask, check_keys, settle, unmask
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import Run
+from atm_fl.server.app import serve
+from atm_fl.server.grid import InProcessGrid
 from atm_fl.settings import Settings
 from atm_fl.transforms import Context as TransformContext
 from atm_fl.transforms.wire import RingWire
 from atm_fl.vectors.ring import WORD, Ring
-from clients.app import app as client_app
-from server.app import serve
-from server.grid import InProcessGrid
 
 PARTIES = ("a", "b", "c", "d", "e")
 SESSION = "round 1 of run x"
@@ -924,7 +924,7 @@ def test_a_round_that_is_done_again_has_fresh_secrets_and_the_first_sum_stays_ma
         joined.append(revealed)
         return take_off(total, session, parties, threshold, keys, summed, revealed)
 
-    monkeypatch.setattr("server.secure.unmask", watched)
+    monkeypatch.setattr("atm_fl.server.secure.unmask", watched)
     settings = Settings.parse(four | SKIP | {"rounds": 1, "model": "vit_micro"})
 
     class Once(Exception):
@@ -934,7 +934,7 @@ def test_a_round_that_is_done_again_has_fresh_secrets_and_the_first_sum_stays_ma
         raise Once
 
     with monkeypatch.context() as patch:
-        patch.setattr("server.strategy.AtmStrategy._repeated", stop)
+        patch.setattr("atm_fl.server.strategy.AtmStrategy._repeated", stop)
         with pytest.raises(Once):
             in_process(settings, deals_nonsense("grey"))
     assert len(joined) == 1
@@ -1155,7 +1155,7 @@ def test_it_needs_three_parties(config: dict[str, Any], folders: list[str]) -> N
 
 @pytest.mark.slow
 def test_ray_simulation_ends_with_the_same_bits(tmp_path: Path) -> None:
-    from server.simulation import run_simulation
+    from atm_fl.server.simulation import run_simulation
 
     config = {"tasks": "digits,mnist,icons", "rounds": 2, "local-epochs": 1, "secure-aggregation": True}
     plain, ray = (Settings.parse({**config, "run-dir": str(tmp_path / name)}) for name in ("plain", "ray"))

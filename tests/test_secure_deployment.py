@@ -13,12 +13,12 @@ from federation import ROOT, Federation, final, same, wait
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
+from atm_fl.clients.app import app as client_app
 from atm_fl.runs.metrics import read_metrics
+from atm_fl.server.app import serve
+from atm_fl.server.deployment import submit
+from atm_fl.server.grid import InProcessGrid
 from atm_fl.settings import Settings
-from clients.app import app as client_app
-from server.app import serve
-from server.deployment import submit
-from server.grid import InProcessGrid
 
 NAMES = ("red", "green", "blue", "grey")
 

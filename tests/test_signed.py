@@ -30,16 +30,16 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from atm_fl.cli import terminal
+from atm_fl.clients.app import app as client_app
+from atm_fl.clients.signed import AppRefused, check_app, guarded
 from atm_fl.deployment import checks, keys
 from atm_fl.errors import RunError, SettingError
 from atm_fl.policy import Policy, template
+from atm_fl.server.app import serve
+from atm_fl.server.deployment import sign
+from atm_fl.server.grid import InProcessGrid
+from atm_fl.server.superlink import APPS, with_signatures
 from atm_fl.settings import Settings
-from clients.app import app as client_app
-from clients.signed import AppRefused, check_app, guarded
-from server.app import serve
-from server.deployment import sign
-from server.grid import InProcessGrid
-from server.superlink import APPS, with_signatures
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_a_supernode_that_does_not_keep_the_rule_is_no_party_of_it(config: dict[
     settings = Settings.parse(config)
     grid = InProcessGrid(client_app, len(settings.task_names), settings.as_config())
     grid.contexts[1].node_config["policy"] = str(policy_by(folder))
-    with pytest.raises(RunError, match="start it as python -m clients.supernode"):
+    with pytest.raises(RunError, match="start it as python -m atm_fl.clients.supernode"):
         serve(grid, settings)
 
 

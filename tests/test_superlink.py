@@ -19,7 +19,7 @@ from federation import Federation
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
-from server.superlink import ANYONE, AT_ONCE, CHUNK, MIB, WholeBodies, body_limit
+from atm_fl.server.superlink import ANYONE, AT_ONCE, CHUNK, MIB, WholeBodies, body_limit
 
 PUSH = "/v1/fleet/push-object"
 

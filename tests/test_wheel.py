@@ -10,8 +10,10 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
 
 from atm_fl.files import packaged
+from atm_fl.server.simulation import installed_app
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,6 +29,11 @@ def test_every_configuration_is_found_where_there_is_no_checkout(
     own.write_text("rounds = 1\n")
     assert packaged(Path("configs/demo.toml")) == Path("configs/demo.toml")
     assert packaged(Path("configs/none.toml")) == Path("configs/none.toml")
+
+
+def test_the_app_of_the_package_is_the_checkouts_to_the_byte(tmp_path: Path) -> None:
+    """So that a run from either has one signature."""
+    assert build_fab_from_disk(installed_app(tmp_path / "app")) == build_fab_from_disk(ROOT)
 
 
 @pytest.mark.slow
@@ -58,4 +65,5 @@ def test_an_installed_wheel_runs_a_configuration_of_its_own_from_another_folder(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(site) in done.stdout
+    assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"atm_fl", "bin"}
     assert (place / "run" / "report.html").exists()

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from atm_fl import tasks, vectors
+from atm_fl.clients.app import app as client_app
 from atm_fl.codecs import CODECS, make_codec, size_of
 from atm_fl.errors import RunError, SettingError
 from atm_fl.federation import client_state
@@ -28,7 +29,6 @@ from atm_fl.runs.checkpoints import load_checkpoint
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
-from clients.app import app as client_app
 
 SPARSE = "topk:density=0.05"
 PAIRS = [
@@ -399,7 +399,7 @@ def test_a_run_from_before_there_were_codecs_resumes(config: dict[str, Any]) -> 
 
 @pytest.mark.slow
 def test_ray_simulation_ends_with_the_same_bits(tmp_path: Path) -> None:
-    from server.simulation import run_simulation
+    from atm_fl.server.simulation import run_simulation
 
     config = {"tasks": "digits,mnist", "rounds": 3, "local-epochs": 1, "codec-up": SPARSE, "codec-down": "low-rank:4"}
     plain, ray = (Settings.parse({**config, "run-dir": str(tmp_path / name)}) for name in ("plain", "ray"))

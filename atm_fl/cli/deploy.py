@@ -48,7 +48,7 @@ def sign(
     ),
 ) -> None:
     """Sign the apps of a checkout, so that parties whose policy names the key in `apps` run them, and no others."""
-    from server.deployment import sign
+    from atm_fl.server.deployment import sign
 
     for line in sign(app_dir, key, to):
         say(line)
@@ -84,7 +84,7 @@ def register(
     ),
 ) -> None:
     """On the SuperLink's machine: let the parties whose public keys are there join, and no others."""
-    from server.deployment import register
+    from atm_fl.server.deployment import register
 
     for line in register(superlink, ca, keys):
         say(line)

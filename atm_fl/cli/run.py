@@ -78,17 +78,17 @@ def run(
         )
         running.enter_context(progress(settings, console))
         if runtime is Runtime.RAY:
-            from server.simulation import run_simulation
+            from atm_fl.server.simulation import run_simulation
 
             run_simulation(settings, app_dir.resolve(), cpus, gpus)
         elif runtime is Runtime.DEPLOYMENT:
-            from server.deployment import submit
+            from atm_fl.server.deployment import submit
 
             submit(settings, app_dir.resolve(), superlink, ca)
         elif runtime is Runtime.IN_PROCESS:
-            from clients.app import app as client_app
-            from server.app import logs_to, serve
-            from server.grid import InProcessGrid
+            from atm_fl.clients.app import app as client_app
+            from atm_fl.server.app import logs_to, serve
+            from atm_fl.server.grid import InProcessGrid
 
             with logs_to(Path(settings.run_dir) / "flower.log"):
                 serve(InProcessGrid(client_app, len(settings.task_names), settings.as_config()), settings)

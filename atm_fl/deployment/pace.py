@@ -1,8 +1,8 @@
 """How Flower's programs are paced in a deployment: larger chunks, and shorter naps between its polls.
 
 Of Flower's own values (5 MB; 1 s; 3 s and 0.5 s) the first makes many requests, and the naps make a round seconds
-longer than its work. The launchers, `server/superlink.py` and `clients/supernode.py`, take these for the programs that
-they are and start; a variable that is set already stays.
+longer than its work. The launchers, `atm_fl/server/superlink.py` and `atm_fl/clients/supernode.py`, take these for the
+programs that they are and start; a variable that is set already stays.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""server.app and clients.app as they are, with a backbone whose passes cost nothing and a look-up for tuning."""
+"""Our server's and clients' apps as they are, with a backbone whose passes cost nothing and a look-up for tuning."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from made_up import first_base, marked, shapes, step
 from torch import Tensor, nn
 
 from atm_fl import models, tasks
+from atm_fl.clients.app import app
 from atm_fl.federation.shared_model import SharedModel
 from atm_fl.training.local import Tuned
-from clients.app import app
 
 server = ServerApp()
 client = app
@@ -63,9 +63,9 @@ SharedModel.tune = look_up  # type: ignore[method-assign,assignment]
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
-    """server.app, its rounds marked."""
+    """Our ServerApp, its rounds marked."""
     global in_server
-    from server import app as ours
+    from atm_fl.server import app as ours
 
     in_server = True
     ours.AtmStrategy = marked(ours.AtmStrategy)  # type: ignore[misc,assignment]

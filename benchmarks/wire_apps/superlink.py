@@ -44,7 +44,7 @@ def main() -> None:
     """Run the SuperLink with the arguments after the first."""
     whose = sys.argv.pop(1)
     if whose == "ours":
-        from server.superlink import main as superlink
+        from atm_fl.server.superlink import main as superlink
     else:
         from flwr.superlink.cli import flower_superlink as superlink
     from flwr.superlink import main as application

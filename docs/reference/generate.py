@@ -6,20 +6,18 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Iterable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import mkdocs_gen_files
 from mkdocs_gen_files import Nav
 
+import atm_fl
 from atm_fl import codecs, merging, tasks
 from atm_fl.attacks import poisoning
 from atm_fl.plugins import Registry
 from atm_fl.settings import kebab, sections
 from atm_fl.tables import markdown
-
-PACKAGES = ("atm_fl", "server", "clients")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -115,15 +113,12 @@ def attacks() -> None:
 
 
 def api(nav: Nav) -> None:
-    """A page for each module of the packages, from its docstrings."""
-    for package in PACKAGES:
-        top = import_module(package)
-        names = [package, *(module.name for module in pkgutil.walk_packages(top.__path__, f"{package}."))]
-        for name in names:
-            path = f"api/{name}.md"
-            with mkdocs_gen_files.open(f"reference/{path}", "w") as page:
-                page.write(f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n")
-            nav["API", name] = path
+    """A page for each module of the package, from its docstrings."""
+    for name in ["atm_fl", *(module.name for module in pkgutil.walk_packages(atm_fl.__path__, "atm_fl."))]:
+        path = f"api/{name}.md"
+        with mkdocs_gen_files.open(f"reference/{path}", "w") as page:
+            page.write(f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n")
+        nav["API", name] = path
 
 
 nav = Nav()

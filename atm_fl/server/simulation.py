@@ -53,12 +53,12 @@ def run_simulation(settings: Settings, app: Path, cpus: float = 1, gpus: float =
 
 def installed_app(folder: Path) -> Path:
     """The apps of the installed package in a new `folder`, as `flwr run` wants them."""
-    about, ours = Path(atm_fl.__file__).parent / "deployment" / "app", Path(__file__).parent
-    shutil.copytree(about, folder, dirs_exist_ok=True)
-    for package in (ours, ours.with_name("clients")):
-        shutil.copytree(
-            package, folder / package.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
-        )
+    shutil.copytree(
+        Path(atm_fl.__file__).parent / "deployment" / "app",
+        folder,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     return folder
 
 

@@ -1,10 +1,10 @@
-"""`python -m clients.superexec …`: Flower's SuperExec, in which one process answers all messages of an app.
+"""`python -m atm_fl.clients.superexec …`: Flower's SuperExec, in which one process answers all messages of an app.
 
 Flower's own starts Python anew for every message. A ClientApp of ours then imports PyTorch, loads the model and the
 data, and wakes the GPU, which takes longer than decoding, adding and encoding a ViT-B/16. Here a process answers one
 message after another, as Ray's actors do in simulation, until it has had none for IDLE seconds, an answer was an error,
-or another app comes; and it is forked from one that has imported PyTorch (PRELOADED). Nothing of atm-fl is imported
-there: that comes with the app that a message names.
+or another app comes; and it is forked from one that has imported PyTorch (PRELOADED). Nothing else of atm-fl is
+imported there: that comes with the app that a message names.
 """
 
 from __future__ import annotations

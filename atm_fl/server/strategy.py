@@ -17,9 +17,9 @@ from atm_fl.federation.client import evaluated_splits
 from atm_fl.federation.server_round import ServerRound
 from atm_fl.privacy.secure_aggregation import UnjoinedShares
 from atm_fl.runs.run import Run
-from server import boundary
-from server.grid import LOST, await_return
-from server.secure import SecureExchange
+from atm_fl.server import boundary
+from atm_fl.server.grid import LOST, await_return
+from atm_fl.server.secure import SecureExchange
 
 WHOLE = codecs.Fp32()
 """The codec of a whole base."""

@@ -24,8 +24,8 @@ from flwr.supercore.primitives.asymmetric_ed25519 import create_message_to_sign,
 from atm_fl.deployment.keys import key_id
 from atm_fl.errors import RunError, SettingError
 from atm_fl.files import atomic_write
+from atm_fl.server.simulation import check_app, environment, flower_run
 from atm_fl.settings import Settings
-from server.simulation import check_app, environment, flower_run
 
 
 @contextmanager

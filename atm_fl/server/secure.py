@@ -23,7 +23,7 @@ from atm_fl.privacy.secure_aggregation import (
     unmask,
 )
 from atm_fl.runs.run import Run
-from server import boundary
+from atm_fl.server import boundary
 
 
 class SecureExchange:

@@ -17,7 +17,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from server import boundary
+from atm_fl.server import boundary
 
 LOST = (
     ErrorCode.NODE_UNAVAILABLE,

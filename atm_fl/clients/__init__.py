@@ -1,0 +1,1 @@
+"""The Flower side of a party: ClientApp and its mods."""
