@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.plugins import Registry
+
+_Class = TypeVar("_Class", bound=type)
 
 
 def option(
@@ -40,6 +42,16 @@ def options(made: Any) -> list[Any]:
 def type_name(item: Any) -> str:
     """An option's type: "float", "int" or "bool", whether or not its file has annotations as strings."""
     return getattr(item.type, "__name__", item.type)
+
+
+def declare(registry: Registry[Any], name: str) -> Callable[[_Class], _Class]:
+    """Register the decorated class as `name`, which it then knows: a dataclass, its options keyword arguments."""
+
+    def declared(made: Any) -> Any:
+        made.name = name
+        return made if "__dataclass_fields__" in vars(made) else dataclass(kw_only=True)(made)
+
+    return registry.register(name, declared)
 
 
 def check_option(name: str, value: Any, item: Any) -> None:

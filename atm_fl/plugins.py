@@ -56,6 +56,7 @@ class Plugin:
 
 
 Thing = TypeVar("Thing")
+Decorated = TypeVar("Decorated")
 
 
 class Registry(MutableMapping[str, Thing]):
@@ -82,7 +83,7 @@ class Registry(MutableMapping[str, Thing]):
         _loader.registries.append(self)
 
     def find(self, name: str, advice: str = "") -> Thing:
-        """The thing called `name`. SettingError, which begins with `told`, if there is none."""
+        """The thing called `name`. SettingError, which begins with `advice`, if there is none."""
         if name not in self:
             raise SettingError(f"{advice or f'{self.kind}={name!r}'} is unknown{did_you_mean(name, self)}")
         return self[name]
@@ -92,12 +93,14 @@ class Registry(MutableMapping[str, Thing]):
         self._load()
         return self._plugins.get(name)
 
-    def register(self, name: str) -> Callable[[Any], Any]:
-        """Register what is decorated, as it is."""
+    def register(
+        self, name: str, make: Callable[[Any], Thing] = lambda decorated: decorated
+    ) -> Callable[[Decorated], Decorated]:
+        """Register what is decorated, or what `make` makes of it."""
 
-        def add(thing: Any) -> Any:
-            self[name] = thing
-            return thing
+        def add(decorated: Decorated) -> Decorated:
+            self[name] = make(decorated)
+            return decorated
 
         return add
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import open_clip
 import torch
 
-from atm_fl import tasks
 from atm_fl.cli.terminal import read_config
 from atm_fl.models.flops import operations
 from atm_fl.tasks.published import find_published, validation_count
@@ -37,7 +36,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     configs = [Path(f"configs/paper_{name}.toml") for name in ("pa_atm", "ph_atm", "baselines")]
     parser.add_argument("configs", nargs="*", type=Path, default=configs)
-    tasks.tasks()
     for config in parser.parse_args().configs:
         settings = read_config(config, ["start=pretrained"])
         forward, step = tower_operations(settings.model.removeprefix("open_clip/"))

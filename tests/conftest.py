@@ -95,6 +95,6 @@ def noise() -> Iterator[str]:
             random.integers(0, 256, (340, 32, 32, 3), dtype=np.uint8), random.integers(0, 3, 340), list("abc")
         )
 
-    tasks.add(tasks.Embedded("noise", "CC0", "a test", build))
+    tasks.TASKS["noise"] = tasks.Embedded("noise", "CC0", "a test", build)
     yield "noise"
-    tasks._registry.pop("noise")
+    tasks.TASKS.pop("noise")

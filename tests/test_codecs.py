@@ -397,7 +397,7 @@ def test_a_vector_in_pieces_is_the_whole_one_and_can_be_added(text: str, monkeyp
 
 def test_numbers_and_defaults() -> None:
     made: list[Codec] = [make_codec(text) for text in ("int8", "int8:64", "topk:0.2", "low-rank:4")]
-    assert made == [codecs.Int8(), codecs.Int8(64), codecs.TopK(0.2), codecs.LowRank(4)]
+    assert made == [codecs.Int8(), codecs.Int8(block=64), codecs.TopK(density=0.2), codecs.LowRank(rank=4)]
 
 
 RUN = "0123456789abcdef"

@@ -296,7 +296,7 @@ def small(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> published.P
     make, numbers, *_ = SETS[name]
     make(root)
     task = replace(published.find_published(name), **({"classes": 2, "train": TRAIN, "test": TEST} | numbers))
-    monkeypatch.setitem(tasks._registry, name, task)
+    monkeypatch.setitem(tasks.TASKS, name, task)
     return task
 
 
@@ -312,7 +312,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_all_twenty_are_declared_with_templates() -> None:
-    declared = {name for name, task in tasks.tasks().items() if isinstance(task, published.Published)}
+    declared = {name for name, task in tasks.TASKS.items() if isinstance(task, published.Published)}
     assert declared == set(SETS) == set(prompts.TEMPLATES)
     assert len(declared) == 20
     assert all("{}" in template for templates in prompts.TEMPLATES.values() for template in templates)
@@ -365,7 +365,7 @@ def test_labels_belong_to_their_images(root: Path, monkeypatch: pytest.MonkeyPat
     for what, content in (("images", pixels(TEST, 28, 28)), ("labels", np.arange(TEST))):
         write_idx(root / "MNIST" / "raw" / f"t10k-{what}-idx{content.ndim}-ubyte", content)
     monkeypatch.setitem(
-        tasks._registry, "mnist-full", replace(published.find_published("mnist-full"), train=TRAIN, test=TEST)
+        tasks.TASKS, "mnist-full", replace(published.find_published("mnist-full"), train=TRAIN, test=TEST)
     )
     data = tasks.load("mnist-full")
     for images, labels in data.train.batches(batch_size=4):
@@ -559,7 +559,7 @@ def test_prepare_refuses_without_space_and_otherwise_checks_caches_and_tells(
     assert "kmnist: of 6 test images 0 are in train" in said
     assert "10 classes, 18 training, 2 validation and 6 test images" in said
     assert len(list((root / ".arrays").rglob("*.npy"))) == 2
-    monkeypatch.setitem(tasks._registry, "emnist", replace(published.find_published("emnist"), gigabytes=1e6))
+    monkeypatch.setitem(tasks.TASKS, "emnist", replace(published.find_published("emnist"), gigabytes=1e6))
     assert call(monkeypatch, "prepare", "--tasks", "kmnist,emnist") == 2
     error = capsys.readouterr().err
     assert "of the 1000000.0 GB that are needed" in error
@@ -579,7 +579,6 @@ def test_prepare_refuses_without_space_and_otherwise_checks_caches_and_tells(
 
 def test_the_example_of_the_documentation_is_a_task(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (ROOT / "docs" / "data.md").read_text().split("```python\n")[1].split("```")[0]
-    monkeypatch.setattr(tasks, "_registry", dict(tasks.tasks()))
     file = root / "mushrooms.py"
     file.write_text(code.replace("classes=9, train=6000, test=714", "classes=2, train=8, test=4"))
     monkeypatch.syspath_prepend(root)
@@ -588,7 +587,10 @@ def test_the_example_of_the_documentation_is_a_task(root: Path, monkeypatch: pyt
         for name in ("agaric", "bolete"):
             for number in range(count):
                 picture(root / "mushrooms" / split / name / f"{number}.png")
-    data = tasks.load("mushrooms", 16)
+    try:
+        data = tasks.load("mushrooms", 16)
+    finally:
+        del tasks.TASKS["mushrooms"]
     assert (len(data.train), len(data.validation), len(data.test)) == (7, 1, 4)
     assert data.prompts()[1] == ["a photo of a bolete."]
 

@@ -126,5 +126,5 @@ def test_a_bad_folder_is_one_clear_line(tmp_path: Path, damage, words: str) -> N
 
 
 def test_the_default_tasks_are_all_that_are_embedded() -> None:
-    embedded = {name for name, actual in tasks.tasks().items() if isinstance(actual, tasks.Embedded)}
+    embedded = {name for name, actual in tasks.TASKS.items() if isinstance(actual, tasks.Embedded)}
     assert set(str(defaults()["tasks"]).split(",")) == embedded

@@ -53,11 +53,11 @@ from atm_fl.vectors.blocks import inner_products
 class Sight:
     """What an attacker has before it sends: vectors float32 [n].
 
-    own: what it has tuned; honest: what the honest parties sent in this round; parties: how many there are, all told;
-    step: the base's last one, None in round 1; seed: of what is drawn at random.
+    tuned: its own, as an honest party; honest: what the honest parties sent in this round; parties: how many there are,
+    all told; step: the base's last one, None in round 1; seed: of what is drawn at random.
     """
 
-    own: Tensor
+    tuned: Tensor
     strength: float
     honest: Sequence[Tensor]
     parties: int
@@ -89,12 +89,7 @@ ATTACKS: Registry[Attack] = Registry("attack", _options_of)
 
 def attack(name: str, strength: float | None = None) -> Callable[[Forge], Forge]:
     """Register the decorated function as the attack `name`; with a strength, another can be said: name:strength=2."""
-
-    def register(forge: Forge) -> Forge:
-        ATTACKS[name] = Attack(forge, strength)
-        return forge
-
-    return register
+    return ATTACKS.register(name, lambda forge: Attack(forge, strength))
 
 
 TARGET = 0
@@ -153,27 +148,27 @@ def forge(
 @attack("counts")
 def as_tuned(sight: Sight) -> Tensor:
     """The attacker's own."""
-    return sight.own
+    return sight.tuned
 
 
 @attack("sign-flip", strength=4.0)
 def sign_flip(sight: Sight) -> Tensor:
     """The opposite."""
-    return sight.own * -sight.strength
+    return sight.tuned * -sight.strength
 
 
 @attack("scale", strength=8.0)
 @attack("backdoor", strength=4.0)
 def scale(sight: Sight) -> Tensor:
     """More of it."""
-    return sight.own * sight.strength
+    return sight.tuned * sight.strength
 
 
 @attack("gaussian", strength=4.0)
 def gaussian(sight: Sight) -> Tensor:
     """Noise."""
-    noise = torch.randn(sight.own.shape, generator=torch.Generator().manual_seed(sight.seed))
-    return noise * (sight.strength * sight.own.norm() / noise.norm())
+    noise = torch.randn(sight.tuned.shape, generator=torch.Generator().manual_seed(sight.seed))
+    return noise * (sight.strength * sight.tuned.norm() / noise.norm())
 
 
 @attack("alie", strength=1.0)
@@ -193,7 +188,7 @@ def ipm(sight: Sight) -> Tensor:
 @attack("free-ride")
 def free_ride(sight: Sight) -> Tensor:
     """The base's last step."""
-    return torch.zeros_like(sight.own) if sight.step is None else sight.step.clone()
+    return torch.zeros_like(sight.tuned) if sight.step is None else sight.step.clone()
 
 
 class PoisoningSimulation:

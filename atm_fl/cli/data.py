@@ -40,7 +40,7 @@ def tasks(
     table = Table("task", "classes, images and where they are; source and licence", box=SIMPLE, pad_edge=False)
     table.columns[0].no_wrap = True
     rows = []
-    for name, source in sorted(registry.tasks().items(), key=lambda item: isinstance(item[1], Published)):
+    for name, source in sorted(registry.TASKS.items(), key=lambda item: isinstance(item[1], Published)):
         numbers, there = [""] * 4, "embedded"
         if isinstance(source, Published):
             numbers = [str(source.classes), str(source.train), str(source.test), f"{source.gigabytes:g}"]
@@ -62,12 +62,10 @@ def tasks(
             + escape(f"{source.source}. {source.licence}"),
         )
     if markdown:
-        console.print(tables.markdown(head, rows), soft_wrap=True, markup=False, highlight=False)
+        say(tables.markdown(head, rows))
     else:
         console.print(table, highlight=False)
-        console.print(
-            f"published data sets are looked for in {data_root()}", soft_wrap=True, highlight=False, markup=False
-        )
+        say(f"published data sets are looked for in {data_root()}")
 
 
 @listing.command("check")
@@ -118,9 +116,7 @@ def prepare(
     folder = (root or library.data_root()).expanduser().resolve()
     chosen = [library.find_published(name.strip()) for name in tasks.split(",")]
     needed, free = library.space(chosen, folder)
-    console.print(
-        f"{folder}: {needed:.1f} GB needed, {free:.1f} GB free", soft_wrap=True, highlight=False, markup=False
-    )
+    say(f"{folder}: {needed:.1f} GB needed, {free:.1f} GB free")
     if needed > free:
         raise SettingError(
             f"{folder} has {free:.1f} GB free of the {needed:.1f} GB that are needed; choose another --root"
@@ -132,10 +128,9 @@ def prepare(
         data = data_set.load(leaks.SIZE, folder)
         for leak in leaks.find_leaks(data, workers):
             say(leaks.describe(data, leak))
-        console.print(
+        say(
             f"{data_set.name}: {len(data.classes)} classes, {len(data.train)} training, "
-            f"{len(data.validation)} validation and {len(data.test)} test images",
-            highlight=False,
+            f"{len(data.validation)} validation and {len(data.test)} test images"
         )
     if folder != library.data_root().resolve():
         say(f"runs find it with ATM_FL_DATA={folder}")

@@ -37,7 +37,10 @@ def merges(markdown: Annotated[bool, typer.Option(help="as the table of docs/mer
         papers = re.findall(r"arXiv:[\d.]+\d", text)
         table.add_row(name, "\n".join(chosen), definition, "\n".join(papers))
         rows.append((name, ", ".join(chosen), definition, ", ".join(papers)))
-    console.print(tables.markdown(head, rows) if markdown else table, soft_wrap=markdown, markup=False, highlight=False)
+    if markdown:
+        say(tables.markdown(head, rows))
+    else:
+        console.print(table, markup=False, highlight=False)
 
 
 class MergeCommand(TyperCommand):

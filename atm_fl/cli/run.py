@@ -73,9 +73,7 @@ def run(
     folder = Path(settings.run_dir)
     with terminated_as_exit(), swept_if_failed(folder), told_if_full(folder), ExitStack() as running:
         check_run_dir(settings)
-        console.print(
-            f"{config.name}: {len(settings.task_names)} tasks, {settings.rounds} rounds → {escape(settings.run_dir)}"
-        )
+        say(f"{config.name}: {len(settings.task_names)} tasks, {settings.rounds} rounds → {settings.run_dir}")
         running.enter_context(progress(settings, console))
         if runtime is Runtime.RAY:
             from atm_fl.server.simulation import run_simulation
@@ -153,7 +151,7 @@ def policy(markdown: Annotated[bool, typer.Option(help="as the table of docs/pri
     """A party's own floor: a policy.toml with every rule, its meaning, and what bounds nothing."""
     from atm_fl.policy import table, template
 
-    console.print(table() if markdown else template(), soft_wrap=True, markup=False, highlight=False, end="")
+    say((table() if markdown else template()).removesuffix("\n"))
 
 
 @app.command()
@@ -166,8 +164,8 @@ def ledger(delta: Annotated[float, typer.Option(help="the δ at which ε is told
     for source, runs, releases, last, history in Ledger(path).sources() if path.exists() else ():
         day = time.strftime("%Y-%m-%d %H:%M", time.localtime(last))
         line = f"{source}: ε {epsilon(history, delta):.3f}, runs {runs}, releases {releases}, last {day}"
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-    console.print(f"ε at δ = {delta:g}, of each source's latest records; {path}", soft_wrap=True, highlight=False)
+        say(line)
+    say(f"ε at δ = {delta:g}, of each source's latest records; {path}")
 
 
 @app.command("settings")
@@ -189,7 +187,7 @@ def list_settings() -> None:
             table.add_row(kebab(item.name), str(item.default), escape(meaning))
     console.print(table)
     for plugin, things in loaded().items():
-        console.print(f"{plugin.name}: {', '.join(things)}", soft_wrap=True, highlight=False, markup=False)
+        say(f"{plugin.name}: {', '.join(things)}")
 
 
 @deploy.command()

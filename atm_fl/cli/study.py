@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atm_fl.cli.terminal import Jobs, OnlyReport, app, console, say
+from atm_fl.cli.terminal import Jobs, OnlyReport, app, say
 
 if TYPE_CHECKING:
     from atm_fl.experiments import Study
@@ -71,7 +71,7 @@ def run_study(config: Path, kind: Study[Any, Any], jobs: int | None, only_report
         with ProcessPoolExecutor(jobs or os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
             for units in kind.phases(study):
                 for done in as_completed([pool.submit(kind.run_unit, unit) for unit in units]):
-                    console.print(f"{(time.monotonic() - begin) / 60:5.1f} min: {done.result()}", highlight=False)
+                    say(f"{(time.monotonic() - begin) / 60:5.1f} min: {done.result()}")
     say(kind.table(study))
     path = kind.page(study)
     say(f"{'page' if path.suffix == '.html' else 'table'}: {path}")

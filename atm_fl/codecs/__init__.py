@@ -11,7 +11,7 @@ same bits on every machine and with any number of threads; a server and its clie
 
 from __future__ import annotations
 
-from atm_fl.codecs.codec import CODECS, Arrays, Codec, Made, codec, size_of
+from atm_fl.codecs.codec import CODECS, Arrays, Codec, codec, size_of
 from atm_fl.codecs.floats import Bf16, Fp16, Fp32, exponent, half, lowered
 from atm_fl.codecs.integers import (
     Int4,
@@ -42,7 +42,6 @@ __all__ = [
     "Int8Nearest",
     "Integers",
     "LowRank",
-    "Made",
     "Ternary",
     "TopK",
     "codec",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterator
+from typing import ClassVar, TypeVar, dataclass_transform
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from atm_fl.options import check_options, declare, option, options
 from atm_fl.plugins import Registry
 from atm_fl.vectors import Layout
 from atm_fl.vectors.blocks import empty
@@ -26,6 +26,9 @@ class Codec(ABC):
     name: ClassVar[str]
     error_feedback: ClassVar[bool] = False
     """Whether a sender must add to each vector what the encoding of the one before lost."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def encode(self, vector: Tensor, layout: Layout, seed: int = 0) -> Arrays:
         """A vector float32 [n] of `layout` as arrays, which may share its memory. seed: of what is drawn at random.
@@ -85,25 +88,14 @@ class Codec(ABC):
             yield torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-Made = TypeVar("Made", bound=type[Codec])
+CODECS: Registry[type[Codec]] = Registry("codec", options, bare=True)
+_Class = TypeVar("_Class", bound=type[Codec])
 
 
-def _options_of(made: type[Codec]) -> Sequence[Any]:
-    return fields(made) if is_dataclass(made) else ()
-
-
-CODECS: Registry[type[Codec]] = Registry("codec", _options_of, bare=True)
-
-
-def codec(name: str) -> Callable[[Made], Made]:
-    """Register a codec class under its name; where it has options, it is a dataclass of them."""
-
-    def add(made: Made) -> Made:
-        made.name = name
-        CODECS[name] = made
-        return made
-
-    return add
+@dataclass_transform(kw_only_default=True, field_specifiers=(option,))
+def codec(name: str) -> Callable[[_Class], _Class]:
+    """Register the decorated class as the codec `name`; its options become keyword arguments."""
+    return declare(CODECS, name)
 
 
 def size_of(arrays: Arrays) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -18,7 +17,6 @@ from atm_fl.vectors.finite import check_finite
 
 
 @codec("fp32")
-@dataclass(frozen=True)
 class Fp32(Codec):
     """The vector itself: 4 bytes an element."""
 
@@ -31,7 +29,6 @@ class Fp32(Codec):
 
 
 @codec("fp16")
-@dataclass(frozen=True)
 class Fp16(Codec):
     """Half precision of the vector times a power of two that lifts its largest magnitude to [2¹⁴, 2¹⁵).
 
@@ -51,7 +48,6 @@ class Fp16(Codec):
 
 
 @codec("bf16")
-@dataclass(frozen=True)
 class Bf16(Codec):
     """bfloat16, 8 significant bits, rounded to nearest even as torch does; as int16, for NumPy has no bfloat16."""
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from atm_fl.codecs.codec import Arrays, Codec, codec
+from atm_fl.errors import SettingError
 from atm_fl.options import option
 from atm_fl.vectors import Layout
 from atm_fl.vectors.blocks import BLOCK
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Integers(Codec):
     """Whole numbers from -levels to levels, times the largest magnitude of each block of elements over levels.
 
@@ -36,8 +37,9 @@ class Integers(Codec):
     """Elements in a byte."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.block <= BLOCK or self.block % 2:
-            raise ValueError(f"block={self.block}: it must be an even number from 2 to {BLOCK}")
+        super().__post_init__()
+        if self.block % 2:
+            raise SettingError(f"block={self.block}: it must be an even number")
 
     def _encode(self, vector: Tensor, layout: Layout, seed: int) -> Arrays:
         packed = torch.empty(-(-len(vector) // self.per_byte), dtype=torch.uint8)
@@ -121,13 +123,11 @@ def entropy_decode(frame: Tensor, count: int) -> Tensor:
 
 
 @codec("int8")
-@dataclass(frozen=True)
 class Int8(Integers):
     """One byte an element, entropy-coded, and 4 bytes a block."""
 
 
 @codec("int4")
-@dataclass(frozen=True)
 class Int4(Integers):
     """Two elements a byte, the first in the lower half, each plus 8; entropy-coded; and 4 bytes a block."""
 
@@ -145,7 +145,6 @@ class Int4(Integers):
 
 
 @codec("int8-nearest")
-@dataclass(frozen=True)
 class Int8Nearest(Int8):
     """int8, rounded to nearest."""
 
@@ -153,7 +152,6 @@ class Int8Nearest(Int8):
 
 
 @codec("int4-nearest")
-@dataclass(frozen=True)
 class Int4Nearest(Int4):
     """int4, rounded to nearest."""
 
@@ -161,7 +159,6 @@ class Int4Nearest(Int4):
 
 
 @codec("ternary")
-@dataclass(frozen=True)
 class Ternary(Integers):
     """-1, 0 or 1 times one magnitude a block, five elements a byte, entropy-coded; and 4 bytes a block.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -13,13 +12,12 @@ from torch import Tensor
 
 from atm_fl.codecs.codec import Arrays, Codec, codec
 from atm_fl.codecs.floats import exponent, lowered
-from atm_fl.options import check_options, option
+from atm_fl.options import option
 from atm_fl.vectors import Layout
 from atm_fl.vectors.linalg import svd
 
 
 @codec("low-rank")
-@dataclass(frozen=True)
 class LowRank(Codec):
     """Of every matrix its `rank` leading singular directions, as two factors in half precision; the rest is as fp16.
 
@@ -32,9 +30,6 @@ class LowRank(Codec):
     error_feedback: ClassVar[bool] = True
     TOP: ClassVar[int] = 10
     """Lifts the largest element to below 2¹⁰: the factors' are then at most 2⁵ (m n)^¼, which half precision holds."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     def _matrix(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """The matrix [m, n] that an entry is sent as, if it pays."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -12,13 +11,12 @@ from torch import Tensor
 
 from atm_fl.codecs.codec import Arrays, Codec, codec
 from atm_fl.codecs.floats import Fp16, exponent, half, lowered
-from atm_fl.options import check_options, option
+from atm_fl.options import option
 from atm_fl.vectors import Layout
 from atm_fl.vectors.blocks import parts, ranked_magnitudes
 
 
 @codec("topk")
-@dataclass(frozen=True)
 class TopK(Codec):
     """The elements of largest magnitude, max(1, round(density · n)) of them, as fp16; of equal ones the first.
 
@@ -27,9 +25,6 @@ class TopK(Codec):
 
     density: float = option(0.01, "part of the elements that is sent", gt=0, le=1)
     error_feedback: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     def count(self, size: int) -> int:
         """How many of `size` elements are sent."""

@@ -82,7 +82,7 @@ def read_parties(text: str) -> list[PartyPlan]:
             raise SettingError(f"party {name!r} is named twice; each party holds a task of its own")
         if separator and not re.fullmatch(r"/[^:$\"'\n]+", data):
             raise SettingError(f"party {item!r}: its data folder must be an absolute path without : $ or quotes")
-        task = tasks.tasks().get(name) if kind == "./" or (separator and not kind) else tasks.find(name)
+        task = tasks.TASKS.get(name) if kind == "./" or (separator and not kind) else tasks.find(name)
         published = isinstance(task, Published)
         if not separator and (kind or published):
             form = f"{kind or 'published:'}{name}"

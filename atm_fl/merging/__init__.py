@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from atm_fl.errors import SettingError, did_you_mean
-from atm_fl.options import check_option, check_options, option, options, type_name
+from atm_fl.options import check_option, check_options, declare, option, options, type_name
 from atm_fl.plugins import Registry
 from atm_fl.vectors import Layout
 
@@ -152,13 +152,7 @@ _Class = TypeVar("_Class", bound=type[Merge])
 @dataclass_transform(kw_only_default=True, field_specifiers=(option,))
 def merge(name: str) -> Callable[[_Class], _Class]:
     """Register the decorated class as the merge `name`; its options become keyword arguments."""
-
-    def register(merge_class: _Class) -> _Class:
-        merge_class.name = name
-        MERGES[name] = dataclass(kw_only=True)(merge_class)
-        return merge_class
-
-    return register
+    return declare(MERGES, name)
 
 
 def merges() -> dict[str, type[Merge]]:
@@ -173,10 +167,7 @@ def merges_of_sum() -> list[str]:
 
 def find_merge(name: str) -> type[Merge]:
     """The class of the merge `name`. SettingError, with the nearest known name, if there is none."""
-    known = merges()
-    if name not in known:
-        raise SettingError(f"merge={name!r} is unknown{did_you_mean(name, known)}")
-    return known[name]
+    return MERGES.find(name)
 
 
 def make_merge(name: str, layout: Layout, *, seed: int = 0, **chosen: Any) -> Merge:

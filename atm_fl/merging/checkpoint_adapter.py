@@ -48,7 +48,7 @@ def write_adapter(ready: Ready, steps: Steps, out: Path, rank: int, warn: Callab
         for block in item:
             start = steps.parts.starts[block.entry]
             entry = merged_entries.setdefault(block.entry, torch.empty(layout.sizes[block.entry]))
-            entry[block.part.start - start : block.part.stop - start] = steps.step(block)
+            entry[block.elements.start - start : block.elements.stop - start] = steps.step(block)
             blocks_left[block.entry] -= 1
             if blocks_left[block.entry]:
                 continue

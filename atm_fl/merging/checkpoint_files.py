@@ -249,14 +249,14 @@ class Steps:
 
     def step(self, block: Block) -> Tensor:
         """The merged elements of a block, float32 [w], with the layers' factors; they last until the next."""
-        size = block.part.stop - block.part.start
+        size = block.elements.stop - block.elements.start
         if self._pieces:
             if not hasattr(self._own, "target") or len(self._own.target) < size:
                 self._own.target = torch.empty(size)
             step = self._own.target[:size]
             self._pieces(block, step)
         elif self._whole is not None:
-            step = self._whole[block.part].clone()
+            step = self._whole[block.elements].clone()
         else:
             step = self._entry(block)
         if self.ready.layers[block.entry] != 1:
@@ -266,13 +266,13 @@ class Steps:
     def _entry(self, block: Block) -> Tensor:
         """The merged entry of a merge of matrices."""
         assert isinstance(self.merge, TensorWise)
-        layout, size = self.ready.plan.layout, block.part.stop - block.part.start
+        layout, size = self.ready.plan.layout, block.elements.stop - block.elements.start
         spill = MappedVectors() if size * len(self.vectors) > IN_MEMORY else None
         held = {}
         for task, vector in zip(self.ready.tasks, self.vectors, strict=True):
             held[task] = torch.empty(size) if spill is None else torch.empty(0)
             for chunk in parts(size):
-                values = vector[block.part.start + chunk.start : block.part.start + chunk.stop]
+                values = vector[block.elements.start + chunk.start : block.elements.start + chunk.stop]
                 if spill is None:
                     held[task][chunk] = values
                 else:
@@ -289,7 +289,7 @@ class Steps:
         """Have the system read what the item needs."""
         for block in item:
             start = self.parts.starts[block.entry]
-            chunk = slice(block.part.start - start, block.part.stop - start)
+            chunk = slice(block.elements.start - start, block.elements.stop - start)
             for vector in self.vectors:
                 vector.ahead(block.entry, chunk)
             self.parts.entries[block.entry].ahead(chunk)
@@ -309,7 +309,7 @@ def _write(ready: Ready, steps: Steps, out: Output) -> None:
             name, start = plan.layout.names[block.entry], steps.parts.starts[block.entry]
             step = steps.step(block)
             for piece in parts(len(step), ROWS):
-                first = block.part.start - start + piece.start
+                first = block.elements.start - start + piece.start
                 chunk = slice(first, first + piece.stop - piece.start)
                 values = _summed(name, steps.parts, block.entry, chunk, step[piece])
                 for each in written_as[name]:

@@ -31,7 +31,7 @@ class BaseParts:
         self._own = threading.local()
 
     def part(self, entry: int, chunk: slice) -> Tensor:
-        """The elements `part` of the entry `entry`, which lasts until the thread asks for others."""
+        """The elements `chunk` of the entry `entry`, which lasts until the thread asks for others."""
         values = self.entries[entry].values[chunk]
         if values.dtype in (torch.float32, torch.float64):
             return values

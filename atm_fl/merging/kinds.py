@@ -70,7 +70,7 @@ class Streaming(Merge):
         scratch, ones = Scratch(self.scratch, vectors[0]), [1.0] * len(vectors)
 
         def work(block: Block, target: Tensor) -> None:
-            fold_block(target, block, vectors, ones, changes, True, scratch[block.part])
+            fold_block(target, block, vectors, ones, changes, True, scratch[block.elements])
             target.mul_(factor)
 
         return work
@@ -106,7 +106,7 @@ def fold(
 
     def work(stretch: list[Block]) -> None:
         for block in stretch:
-            fold_block(total[block.part], block, vectors, coefficients, changes, fresh, scratch[block.part])
+            fold_block(total[block.elements], block, vectors, coefficients, changes, fresh, scratch[block.elements])
 
     in_parallel(work, stretches(blocks(layout)), total.device)
 
@@ -122,7 +122,7 @@ def fold_block(
 ) -> None:
     """`fold` of one block, into `target` [w]."""
     for vector, coefficient, change in zip(vectors, coefficients, changes, strict=True):
-        changed = change(vector[block.part], block, scratch) if change else vector[block.part]
+        changed = change(vector[block.elements], block, scratch) if change else vector[block.elements]
         if fresh:
             torch.mul(changed, coefficient, out=target)
         else:
@@ -200,7 +200,7 @@ class Elementwise(BatchMerge):
 
         def work(stretch: list[Block]) -> None:
             for block in stretch:
-                piece(block, total[block.part])
+                piece(block, total[block.elements])
 
         in_parallel(work, stretches(blocks(self.layout, len(vectors))), total.device)
         return total
@@ -212,9 +212,9 @@ class Elementwise(BatchMerge):
         scratch = Scratch((1 + self.scratch) * count + ROWS, vectors[0], count)
 
         def work(block: Block, target: Tensor) -> None:
-            stack, spare = scratch[block.part].tensor_split([count])
+            stack, spare = scratch[block.elements].tensor_split([count])
             for number, (row, vector) in enumerate(zip(stack, vectors, strict=True)):
-                self.take(number, vector[block.part], block, row)
+                self.take(number, vector[block.elements], block, row)
             torch.mul(self.block(stack, block, spare), self.scaling, out=target)
 
         return work

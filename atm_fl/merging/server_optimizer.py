@@ -80,12 +80,7 @@ def server_optimizer(name: str, *moments: str, takes: Sequence[str] = OPTIONS) -
 
     takes: the options that it reads off the optimizer; no other can be set.
     """
-
-    def register(step: Step) -> Step:
-        SERVER_OPTIMIZERS[name] = Rule(moments, step, tuple(takes))
-        return step
-
-    return register
+    return SERVER_OPTIMIZERS.register(name, lambda step: Rule(moments, step, tuple(takes)))
 
 
 @server_optimizer("none", takes=("learning_rate",))

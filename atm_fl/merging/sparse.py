@@ -101,7 +101,7 @@ class Mask:
         self._own = threading.local()
 
     def draw(self, chunk: slice, out: Tensor) -> Tensor:
-        """The mask's elements `part`, 1 or 0, into `out`."""
+        """The mask's elements `chunk`, 1 or 0, into `out`."""
         if self._threshold == 65536:
             return out.fill_(1)
         # A number of 64 bits serves four elements. Each thread has a generator, and leaps to where it is needed.
@@ -131,6 +131,6 @@ class Dare(Streaming):
         mask = Mask(self.density, self.seed, "dare", task)
 
         def drop(values: Tensor, block: Block, scratch: Tensor) -> Tensor:
-            return mask.draw(block.part, scratch[0]).mul_(values).mul_(1 / mask.density)
+            return mask.draw(block.elements, scratch[0]).mul_(values).mul_(1 / mask.density)
 
         return drop

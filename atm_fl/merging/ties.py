@@ -69,7 +69,7 @@ class DareTies(Elementwise):
 
     def take(self, number: int, changed: Tensor, block: Block, row: Tensor) -> None:
         mask = self._masks[number]
-        mask.draw(block.part, row).mul_(changed).mul_(1 / mask.density)
+        mask.draw(block.elements, row).mul_(changed).mul_(1 / mask.density)
 
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
         return mean_of_elected(stack, scratch)

@@ -64,12 +64,7 @@ FAMILIES: Registry[tuple[Callable[[str, str], Backbone], Callable[[str, str], ob
 
 def backbone(name: str) -> Callable[[Callable[[], Backbone]], Callable[[], Backbone]]:
     """Register the decorated function as the maker of the backbone `name`."""
-
-    def register(make: Callable[[], Backbone]) -> Callable[[], Backbone]:
-        BACKBONES[name] = make
-        return make
-
-    return register
+    return BACKBONES.register(name)
 
 
 def family(
@@ -79,12 +74,7 @@ def family(
 
     check: raises SettingError, without loading anything, if there is no such backbone or there are no such weights.
     """
-
-    def register(make: Callable[[str, str], Backbone]) -> Callable[[str, str], Backbone]:
-        FAMILIES[library] = make, check
-        return make
-
-    return register
+    return FAMILIES.register(library, lambda make: (make, check))
 
 
 def vit(image_size: int, patch_size: int, width: int, depth: int, heads: int, **more: object) -> nn.Module:

@@ -66,7 +66,7 @@ class Settings:
         "solar,bluemarble,icons,strokes,scripts,radicals,mnist,digits",
         "the parties' tasks in order, separated by commas; one with a slash is a folder of images, and folders of one "
         "name are several parties of one task",
-        names=tasks.tasks(),
+        names=tasks.TASKS,
         section="Tasks and model",
     )
     model: str = setting(

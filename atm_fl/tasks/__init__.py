@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from atm_fl import vectors
-from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.errors import SettingError
 from atm_fl.files import atomic_write
 from atm_fl.plugins import Registry
 from atm_fl.tasks.images import ImageFiles, decode_batches
@@ -169,34 +169,17 @@ class Embedded(Task):
             return _dataset(self.name, dict(stored))
 
 
-_registry: Registry[Task] = Registry("task")
+TASKS: Registry[Task] = Registry("task")
 
 
 def task(name: str, *, licence: str, source: str) -> Callable[[Callable[[], Source]], Callable[[], Source]]:
     """Register the decorated source function under `name`, with a line of licence and provenance."""
-
-    def register(build: Callable[[], Source]) -> Callable[[], Source]:
-        add(Embedded(name, licence, source, build))
-        return build
-
-    return register
-
-
-def add(task: Task) -> None:
-    """Register a task under its name."""
-    _registry[task.name] = task
-
-
-def tasks() -> Registry[Task]:
-    """All registered tasks by name."""
-    return _registry
+    return TASKS.register(name, lambda build: Embedded(name, licence, source, build))
 
 
 def find(name: str) -> Task:
     """The task called `name`; SettingError names the nearest one if there is none."""
-    if name not in tasks():
-        raise SettingError(f"task {name!r} is unknown{did_you_mean(name, _registry)}")
-    return _registry[name]
+    return TASKS.find(name, f"task {name!r}")
 
 
 def check(name: str) -> None:

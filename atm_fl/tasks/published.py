@@ -33,7 +33,7 @@ import torch
 
 from atm_fl.errors import RunError, SettingError
 from atm_fl.files import atomic_write
-from atm_fl.tasks import Dataset, Split, Task, add, find, prompts
+from atm_fl.tasks import TASKS, Dataset, Split, Task, find, prompts
 from atm_fl.tasks.images import ImageFiles
 
 VALIDATION, VALIDATION_CAP = 0.1, 5000
@@ -241,12 +241,9 @@ def published(
     where: str,
 ) -> Callable[[Callable[[Path, bool], Parts]], Callable[[Path, bool], Parts]]:
     """Register the decorated (root, download) → parts as the published data set `name`; see `Published`."""
-
-    def register(read: Callable[[Path, bool], Parts]) -> Callable[[Path, bool], Parts]:
-        add(Published(name, licence, source, classes, train, test, gigabytes, where, read))
-        return read
-
-    return register
+    return TASKS.register(
+        name, lambda read: Published(name, licence, source, classes, train, test, gigabytes, where, read)
+    )
 
 
 @published(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, dataclass_transfo
 from torch import Tensor
 
 from atm_fl.errors import SettingError
-from atm_fl.options import check_options, option, options, read_choice
+from atm_fl.options import check_options, declare, option, options, read_choice
 from atm_fl.plugins import Registry
 from atm_fl.seeds import derive_seed
 from atm_fl.vectors import Layout
@@ -112,13 +112,7 @@ _Class = TypeVar("_Class", bound=type[Transform])
 @dataclass_transform(kw_only_default=True, field_specifiers=(option,))
 def transform(name: str) -> Callable[[_Class], _Class]:
     """Register the decorated class as the transform `name`; its options become keyword arguments."""
-
-    def register(made: _Class) -> _Class:
-        made.name = name
-        TRANSFORMS[name] = dataclass(kw_only=True)(made)
-        return made
-
-    return register
+    return declare(TRANSFORMS, name)
 
 
 def make_transforms(text: str) -> list[Transform]:

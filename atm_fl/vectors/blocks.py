@@ -32,7 +32,7 @@ class Block(NamedTuple):
     """Where a block is: the number of its entry in the layout, and its elements in the flat vector."""
 
     entry: int
-    part: slice
+    elements: slice
 
 
 def blocks(layout: Layout, rows: int = 1) -> Iterator[Block]:
@@ -95,7 +95,7 @@ class Scratch(threading.local):
         self._rows = like.new_empty(rows, width, dtype=dtype or like.dtype)
 
     def __getitem__(self, chunk: slice) -> Tensor:
-        """The rows, as long as `part`."""
+        """The rows, as long as `chunk`."""
         return self._rows[:, : chunk.stop - chunk.start]
 
 

@@ -70,11 +70,11 @@ class Entry:
 class Reader(Protocol):
     """One entry of a fine-tuned model, which knows its difference to the base's."""
 
-    def difference(self, part: slice, before: Tensor, out: Tensor) -> None:
-        """fine-tuned − base of the flat elements `part`, whose base is `before` (float32 or float64), float32 `out`."""
+    def difference(self, chunk: slice, before: Tensor, out: Tensor) -> None:
+        """fine-tuned − base of the flat elements `chunk`, of base `before` (float32 or float64), to `out`, float32."""
 
-    def ahead(self, part: slice) -> None:
-        """Have the system read the elements `part` from the disk soon."""
+    def ahead(self, chunk: slice) -> None:
+        """Have the system read the elements `chunk` from the disk soon."""
 
 
 class Checkpoint:
@@ -174,8 +174,8 @@ class Dense:
     values: Tensor
     place: tuple[int, int] | None = None
 
-    def difference(self, part: slice, before: Tensor, out: Tensor) -> None:
-        after = self.values[part]
+    def difference(self, chunk: slice, before: Tensor, out: Tensor) -> None:
+        after = self.values[chunk]
         if before.dtype == torch.float64 or after.dtype == torch.float64:
             torch.sub(after.to(torch.promote_types(after.dtype, torch.float32)), before, out=out)
         elif after.dtype == torch.float32:
@@ -183,25 +183,25 @@ class Dense:
         else:
             out.copy_(after).sub_(before)
 
-    def equal(self, part: slice, before: Tensor) -> Tensor:
+    def equal(self, chunk: slice, before: Tensor) -> Tensor:
         """Where the values are the base's, infinite ones and NaN too."""
-        after = self.values[part].to(before.dtype)
+        after = self.values[chunk].to(before.dtype)
         return (after == before) | (after.isnan() & before.isnan())
 
-    def ahead(self, part: slice) -> None:
+    def ahead(self, chunk: slice) -> None:
         if self.place:
             size = self.values.element_size()
-            length = (part.stop - part.start) * size
-            os.posix_fadvise(self.place[0], self.place[1] + part.start * size, length, os.POSIX_FADV_WILLNEED)
+            length = (chunk.stop - chunk.start) * size
+            os.posix_fadvise(self.place[0], self.place[1] + chunk.start * size, length, os.POSIX_FADV_WILLNEED)
 
 
 class Zero:
     """An entry that the model leaves as it is in the base."""
 
-    def difference(self, part: slice, before: Tensor, out: Tensor) -> None:
+    def difference(self, chunk: slice, before: Tensor, out: Tensor) -> None:
         out.zero_()
 
-    def ahead(self, part: slice) -> None:
+    def ahead(self, chunk: slice) -> None:
         pass
 
 

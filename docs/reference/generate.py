@@ -97,7 +97,7 @@ def codec_page() -> None:
 
 def task_page() -> None:
     """All registered tasks."""
-    rows = [(f"`{name}`", task.source, task.licence) for name, task in tasks.tasks().items()]
+    rows = [(f"`{name}`", task.source, task.licence) for name, task in tasks.TASKS.items()]
     write("tasks.md", "Tasks", table(("task", "source", "licence"), rows))
 
 
