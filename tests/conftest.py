@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from atm_fl import models, tasks
+from atm_fl import models, plugins, tasks
 from atm_fl.settings import Settings
 from atm_fl.tasks import Source
 
@@ -98,3 +99,23 @@ def noise() -> Iterator[str]:
     tasks.TASKS["noise"] = tasks.Embedded("noise", "CC0", "a test", build)
     yield "noise"
     tasks.TASKS.pop("noise")
+
+
+PluginFiles = Callable[..., Path]
+
+
+@pytest.fixture
+def plugin_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginFiles]:
+    """Write files, by name, into a folder that ATM_FL_PLUGINS names for the test."""
+
+    def write(**files: str) -> Path:
+        home = tmp_path / "plugins"
+        home.mkdir(exist_ok=True)
+        for name, text in files.items():
+            (home / f"{name}.py").write_text(textwrap.dedent(text))
+        monkeypatch.setenv(plugins.VARIABLE, str(home))
+        return home
+
+    yield write
+    monkeypatch.delenv(plugins.VARIABLE, raising=False)
+    plugins.load()

@@ -53,7 +53,7 @@ ROOT = Path(__file__).parents[1]
         ({"device": "gpu"}, "device='gpu'"),
     ],
 )
-def test_a_wrong_setting_is_named_with_its_value_and_the_mend(wrong: dict[str, Any], words: str, monkeypatch) -> None:
+def test_a_wrong_setting_is_named_with_its_value_and_the_fix(wrong: dict[str, Any], words: str, monkeypatch) -> None:
     with pytest.raises(SettingError) as error:
         Settings.parse(wrong)
     assert words in str(error.value)

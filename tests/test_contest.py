@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import PluginFiles, make_folder
+from test_transforms import HEAD, SUM, THERE_AND_BACK
 
 from atm_fl.errors import SettingError
 from atm_fl.experiments import contest, read_study
 from atm_fl.experiments.joint import run_joint
 from atm_fl.federation.client import Party
+from atm_fl.federation.loop import run_loop
 from atm_fl.runs.checkpoints import load_checkpoint
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
@@ -131,6 +135,38 @@ def test_an_average_is_what_its_checkpoint_holds_and_where_ph_atm_starts(study: 
     assert before == made["test"]
 
 
+BY_THE_SERVER: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "scaled tasks and layers": {"task-scaling": "red=0.5, blue=2", "layer-scaling": "*.mlp.*=1.5, *norm*=0.5"},
+    "client-level clip and noise": {"dp-client-clip": 0.05, "dp-client-noise": 0.5},
+    "a transform of the sum": {"transforms": "signs"},
+    "a transform of every vector": {"transforms": "doubled, there-and-back"},
+    "momentum": {"server-optimizer": "momentum:learning-rate=0.5"},
+    "steps by ternary": {"codec-down": "ternary", "codec-up": "int8"},
+    "several clients a task": {"tasks": "{red},{red_elsewhere},{green}"},
+}
+
+
+@pytest.mark.parametrize("changed", BY_THE_SERVER.values(), ids=BY_THE_SERVER)
+def test_a_one_shot_row_is_what_a_run_of_one_round_makes(
+    config: dict[str, Any],
+    folders: list[str],
+    plugin_files: PluginFiles,
+    changed: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    plugin_files(transforms=HEAD + THERE_AND_BACK + SUM)
+    config |= changed
+    elsewhere = make_folder(tmp_path / "other" / "red", 7)
+    config["tasks"] = config["tasks"].format(red=folders[0], red_elsewhere=elsewhere, green=folders[1])
+    rows = '\n[rows]\nsingle = { kind = "single" }\naverage = { kind = "one-shot" }\n'
+    chosen = replace(read_study(write(tmp_path / "contest.toml", dict(config), rows), contest), seeds=[0], epochs=1)
+    run(chosen)
+    made = run_loop(Settings.parse({**config, "rounds": 1}))
+    unit = contest.ContestUnit(chosen, chosen.row("one-shot"), 0)
+    assert torch.equal(load_checkpoint(unit.folder, made.layout, pytest.fail)[1], made.base)
+
+
 def test_joint_training_of_one_task_is_plain_fine_tuning(config: dict[str, Any], folders: list[str]) -> None:
     """One epoch of joint training over a single task against torch's own SGD on the same batches."""
     settings = Settings.parse({**config, "tasks": folders[0], "rounds": 1, "optimizer": "sgd", "learning-rate": 0.05})
@@ -153,6 +189,10 @@ def test_joint_training_of_one_task_is_plain_fine_tuning(config: dict[str, Any],
     [
         ("[rows]\na = { kind = 'two-shot' }", "kind='two-shot' is unknown; did you mean 'one-shot'"),
         ("[rows]\na = { kind = 'one-shot' }", "needs a row of kind single"),
+        (
+            "secure-aggregation = true\n[rows]\ns = { kind = 'single' }",
+            "row 's': secure-aggregation=true leaves no single vector to merge",
+        ),
         ("[rows]\na = { merge = 'meen' }", "merge='meen' is unknown"),
         ("[rows]\na = { tune = { scalign = [1.0] } }", "setting 'scalign' is unknown"),
         ("[rows]\na = { report = [5] }", "row 'a': it has 4 rounds, so none is 5"),

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_folder
+from conftest import PluginFiles, make_folder
 from federation import final, same
 from safetensors.torch import load_file
+from test_transforms import HEAD as HEAD_OF_A_TRANSFORM
+from test_transforms import THERE_AND_BACK
 
 from atm_fl import vectors
 from atm_fl.attacks import membership, poisoning
@@ -18,6 +20,7 @@ from atm_fl.errors import SettingError
 from atm_fl.experiments.privacy import HEAD, Line
 from atm_fl.federation.client import Party
 from atm_fl.federation.loop import run_loop
+from atm_fl.merging import Merge
 from atm_fl.privacy.budget import Account, Budget
 from atm_fl.privacy.ledger import ledger_path
 from atm_fl.privacy.noise import Noise
@@ -192,6 +195,40 @@ def test_every_attack_runs_under_secure_aggregation(five: dict[str, Any], attack
     """Also one whose vector is beyond the ring's reach: it is sent as far as words go."""
     settings = Settings.parse(five | SECURE | {"secure-range": 0.02})
     assert set(poisoning.study(settings, attack, ["b"])["tasks"]) == set("acde")
+
+
+@pytest.mark.parametrize("changed", [{"task-scaling": "a=3, b=0.1"}, {"dp-client-clip": 0.01}, {"codec-up": "int8"}])
+def test_shares_are_told_of_the_vectors_that_the_server_merges(
+    five: dict[str, Any], changed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a task's two clients, of which one lies about its images."""
+    five["tasks"] += f",{make_folder(tmp_path / 'other' / 'b', 9)}"
+    merged: list[dict[str, torch.Tensor]] = []
+    asked_of: list[dict[str, torch.Tensor]] = []
+    combine, kept_shares = Merge.combine, poisoning.kept_shares
+
+    def noted(merge: Merge, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
+        merged.append({task: vector.clone() for task, vector in vectors.items()})
+        return combine(merge, vectors)
+
+    def asked(merge: Merge, vectors: dict[str, torch.Tensor]) -> dict[str, float]:
+        asked_of.append(vectors)
+        return kept_shares(merge, vectors)
+
+    monkeypatch.setattr(Merge, "combine", noted)
+    monkeypatch.setattr(poisoning, "kept_shares", asked)
+    poisoning.study(Settings.parse(five | changed), "counts", ["b.2"])
+    assert [list(vectors) for vectors in asked_of] == [list("abcde")]
+    assert all(torch.equal(merged[0][task], vector) for task, vector in asked_of[0].items())
+
+
+def test_a_transform_that_no_attack_knows_is_named(five: dict[str, Any], plugin_files: PluginFiles) -> None:
+    plugin_files(back=HEAD_OF_A_TRANSFORM + THERE_AND_BACK)
+    changed = Settings.parse(five | {"transforms": "doubled"})
+    with pytest.raises(SettingError, match="transforms='doubled': attacks forge what travels; leave them out"):
+        poisoning.study(changed, "sign-flip", ["b"])
+    with pytest.raises(SettingError, match="transforms='doubled': the attacks know none; leave them out"):
+        Scenario.parse(five | {"transforms": "doubled"})
 
 
 def test_a_clip_that_the_client_makes_does_not_bind_the_one_who_lies(five: dict[str, Any], tmp_path: Path) -> None:

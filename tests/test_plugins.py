@@ -7,8 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
-from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import PluginFiles
 from federation import call
 
 from atm_fl import plugins
@@ -33,28 +32,12 @@ from atm_fl.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 PAGE = re.findall(r"## (.+?)\n.*?```python\n(.*?)```", (ROOT / "docs" / "plugins.md").read_text(), re.DOTALL)
-Folder = Callable[..., Path]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
-    """Write files, by name, into a folder that ATM_FL_PLUGINS names for the test."""
-
-    def write(**files: str) -> Path:
-        home = tmp_path / "plugins"
-        home.mkdir(exist_ok=True)
-        for name, text in files.items():
-            (home / f"{name}.py").write_text(textwrap.dedent(text))
-        monkeypatch.setenv(plugins.VARIABLE, str(home))
-        return home
-
-    return write
-
-
-@pytest.fixture
-def page(folder: Folder) -> Path:
+def page(plugin_files: PluginFiles) -> Path:
     """Each example of the page in a file of its own."""
-    return folder(**{re.sub(r"\W+", "_", title): code for title, code in PAGE})
+    return plugin_files(**{re.sub(r"\W+", "_", title): code for title, code in PAGE})
 
 
 @pytest.fixture(autouse=True)
@@ -168,16 +151,16 @@ def test_the_command_line_runs_with_them_in_a_process_of_its_own(
     assert (Path(config["run-dir"]) / "lines.txt").read_text().count("tuning") == 3
 
 
-def test_another_file_under_the_same_name_does_not_resume(folder: Folder, config: dict[str, Any]) -> None:
+def test_another_file_under_the_same_name_does_not_resume(plugin_files: PluginFiles, config: dict[str, Any]) -> None:
     code = dict(PAGE)["A codec"]
-    folder(sign=code)
+    plugin_files(sign=code)
     config |= {"codec-up": "sign", "rounds": 1}
     run_loop(Settings.parse(config))
     config |= {"rounds": 2, "resume": True}
-    home = folder(other="pass")
+    home = plugin_files(other="pass")
     Run(Settings.parse(config)).close()  # what decides nothing may change
     (home / "sign.py").rename(home / "gone")
-    folder(renamed=code + "# another")
+    plugin_files(renamed=code + "# another")
     (home / "moved").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(plugins.VARIABLE, os.pathsep.join([str(home), str(home / "moved")]))
@@ -214,9 +197,9 @@ def test_another_file_under_the_same_name_does_not_resume(folder: Folder, config
     ],
 )
 def test_a_broken_file_or_a_name_that_is_taken_is_one_line_and_leaves_nothing(
-    code: str, words: str, folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    code: str, words: str, plugin_files: PluginFiles, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    home = folder(a="from atm_fl.codecs import codec, Fp32\ncodec('fine')(type('Fine', (Fp32,), {}))", bad=code)
+    home = plugin_files(a="from atm_fl.codecs import codec, Fp32\ncodec('fine')(type('Fine', (Fp32,), {}))", bad=code)
     for _ in range(2):  # it stays an error
         assert call(monkeypatch, "settings") == 2
         (line,) = capsys.readouterr().err.splitlines()

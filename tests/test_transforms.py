@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_plugins import Folder, _as_before, folder, run  # noqa: F401 (fixtures)
+from conftest import PluginFiles
+from test_plugins import run
 
 from atm_fl.errors import RunError, SettingError
 from atm_fl.federation.chain import Chain
@@ -64,9 +65,9 @@ def settings_of(config: dict[str, Any], name: str, **more: Any) -> Settings:
     return Settings.parse({**config, "run-dir": f"{config['run-dir']}-{name}", **changed})
 
 
-def test_a_server_undoes_in_reverse_order_what_clients_did(folder: Folder, config: dict[str, Any]) -> None:  # noqa: F811
+def test_a_server_undoes_in_reverse_order_what_clients_did(plugin_files: PluginFiles, config: dict[str, Any]) -> None:
     """Not commuting: 2 (v + 1) is undone to v by halving first."""
-    folder(back=HEAD + THERE_AND_BACK)
+    plugin_files(back=HEAD + THERE_AND_BACK)
     plain, flower = run(config, "there", transforms="there-and-back, doubled", rounds=1)
     without, _ = run(config, "without", rounds=1)
     assert torch.equal(plain.base, flower.base)
@@ -81,12 +82,12 @@ def test_a_server_undoes_in_reverse_order_what_clients_did(folder: Folder, confi
 
 @pytest.mark.parametrize("secure", [False, True])
 def test_client_level_clip_holds_whatever_a_transform_does(
-    folder: Folder,  # noqa: F811
+    plugin_files: PluginFiles,
     config: dict[str, Any],
     secure: bool,
 ) -> None:
     """The mean of three vectors clipped to 0.01 is no longer than that, though each was made 10⁴ times as long."""
-    folder(times=HEAD + TIMES)
+    plugin_files(times=HEAD + TIMES)
     bound = {"dp-client-clip": 0.01, "secure-aggregation": secure, "rounds": 1, "proportion": 0.0}
     for made in run(config, "long", transforms="times:factor=1e4", **bound):
         pretrained = Run(settings_of(config, f"none-{made.directory.name}")).base
@@ -95,11 +96,11 @@ def test_client_level_clip_holds_whatever_a_transform_does(
 
 @pytest.mark.parametrize("secure", [False, True])
 def test_a_transform_of_the_sum_gets_it_after_the_noise(
-    folder: Folder,  # noqa: F811
+    plugin_files: PluginFiles,
     config: dict[str, Any],
     secure: bool,
 ) -> None:
-    folder(signs=HEAD + SUM)
+    plugin_files(signs=HEAD + SUM)
     chosen = {"dp-client-clip": 1.0, "dp-client-noise": 2.0, "secure-aggregation": secure, "rounds": 1}
     made, _ = run(config, f"sum-{secure}", transforms="signs", **chosen)
     step = made.base - Run(settings_of(config, "pretrained")).base
@@ -111,10 +112,10 @@ def test_a_transform_of_the_sum_gets_it_after_the_noise(
 
 
 def test_what_a_client_keeps_is_there_in_its_next_round_and_after_a_resume(
-    folder: Folder,  # noqa: F811
+    plugin_files: PluginFiles,
     config: dict[str, Any],
 ) -> None:
-    folder(halves=HEAD + LEAVES_OUT)
+    plugin_files(halves=HEAD + LEAVES_OUT)
     whole, flower = run(config, "whole", transforms="halves")
     assert torch.equal(whole.base, flower.base)
     run_loop(settings_of(config, "broken", transforms="halves", rounds=2))
@@ -124,8 +125,8 @@ def test_what_a_client_keeps_is_there_in_its_next_round_and_after_a_resume(
         Run(settings_of(config, "broken", resume=True))
 
 
-def test_what_makes_no_vector_of_the_model_is_named(folder: Folder, config: dict[str, Any]) -> None:  # noqa: F811
-    folder(times=HEAD + TIMES.replace("vector * self.factor", "vector[1:]"))
+def test_what_makes_no_vector_of_the_model_is_named(plugin_files: PluginFiles, config: dict[str, Any]) -> None:
+    plugin_files(times=HEAD + TIMES.replace("vector * self.factor", "vector[1:]"))
     with pytest.raises(RunError, match=r"the transform 'times' has made torch.float32\[\d+\], not float32\[\d+\]; fix"):
         run_loop(settings_of(config, "short", transforms="times"))
 
@@ -141,19 +142,19 @@ def test_what_makes_no_vector_of_the_model_is_named(folder: Folder, config: dict
     ],
 )
 def test_transforms_that_cannot_work_are_said(
-    folder: Folder,  # noqa: F811
+    plugin_files: PluginFiles,
     config: dict[str, Any],
     wrong: dict[str, Any],
     words: str,
 ) -> None:
-    folder(all=HEAD + TIMES + THERE_AND_BACK + SUM)
+    plugin_files(all=HEAD + TIMES + THERE_AND_BACK + SUM)
     with pytest.raises(SettingError) as error:
         Settings.parse({**config, **wrong})
     assert words in str(error.value)
 
 
-def test_commas_part_transforms_and_their_options(folder: Folder) -> None:  # noqa: F811
-    folder(all=HEAD + TIMES.replace("    def", '    other: int = option(1, "another")\n    def') + THERE_AND_BACK)
+def test_commas_part_transforms_and_their_options(plugin_files: PluginFiles) -> None:
+    plugin_files(all=HEAD + TIMES.replace("    def", '    other: int = option(1, "another")\n    def') + THERE_AND_BACK)
     first, second, third = make_transforms("doubled, times:factor=2,other=3, there-and-back")
     assert (first.name, third.name) == ("doubled", "there-and-back")
     assert vars(second) == {"factor": 2, "other": 3}

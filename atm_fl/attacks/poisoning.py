@@ -31,7 +31,7 @@ from torch import Tensor
 
 from atm_fl.codecs import Arrays
 from atm_fl.errors import SettingError
-from atm_fl.federation.aggregation import mean
+from atm_fl.federation.aggregation import by_task
 from atm_fl.federation.client import Party, Update
 from atm_fl.federation.loop import run_loop
 from atm_fl.files import atomic_write
@@ -46,6 +46,7 @@ from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tables import markdown
 from atm_fl.tasks import Split
+from atm_fl.transforms import Context
 from atm_fl.vectors.blocks import inner_products
 
 
@@ -216,15 +217,15 @@ class PoisoningSimulation:
         if len(self.sent) < len(settings.party_names):
             return
         if not settings.secure_aggregation:
-            clients: dict[str, list[str]] = {task: [] for task in settings.client_tasks}
-            for client in settings.party_names:
-                clients[settings.task_of[client]].append(client)
-            merged = {
-                task: mean([self.sent[name] for name in names], [self.images[name] for name in names])
-                * settings.task_scalings.get(task, 1.0)
-                for task, names in clients.items()
+            layout = party.model.layout
+            bounded = {
+                client: party.chain.bound(
+                    vector.clone(), Context(settings, layout, round_number, settings.task_of[client], client)
+                )
+                for client, vector in self.sent.items()
             }
-            kept = kept_shares(settings.make_merge(party.model.layout, round_number), merged)
+            vectors = by_task(bounded, self.images, settings)
+            kept = kept_shares(settings.make_merge(layout, round_number), vectors)
             for client, shares in self.shares.items():
                 shares.append(kept[settings.task_of[client]])
         self.sent = {}

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from atm_fl.cli.deploy import deploy
 from atm_fl.cli.terminal import Authority, Superlink, app, console, read_config, say, terminated_as_exit
+from atm_fl.errors import SettingError
 
 
 class Runtime(StrEnum):
@@ -101,10 +102,25 @@ def run(
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="runs' directories, finished or not")],
     out: Annotated[Path, typer.Option(help="of several runs: the page to write")] = Path("comparison.html"),
+    party: Annotated[
+        str,
+        typer.Option(
+            help="of one run: a party's own page instead, test pictures with the model's answers; NAME, or NAME=FOLDER "
+            "where its data is there on this machine"
+        ),
+    ] = "",
 ) -> None:
     """Print a run's table and write its report.html and accuracy.png, or lay several runs side by side in one page."""
     from atm_fl.runs.report import print_table, write_report
 
+    if party:
+        from atm_fl.federation.party_page import write_party_page
+
+        if len(run_dirs) > 1:
+            raise SettingError(f"--party {party}: of one run, not of {len(run_dirs)}")
+        client, _, folder = party.partition("=")
+        say(f"page: {write_party_page(run_dirs[0], client, folder)}")
+        return
     if len(run_dirs) > 1:
         _compare_runs(run_dirs, out)
         return

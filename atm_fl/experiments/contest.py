@@ -41,14 +41,18 @@ from atm_fl.errors import RunError, SettingError, did_you_mean
 from atm_fl.experiments import contest_page
 from atm_fl.experiments.joint import run_joint
 from atm_fl.experiments.landscape import landscape
+from atm_fl.federation.aggregation import by_task, merge_tasks
+from atm_fl.federation.chain import Chain
 from atm_fl.federation.client import Party
 from atm_fl.federation.client_state import ClientState
 from atm_fl.federation.loop import run_loop
 from atm_fl.files import atomic_write
+from atm_fl.merging.scaling import scale_layers
 from atm_fl.models import load_backbone
 from atm_fl.models.flops import operations
 from atm_fl.runs.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from atm_fl.runs.claims import claim
+from atm_fl.runs.downlink import Downlink
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import processor
 from atm_fl.settings import Settings
@@ -124,6 +128,11 @@ class Contest:
         for row in study.rows:
             for choice in row.choices():
                 settings = ContestUnit(study, row, study.seeds[0], choice).parse()
+                if row.kind in ("single", "one-shot") and settings.secure_aggregation:
+                    raise SettingError(
+                        f"row {row.name!r}: secure-aggregation=true leaves no single vector to merge; "
+                        f"it goes with rows of kind atm"
+                    )
                 over = [number for number in (*row.report, *row.select) if not 0 < number <= settings.rounds]
                 if over:
                     raise SettingError(f"row {row.name!r}: it has {settings.rounds} rounds, so none is {over[0]}")
@@ -303,11 +312,11 @@ def _single(unit: ContestUnit) -> None:
     """Tune every task alone. Vectors stay on disk, so that a break loses one task."""
     settings = unit.settings()
     _claim(unit, settings)
-    parties = [Party(settings, name) for name in settings.task_names]
+    parties = _parties(settings)
     base = parties[0].model.pretrained
-    by_task: dict[str, dict[str, Any]] = {}
+    by_client: dict[str, dict[str, Any]] = {}
     for party in parties:
-        path, numbers = unit.folder / f"{party.task}.safetensors", unit.folder / f"{party.task}.json"
+        path, numbers = unit.folder / f"{party.client}.safetensors", unit.folder / f"{party.client}.json"
         if not numbers.exists():
             update = party.train(base, 1)
             assert update.arrays is not None
@@ -319,17 +328,24 @@ def _single(unit: ContestUnit) -> None:
             with atomic_write(numbers) as temporary:
                 sent = {"bytes_up": size_of(update.arrays)}
                 temporary.write_text(json.dumps({"before": update.evaluation, "after": after, **update.tuning, **sent}))
-        by_task[party.task] = json.loads(numbers.read_text())
+        by_client[party.client] = json.loads(numbers.read_text())
     with atomic_write(unit.folder / "results.json") as temporary:
-        temporary.write_text(json.dumps(by_task, indent=1))
+        temporary.write_text(json.dumps(by_client, indent=1))
+
+
+def _parties(settings: Settings) -> list[Party]:
+    return [
+        Party(settings, task, client=client)
+        for client, task in zip(settings.party_names, settings.task_names, strict=True)
+    ]
 
 
 def single_vectors(study: Contest, seed: int) -> dict[str, Tensor]:
-    """The single-task vectors of a seed, float32 [n], in the order of the tasks."""
+    """The single-task vectors of a seed, float32 [n], by client, in the order of the tasks."""
     folder = ContestUnit(study, study.row("single"), seed).folder
     names = Settings.parse(study.settings).party_names
     # Tensors out of a file are not aligned as torch's own are.
-    return {task: load_file(str(folder / f"{task}.safetensors"))["vector"].clone() for task in names}
+    return {client: load_file(str(folder / f"{client}.safetensors"))["vector"].clone() for client in names}
 
 
 def _one_shot(unit: ContestUnit) -> None:
@@ -337,25 +353,39 @@ def _one_shot(unit: ContestUnit) -> None:
     study = unit.study
     settings = unit.settings()
     _claim(unit, settings)
-    parties = [Party(settings, name) for name in settings.task_names]
-    vectors, base, layout = single_vectors(study, unit.seed), parties[0].model.pretrained, parties[0].model.layout
+    parties, vectors = _parties(settings), single_vectors(study, unit.seed)
+    base, layout = parties[0].model.pretrained, parties[0].model.layout
+    single = json.loads((ContestUnit(study, study.row("single"), unit.seed).folder / "results.json").read_text())
+    images = {client: trained["images"] for client, trained in single.items()}
     begin = time.perf_counter()
     tried: list[dict[str, Any]] = []
     for choice in unit.row.choices():
-        model = base + _merged(replace(unit, choice=choice), layout, vectors)
-        accuracies = {party.task: party.evaluate(model, ("validation",))["validation"] for party in parties}
+        model = _after_one_round(replace(unit, choice=choice).settings(), base, layout, vectors, images)
+        accuracies = {party.client: party.evaluate(model, ("validation",))["validation"] for party in parties}
         tried.append({"choice": choice, "validation": accuracies})
     best = max(tried, key=lambda outcome: mean_accuracy(outcome["validation"]))
     seconds = (time.perf_counter() - begin) / len(tried)
-    model = base + _merged(replace(unit, choice=best["choice"]), layout, vectors)
+    model = _after_one_round(replace(unit, choice=best["choice"]).settings(), base, layout, vectors, images)
     save_checkpoint(unit.folder, 1, model, layout)
-    outcome = best | {"test": {party.task: party.evaluate(model, ("test",))["test"] for party in parties}}
+    outcome = best | {"test": {party.client: party.evaluate(model, ("test",))["test"] for party in parties}}
     with atomic_write(unit.folder / "results.json") as temporary:
         temporary.write_text(json.dumps(outcome | {"tried": tried, "seconds": seconds}, indent=1))
 
 
-def _merged(unit: ContestUnit, layout: Layout, vectors: dict[str, Tensor]) -> Tensor:
-    return unit.settings().make_merge(layout, 1).combine(vectors)
+def _after_one_round(
+    settings: Settings, base: Tensor, layout: Layout, vectors: dict[str, Tensor], images: dict[str, float]
+) -> Tensor:
+    """The model [n] that a run's server would make of the clients' decoded vectors in a first round."""
+    chain = Chain(settings)
+    bounded = {
+        client: chain.bound(vector.clone(), Context(settings, layout, 1, settings.task_of[client], client))
+        for client, vector in vectors.items()
+    }
+    merged = merge_tasks(by_task(bounded, images, settings), chain, Context(settings, layout, 1))
+    step = settings.make_server_optimizer().step(scale_layers(merged, layout, settings.layer_scalings), 1)
+    model = base.clone()
+    Downlink(settings, layout).move(model, step, 1)
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------- what came out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
@@ -14,6 +15,7 @@ from atm_fl.codecs import Arrays
 from atm_fl.federation.chain import Chain
 from atm_fl.merging.kinds import fold
 from atm_fl.runs.run import Run
+from atm_fl.settings import Settings
 from atm_fl.transforms import Context
 from atm_fl.vectors.blocks import empty, inner_products, l2_norm, parts
 from atm_fl.vectors.mapped import MappedVectors
@@ -61,23 +63,8 @@ class TaskVectorAggregator:
         settings = self._settings
         spilled = {client: vector for client, vector in self._spill.vectors().items() if client in self.norms}
         begin = time.perf_counter()
-        # Replies come in any order, and the order of a sum decides its last bits.
-        clients: dict[str, list[str]] = {task: [] for task in settings.client_tasks}
-        for client in settings.party_names:
-            clients[settings.task_of[client]] += [client] if client in spilled else []
-        vectors = {
-            task: mean([spilled[name] for name in clients_of_task], [self._images[name] for name in clients_of_task])
-            for task, clients_of_task in clients.items()
-            if clients_of_task
-        }
-        merge, context = settings.make_merge(self._layout, self._round), Context(settings, self._layout, self._round)
-        if self._chain.totals:
-            factor = merge.sum_factor(len(vectors))
-            total = empty(self._layout.size, next(iter(vectors.values())))
-            fold(total, list(vectors.values()), [factor] * len(vectors), self._layout)
-            merged = merge.from_sum(self._chain.total(total, factor, context), len(vectors))
-        else:
-            merged = merge.combine(vectors)
+        vectors, context = by_task(spilled, self._images, settings), Context(settings, self._layout, self._round)
+        merged = merge_tasks(vectors, self._chain, context)
         seconds = time.perf_counter() - begin
         products = inner_products(list(vectors.values()))
         self._spill.close()
@@ -126,6 +113,32 @@ class SecureSumAggregator:
         clients = [client for client in settings.party_names if client in self.clients]
         beside = {"tasks": clients, "seconds_merge": time.perf_counter() - begin, **context.numbers}
         return merged, beside | ({} if self._mean_norm is None else {"usual_norm": self._mean_norm})
+
+
+def by_task(vectors: Mapping[str, Tensor], images: Mapping[str, float], settings: Settings) -> dict[str, Tensor]:
+    """Each task's vector [n]: the mean of its clients' `vectors`, weighted by the `images` they were tuned on.
+
+    In the order of the settings' tasks and clients: replies come in any, and the order of a sum decides its last bits.
+    """
+    clients: dict[str, list[str]] = {task: [] for task in settings.client_tasks}
+    for client in settings.party_names:
+        clients[settings.task_of[client]] += [client] if client in vectors else []
+    return {
+        task: mean([vectors[name] for name in clients_of_task], [images[name] for name in clients_of_task])
+        for task, clients_of_task in clients.items()
+        if clients_of_task
+    }
+
+
+def merge_tasks(vectors: dict[str, Tensor], chain: Chain, context: Context) -> Tensor:
+    """The merged vector [n] of the tasks' vectors of a round; where the chain has a say on their sum, of that."""
+    merge, layout = context.settings.make_merge(context.layout, context.round_number), context.layout
+    if not chain.totals:
+        return merge.combine(vectors)
+    factor = merge.sum_factor(len(vectors))
+    total = empty(layout.size, next(iter(vectors.values())))
+    fold(total, list(vectors.values()), [factor] * len(vectors), layout)
+    return merge.from_sum(chain.total(total, factor, context), len(vectors))
 
 
 def mean(vectors: list[Tensor], weights: list[float]) -> Tensor:

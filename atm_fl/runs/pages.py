@@ -44,6 +44,9 @@ th, td { padding: .15rem .7rem; border-bottom: 1px solid #8884; text-align: left
 .scroll { overflow-x: auto } figure { margin: .8rem 0; break-inside: avoid } svg { max-width: 100%; height: auto }
 .lead { font-size: 1.2em; opacity: 1 } h1, .lead { overflow-wrap: anywhere }
 .row { display: flex; flex-wrap: wrap; gap: 0 1.5rem } .row figure { flex: 1 1 21rem; min-width: 0; max-width: 36rem }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)); gap: .2rem 1rem }
+.pictures img { width: 6rem; height: 6rem; object-fit: contain; image-rendering: pixelated }
+.pictures figcaption { font-size: .85em; overflow-wrap: anywhere } .wrong figcaption { font-weight: bold; opacity: 1 }
 .tip:hover path { fill-opacity: .12 !important }
 @media (max-width: 30rem) { body { margin: 1rem auto; font-size: 16px } th, td { padding: .15rem .4rem } }
 @media print { :root { color-scheme: light } body { margin: 0; max-width: none } tr { break-inside: avoid }
