@@ -37,7 +37,7 @@ from typer.testing import CliRunner
 
 from atm_fl.cli import terminal
 from atm_fl.deployment import checks, keys
-from atm_fl.deployment.checks import Machine
+from atm_fl.deployment.checks import Machine, check
 from atm_fl.deployment.federation import lay_out, read_parties
 from atm_fl.errors import RunError, SettingError
 from atm_fl.server.simulation import QUIET
@@ -390,6 +390,12 @@ def test_check_says_what_is_wrong_with_key_and_data(checkout: Path) -> None:
     assert "is not a folder on this machine" in said(data=checkout / "none")["data"]
     (checkout / "birds" / "train").mkdir(parents=True)
     assert "has no folder 'val'" in said(data=checkout / "birds")["data"]
+    assert f"and 2 more: atm-fl tasks check {checkout / 'birds'}" in said(data=checkout / "birds")["data"]
+    pets = make_folder(checkout / "pets", 0)
+    (pets / "train" / "class0" / "a.heic").touch()
+    (counts,) = (found for name, found, _ in check(Machine("127.0.0.1:1", ca, data=pets)) if name == "data")
+    passed_over = "passed over as no pictures: 1 .heic"
+    assert counts == f"{pets}: 3 classes, 36 train, 12 validation, 12 test pictures; {passed_over}"
 
 
 def test_the_control_api_answers_its_own_machine_alone() -> None:

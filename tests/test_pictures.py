@@ -26,7 +26,7 @@ from atm_fl.settings import Settings
 from atm_fl.tasks import images
 from atm_fl.tasks.folder import list_folder, load_folder
 from atm_fl.tasks.images import decode
-from atm_fl.tasks.pictures import formats, read_picture
+from atm_fl.tasks.pictures import formats, read_picture, squeeze
 
 random = np.random.default_rng(0)
 
@@ -234,6 +234,19 @@ def test_a_picture_whose_exif_cannot_be_read_is_still_there(tmp_path: Path) -> N
     assert rgb(tmp_path / "a.jpg").shape == (6, 8, 3)
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_halved_by_its_decoder_within_the_stated_bound(tmp_path: Path, orientation: int) -> None:
+    coarse = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((900, 1200), 3)
+    pixels = (np.asarray(coarse) + random.normal(0, 8, (1200, 900, 1))).clip(0, 255).astype(np.uint8)
+    file = save(tmp_path / "a.jpg", pixels, orientation=orientation)
+    whole, halved = read_picture(file)[0], read_picture(file, 200)[0]
+    assert halved.size == (whole.width // 2, whole.height // 2)
+    off = np.abs(squeeze(whole, 200).astype(int) - squeeze(halved, 200))
+    assert off.mean() < 0.7
+    assert off.max() <= 6
+    assert read_picture(file, 226)[0].size == whole.size  # 900 px are not four times as many
+
+
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
@@ -378,6 +391,14 @@ def spoil(root: Path) -> None:
     (root / "train" / ".hidden").mkdir()
     (root / "train" / ".hidden" / "x.png").write_bytes(b"junk")
     (root / "val" / "class9").mkdir()
+    other = root / "train" / "class2"
+    for name in ("0.png", "2.png"):
+        (other / name).unlink()
+    save(other / "0.tif", random.random((16, 16)).astype(np.float32))
+    alpha_only(other / "1.png", random.random((16, 16)))
+    Image.frombytes("CMYK", (16, 16), random.bytes(16 * 16 * 4)).save(other / "2.jfif", "JPEG")
+    (other / "._3.png").write_bytes(b"junk")
+    Image.new("RGB", (200, 200)).save(other / "bomb.png")
 
 
 def test_tasks_check_reports_every_fault_at_once(
@@ -385,6 +406,7 @@ def test_tasks_check_reports_every_fault_at_once(
 ) -> None:
     root = make_folder(tmp_path / "pets", 0)
     spoil(root)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     monkeypatch.setattr("sys.argv", ["atm-fl", "tasks", "check", str(root), "--workers", "2"])
     with pytest.raises(SystemExit) as end:
         cli.main()
@@ -392,21 +414,22 @@ def test_tasks_check_reports_every_fault_at_once(
     message = capsys.readouterr().out
     for name, reason in (("0", ".*"), ("1", "cannot identify.*"), ("2", ".*No such file.*")):
         assert re.search(f"wrong: {root}/train/class0/{name}.png is not a readable image .{reason}; replace", message)
+    assert re.search(f"wrong: {root}/train/class2/bomb.png is not a readable image .*decompression bomb", message)
     for line in (
         f"wrong: {root}/val has a class 'class9' that {root}/train has not",
         "wrong: test: 1 of 12 pictures are in train too (class0/0.png = class0/5.png)",
         "wrong: test: 1 of 12 pictures are in validation too (class0/1.png = class0/1.png)",
-        f"{root}: passed over as no pictures: 1 .heic, 1 hidden",
+        f"{root}: passed over as no pictures: 1 .heic, 2 hidden",
         f"2 of 35 train pictures are of one colour, the first is {root}/train/class0/3.png",
         "train: 1 pictures are copies of others there (class1/copy.png = class0/4.png)",
         "train: 1 pictures of them under another class (class1/copy.png = class0/4.png)",
-        "modes: 57 RGB PNG, 1 I;16 PNG, 1 P GIF",
+        "modes: 54 RGB PNG, 1 I;16 PNG, 1 P GIF, 1 F TIFF, 1 RGBA PNG, 1 CMYK JPEG",
         "shorter sides: 8 to 16 pixels",
         "1 pictures are stored turned (EXIF) and read upright",
         "1 files have several frames or pages, the first is read (class0/7.gif)",
     ):
         assert line in message
-    assert re.search(r"class0\s+10\s+4\s+4\s+class1\s+13\s+4\s+4", message)
+    assert re.search(r"class0\s+10\s+4\s+4\s+class1\s+13\s+4\s+4\s+class2\s+12\s+4\s+4", message)
 
 
 def test_tasks_check_of_a_good_folder_ends_well_and_the_plain_form_still_lists(

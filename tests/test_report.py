@@ -8,14 +8,18 @@ import math
 import re
 import shutil
 import subprocess
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from atm_fl.errors import RunError
 from atm_fl.runs.comparison import write_comparison
+from atm_fl.runs.pages import draw_lines, render
 from atm_fl.runs.report import accuracy_table, print_table, write_report
 from atm_fl.settings import defaults
 
@@ -119,6 +123,26 @@ def test_mean_gain_compares_a_task_with_itself(tmp_path: Path) -> None:
     assert table.mean.accuracies == pytest.approx((30, 60))
     assert table.mean.gain == pytest.approx(10)
     assert [row.gain for row in table.rows] == [pytest.approx(10), None]
+
+
+def test_names_in_any_script_have_their_glyphs() -> None:
+    """A box for want of a glyph would be a warning, and the same picture twice."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Glyph")
+        for kind in ("svg", "png"):
+            drawn = {render(named(first, "Кириллица", "العربية", "हिन्दी"), kind) for first in ("漢字", "言語")}
+            assert len(drawn) == 2
+
+
+def test_other_fonts_are_left_alone_where_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atm_fl.runs.fonts.families", lambda: pytest.fail("more fonts were read"))
+    render(named("mnist", "Кириллица"), "png")
+
+
+def named(*tasks: str) -> Callable[[], Figure]:
+    """What draws a panel with the tasks' names in its title and legend."""
+    lines = {task: {0: 0.1, 1: 0.2} for task in tasks}
+    return lambda: draw_lines({tasks[0]: lines}, {tasks[0]: {0: 0.1, 1: 0.2}}, "accuracy", "mean")
 
 
 def test_later_line_wins(tmp_path: Path) -> None:

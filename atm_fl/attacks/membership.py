@@ -24,7 +24,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -48,6 +48,9 @@ from atm_fl.settings import Settings
 from atm_fl.tables import markdown
 from atm_fl.tasks import Split
 from atm_fl.transforms import Context
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RATES = (0.01, 0.001)
 """False-positive rates at which the true-positive rate is told."""
@@ -382,11 +385,19 @@ def table(result: dict[str, Any]) -> str:
 
 def write(result: dict[str, Any], folder: Path) -> str:
     """Write table.md, result.json and roc.png (logarithmic axes) of a study to `folder`; returns the table."""
-    from matplotlib.figure import Figure
+    from atm_fl.runs.fonts import save_figure
 
     text = table(result)
     (folder / "table.md").write_text(text + "\n")
     (folder / "result.json").write_text(json.dumps(result, default=vars, indent=1))
+    save_figure(lambda: _draw_curves(result), folder / "roc.png", dpi=120)
+    return text
+
+
+def _draw_curves(result: dict[str, Any]) -> Figure:
+    """The ROC curves of each model of the last round, a panel a model."""
+    from matplotlib.figure import Figure
+
     last = max(row["round"] for row in result["rows"])
     models = list(dict.fromkeys(row["model"] for row in result["rows"]))
     picture = Figure(figsize=(4.5 * len(models), 4.5), layout="constrained")
@@ -398,5 +409,4 @@ def write(result: dict[str, Any], folder: Path) -> str:
         axes.set(xlim=(1e-4, 1), ylim=(1e-4, 1), title=f"{model} model of round {last}", xlabel="false-positive rate")
         axes.legend()
     picture.axes[0].set_ylabel("true-positive rate")
-    picture.savefig(folder / "roc.png", dpi=120)
-    return text
+    return picture

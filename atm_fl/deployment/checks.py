@@ -24,6 +24,7 @@ from atm_fl import tasks
 from atm_fl.deployment.keys import SECRET_MODE, key_id
 from atm_fl.errors import SettingError
 from atm_fl.policy import Policy
+from atm_fl.tasks.folder import list_folder
 
 TIMEOUT = 10.0
 SKEW = 8.0
@@ -184,14 +185,19 @@ def _data(machine: Machine) -> str:
     assert folder is not None
     if not folder.is_dir():
         raise Wrong(f"{folder} is not a folder on this machine; is the data mounted there?")
-    missing = [name for name in ("train", "val", "test") if not machine.task and not (folder / name).is_dir()]
-    if missing:
-        raise Wrong(f"{folder} has no folder {missing[0]!r}; a task has train, val and test with a folder a class each")
     try:
         next(folder.iterdir(), None)
+        listing = list_folder(folder)
     except PermissionError:
         raise Wrong(f"{folder} cannot be read by this user; chmod -R a+rX it, or change the party's user") from None
-    return str(folder)
+    if machine.task and not listing.pictures:
+        return str(folder)
+    if listing.problems:
+        more = f"; and {len(listing.problems) - 1} more: atm-fl tasks check {folder}" if listing.problems[1:] else ""
+        raise Wrong(f"{listing.problems[0]}{more}")
+    counts = ", ".join(f"{len(pictures)} {split}" for split, pictures in listing.pictures.items())
+    passed_over = f"; {listing.passed_over_told()}" if listing.passed_over else ""
+    return f"{folder}: {len(listing.classes)} classes, {counts} pictures{passed_over}"
 
 
 def _policy(machine: Machine) -> str:

@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from atm_fl.runs.fonts import save_figure
+
 Series = dict[int, float]
 """A number by round; rounds where it was not measured are missing."""
 
@@ -157,7 +159,8 @@ def render(draw: Callable[[], Figure], kind: str, salt: str = "") -> bytes:
     file = io.BytesIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type")) if kind == "svg" else None
     with matplotlib.rc_context(style):
-        draw().savefig(file, format=kind, dpi=150, facecolor="none" if kind == "svg" else "white", metadata=nothing)
+        background = "none" if kind == "svg" else "white"
+        save_figure(draw, file, format=kind, dpi=150, facecolor=background, metadata=nothing)
     return file.getvalue()
 
 

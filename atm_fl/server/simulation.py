@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+import torch
 
 import atm_fl
 from atm_fl.errors import RunError, SettingError
@@ -34,14 +35,18 @@ QUIET = {
 }
 """Keeps Flower and Ray from calling home, and Flower from installing torch into a new environment for every run."""
 START_TIMEOUT = 60.0
+CHAINED = ("The above exception was the direct cause of", "During handling of the above exception, another")
+"""What Python writes between two tracebacks of one chain."""
 
 
 def run_simulation(settings: Settings, app: Path, cpus: float = 1, gpus: float = 0) -> None:
     """Run `settings` with one virtual SuperNode a task. Logs go to flower.log in the run directory.
 
     app: the folder with pyproject.toml, by default this one, or else the apps that are installed; cpus, gpus: what Ray
-    reserves for one client. RunError, with the ServerApp's own message, if the run did not complete.
+    reserves for one client. SettingError, before anything is started, if the machine has fewer. RunError, with the
+    ServerApp's own message, if the run did not complete.
     """
+    check_resources(cpus, gpus)
     if app == Path.cwd() and not (app / "pyproject.toml").exists():
         app = installed_app(Path(settings.run_dir) / "flower" / "app")
     check_app(app)
@@ -49,6 +54,21 @@ def run_simulation(settings: Settings, app: Path, cpus: float = 1, gpus: float =
     federation += f" client-resources-num-gpus={gpus:g}" if gpus else ""
     with superlink(Path(settings.run_dir) / "flower") as variables:
         flower_run(settings, app, "local", variables, "--federation-config", federation)
+
+
+def check_resources(cpus: float, gpus: float) -> None:
+    """SettingError if this machine has no room for a client that reserves so many CPUs and GPUs."""
+    for flag, wanted, kind, there in (
+        ("--cpus", cpus, "CPU", os.cpu_count() or 1),
+        ("--gpus", gpus, "GPU", torch.cuda.device_count()),
+    ):
+        if wanted > there:
+            fix = f"reserve {there} at most" if there else f"leave {flag} out"
+            raise SettingError(f"{flag}={wanted:g}: this machine has {there or 'no'} {kind}{'s' * (there > 1)}; {fix}")
+    if not cpus > 0:
+        raise SettingError(f"--cpus={cpus:g}: a client needs a part of a CPU, as 0.5")
+    if not gpus >= 0:
+        raise SettingError(f"--gpus={gpus:g}: it must be 0 or more")
 
 
 def installed_app(folder: Path) -> Path:
@@ -101,11 +121,23 @@ def plain(log: Path) -> str:
 
 
 def failure(log: Path) -> str:
-    """Why a run failed: our own error in its log, or the log's last line."""
+    """Why a run failed: our own error in its log, what its last traceback began with, or the log's last lines."""
     text = plain(log)
     ours = re.findall(r"(?:RunError|SettingError): (.+)", text)
+    if ours:
+        return ours[-1]
     lines = [line for line in (line.strip(" │╭╮╰╯─") for line in text.splitlines()) if line]
-    return ours[-1] if ours else f"the Flower run failed: {' '.join(lines[-3:]) or 'no output'} (see {log})"
+    return f"the Flower run failed: {cause(text) or ' '.join(lines[-3:]) or 'no output'} (see {log})"
+
+
+def cause(text: str) -> str:
+    """The exception that the last chain of tracebacks in a log began with, as "ValueError: …"; "" if there is none."""
+    first, chained = "", False
+    for trace in re.split(r"Traceback \(most recent call last\):", text)[1:]:
+        if raised := re.search(r"^(?!\s|During |The above )[\w.]+(?::.*)?$", trace, re.MULTILINE):
+            first = first if chained and first else raised[0]
+        chained = any(words in trace for words in CHAINED)
+    return first
 
 
 def environment(home: Path) -> dict[str, str]:

@@ -37,10 +37,14 @@ class Listing:
     passed_over: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
-    def told(self) -> str:
-        """What is passed over, in one line; "" if nothing is."""
+    def passed_over_told(self) -> str:
+        """What is passed over, in words; "" if nothing is."""
         counts = ", ".join(f"{count} {ending}" for ending, count in sorted(self.passed_over.items()))
-        return f"{self.root}: passed over as no pictures: {counts}" if counts else ""
+        return f"passed over as no pictures: {counts}" if counts else ""
+
+    def told(self) -> str:
+        """The same as a line that names the folder."""
+        return f"{self.root}: {self.passed_over_told()}" if self.passed_over else ""
 
 
 def list_folder(root: Path) -> Listing:

@@ -62,7 +62,7 @@ def decode(file: Path, size: int) -> Tensor:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-    rgb = read_picture(file)[0]
+    rgb = read_picture(file, size)[0]
     return pil_to_tensor(center_crop(resize(rgb, [size], InterpolationMode.BICUBIC), [size, size]))
 
 

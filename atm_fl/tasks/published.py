@@ -35,6 +35,7 @@ from atm_fl.errors import RunError, SettingError
 from atm_fl.files import atomic_write
 from atm_fl.tasks import TASKS, Dataset, Split, Task, find, prompts
 from atm_fl.tasks.images import ImageFiles
+from atm_fl.tasks.pictures import read_picture
 
 VALIDATION, VALIDATION_CAP = 0.1, 5000
 SEED = 0
@@ -316,11 +317,9 @@ def dtd(root: Path, download: bool) -> Parts:
 )
 def eurosat(root: Path, download: bool) -> Parts:
     """Land use from Sentinel-2; 64 x 64 RGB. It has no official parts: a tenth of each class by seed 0 is the test."""
-    from PIL import Image
-
     data_set = _sets().EuroSAT(root, download=download)
     labels = np.array(data_set.targets)
-    images = np.stack([np.asarray(Image.open(file).convert("RGB")) for file, _ in data_set.samples])
+    images = np.stack([np.asarray(read_picture(Path(file))[0]) for file, _ in data_set.samples])
     random = np.random.default_rng(SEED)
     held = np.zeros(len(labels), dtype=bool)
     for label in range(len(data_set.classes)):
