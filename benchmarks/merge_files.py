@@ -1,13 +1,15 @@
 """How fast files are merged, beside what the disk needs for their bytes, and in how much memory.
 
     python benchmarks/merge_files.py [--gigabytes 1] [--files 3] [--shards 1] [--methods mean,ties] [--cold]
+    python benchmarks/merge_files.py --by ours,mergekit        # with `pip install -e .[bench]`
 
-Made-up bf16 models of a language model's shapes and their base are merged by `atm-fl merge`'s function, each
-measurement in a process of its own. The floor is the bytes of all inputs and the output over the bandwidth with which
-this disk (or, warm, its cache) was measured to copy one of the files. Processor seconds, of all threads, say more than
-the clock where other work runs beside it. Memory: the peaks of anonymous and of all resident memory, above what the
-process had before. --cold drops the files from the cache first (posix_fadvise), and the output is on the disk (fsync)
-before the clock stops.
+Made-up bf16 models of a language model's shapes and their base are merged by `atm-fl merge`'s function and by
+mergekit's (`mergekit-pytorch`, options that mean the same, float32 inside and bf16 written), each measurement in a
+process of its own. The floor is the bytes of all inputs and the output over the bandwidth with which this disk (or,
+warm, its cache) copies the base just before each measurement; all numbers are medians, of ratios those of single pairs.
+Processor seconds, of all threads, say more than the clock where other work runs beside it. Memory: the peaks of
+anonymous and of all resident memory, above what the process had before, libraries loaded. --cold drops the files from
+the cache first (posix_fadvise), and the output is on the disk (fsync) before the clock stops.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -72,11 +76,46 @@ def memory() -> tuple[int, int]:
     return (resident - shared) * page, resident * page
 
 
-def measure(folder: Path, method: str, cold: bool) -> dict[str, float]:
-    """One merge: seconds and peaks of memory in GB."""
+def ours(folder: Path, method: str, models: list[Path]) -> Callable[[], object]:
     from atm_fl.merging.checkpoint_files import merge_files
 
+    return lambda: merge_files(folder / "base", models, folder / "out", method)
+
+
+def mergekit(folder: Path, method: str, models: list[Path]) -> Callable[[], object]:
+    from mergekit.scripts.merge_raw_pytorch import main as merge_raw_pytorch
+    from merging import MERGEKIT, mergekit_options
+
+    from atm_fl.vectors import Layout
+
+    recipe: dict[str, Any] = {
+        "merge_method": MERGEKIT[method],
+        "models": [{"model": str(path)} for path in models],
+        "parameters": mergekit_options(method, Layout((), ()), len(models)),
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+    }
+    if method != "mean":
+        recipe["base_model"] = str(folder / "base")
+    file = folder / "mergekit.yaml"
+    file.write_text(json.dumps(recipe))
+
+    def call() -> None:
+        merge_raw_pytorch.main([str(file), str(folder / "out")], standalone_mode=False)
+        for path in (folder / "out").iterdir():
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
+
+    return call
+
+
+BY = {"ours": ours, "mergekit": mergekit}
+
+
+def measure(folder: Path, method: str, by: str, cold: bool) -> dict[str, float]:
+    """One merge: seconds and peaks of memory in GB."""
     models = sorted(path for path in folder.iterdir() if path.name.startswith("tuned"))
+    call = BY[by](folder, method, models)
     if cold:
         drop(folder)
     before, peaks, ended = memory(), [0, 0], threading.Event()
@@ -88,7 +127,7 @@ def measure(folder: Path, method: str, cold: bool) -> dict[str, float]:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     begin, busy = time.perf_counter(), time.process_time()
-    merge_files(folder / "base", models, folder / "out", method)
+    call()
     seconds, busy = time.perf_counter() - begin, time.process_time() - busy
     ended.set()
     watcher.join()
@@ -126,12 +165,13 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--methods", default="mean,task-arithmetic,dare,ties,breadcrumbs")
+    parser.add_argument("--by", default="ours", help="ours, or ours,mergekit")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--folder", type=Path, help="where the models are made and stay; default: a temporary one")
     parser.add_argument("--measure", help="internal: measure this method in this process")
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.folder, args.measure, args.cold)))
+        print("\n" + json.dumps(measure(args.folder, args.measure, args.by, args.cold)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
@@ -140,23 +180,29 @@ def main() -> None:
             make(folder, args)
         sizes = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
         written = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
-        rate = median(bandwidth(folder, args.cold) for _ in range(args.repeats))
-        floor = (sizes + written) / rate
         what = f"{args.files} files of {written / 1e9:.2f} GB and their base, {args.shards} shards"
-        print(f"{what}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
         state = "cold" if args.cold else "warm"
-        print(f"copy {rate / 1e9:.2f} GB/s (read + write, fsync, {state}); floor {floor:.2f} s\n")
-        header = ["merge", "seconds", "x floor", "processor seconds", "anonymous GB", "resident GB"]
+        print(f"{what}, {state}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
+        header = ["merge", "by", "seconds", "copy, GB/s", "x floor", "processor seconds"]
+        header += ["anonymous GB", "resident GB", "ours is faster"]
         print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|")
         for method in args.methods.split(","):
-            command = [sys.executable, __file__, "--folder", str(folder), "--measure", method, *["--cold"] * args.cold]
-            rows = []
+            rows: dict[str, list[dict[str, float]]] = {by: [] for by in args.by.split(",")}
             for _ in range(args.repeats):
-                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                rows.append(json.loads(output.splitlines()[-1]))
-            seconds, busy, anonymous, resident = (median(row[key] for row in rows) for key in rows[0])
-            times = f"{seconds:.2f} | {seconds / floor:.1f} | {busy:.2f}"
-            print(f"| {method} | {times} | {anonymous:.2f} | {resident:.2f} |", flush=True)
+                for by, measured in rows.items():
+                    rate = bandwidth(folder, args.cold)
+                    command = [sys.executable, __file__, "--folder", str(folder), "--measure", method, "--by", by]
+                    done = subprocess.run([*command, *["--cold"] * args.cold], check=True, stdout=subprocess.PIPE)
+                    row = json.loads(done.stdout.decode().splitlines()[-1])
+                    measured.append(row | {"rate": rate / 1e9, "floors": row["seconds"] * rate / (sizes + written)})
+            for by, measured in rows.items():
+                middle = {key: median(row[key] for row in measured) for key in measured[0]}
+                faster = median(
+                    row["seconds"] / mine["seconds"] for row, mine in zip(measured, rows["ours"], strict=True)
+                )
+                cells = [f"{middle['seconds']:.2f}", f"{middle['rate']:.2f}", f"{middle['floors']:.1f}"]
+                cells += [f"{middle[key]:.2f}" for key in ("busy", "anonymous", "resident")]
+                print(f"| {method} | {by} | {' | '.join(cells)} | {faster:.1f} x |", flush=True)
 
 
 if __name__ == "__main__":

@@ -407,6 +407,23 @@ def test_large_matrices_are_merged_more_exactly_than_by_float32(name: str, kind:
     assert error <= max(limit, 2e-6 * np.linalg.norm(wanted))
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_result_goes_into_given_memory(name: str, dtype: torch.dtype) -> None:
+    vectors = {
+        task: vector.to(dtype).contiguous() for task, vector in make(normal, 4, MIXED.size, torch.float32).items()
+    }
+    out = torch.full((MIXED.size,), torch.nan, dtype=dtype)
+    assert make_merge(name, MIXED, seed=1).combine(vectors, out=out) is out
+    assert torch.equal(out, make_merge(name, MIXED, seed=1).combine(vectors))
+    for wrong in (out[1:], out.double(), torch.empty(2 * MIXED.size, dtype=dtype)[::2]):
+        with pytest.raises(ValueError, match="out is .*it must be"):
+            make_merge(name, MIXED).combine(vectors, out=wrong)
+    task, vector = next(iter(vectors.items()))
+    with pytest.raises(ValueError, match=f"out has the memory of {task}"):
+        make_merge(name, MIXED).combine(vectors, out=vector)
+
+
 @pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts"])
 @pytest.mark.parametrize("rank", [1, 2])
 def test_many_tasks_of_low_rank_in_large_matrices(name: str, rank: int) -> None:

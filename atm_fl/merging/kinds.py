@@ -82,9 +82,9 @@ class Streaming(Merge):
     def from_sum(self, scaled: Tensor, count: int, rounding: float = 0.0) -> Tensor:
         return scaled
 
-    def _combine(self, vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    def _combine(self, vectors: Mapping[str, Tensor], weights: Mapping[str, float], out: Tensor | None) -> Tensor:
         factor = self.scaling / sum(weights[task] for task in vectors) if self.average else self.scaling
-        total = empty(self.layout.size, next(iter(vectors.values())))
+        total = self._memory(next(iter(vectors.values())), out)
         changes = [self.change(task, vector) for task, vector in vectors.items()]
         coefficients = [factor * weights[task] for task in vectors]
         fold(total, list(vectors.values()), coefficients, self.layout, changes, True, self.scratch)
@@ -155,13 +155,13 @@ class BatchMerge(Merge):
         dtype, self._dtype = self._dtype, None
         return self.combine(vectors).to(dtype)
 
-    def _combine(self, vectors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    def _combine(self, vectors: Mapping[str, Tensor], weights: Mapping[str, float], out: Tensor | None) -> Tensor:
         self._check_weights(weights)
-        return self.joined(list(vectors), list(vectors.values()))
+        return self.joined(list(vectors), list(vectors.values()), out)
 
     @abstractmethod
-    def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
-        """The merged vector, scaling included."""
+    def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """The merged vector, scaling included; in the memory `out` if it is given (or `combine` copies it there)."""
 
     def _check_weights(self, weights: Mapping[str, float]) -> None:
         for task, weight in weights.items():
@@ -194,9 +194,9 @@ class Elementwise(BatchMerge):
         scratch: [k T + ROWS, w], k as the class says. Several threads may call it.
         """
 
-    def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
+    def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         piece = self.pieces(tasks, vectors)
-        total = empty(self.layout.size, vectors[0])
+        total = self._memory(vectors[0], out)
 
         def work(stretch: list[Block]) -> None:
             for block in stretch:
@@ -230,9 +230,9 @@ class LinearCombination(BatchMerge):
     def coefficients(self, tasks: Sequence[str], products: Tensor) -> Tensor:
         """c, float64 [k], from the inner products, float64 [k, k]."""
 
-    def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
+    def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         coefficients = self.scaling * self.coefficients(tasks, inner_products(vectors))
-        total = empty(self.layout.size, vectors[0])
+        total = self._memory(vectors[0], out)
         fold(total, vectors, coefficients.tolist(), self.layout)
         return total
 
@@ -255,12 +255,14 @@ class TensorWise(BatchMerge):
     def entry(self, name: str, tensors: list[Tensor]) -> Tensor:
         """The merged entry, without scaling, from every task's, in the entry's own shape."""
 
-    def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
-        return self.each(vectors, self.entry)
+    def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        return self.each(vectors, self.entry, out)
 
-    def each(self, vectors: Sequence[Tensor], entry: Callable[[str, list[Tensor]], Tensor]) -> Tensor:
+    def each(
+        self, vectors: Sequence[Tensor], entry: Callable[[str, list[Tensor]], Tensor], out: Tensor | None = None
+    ) -> Tensor:
         """`scaling` times what `entry` makes of every entry of the vectors."""
-        total = empty(self.layout.size, vectors[0])
+        total = self._memory(vectors[0], out)
         views = [self.layout.views(vector.contiguous()) for vector in vectors]
         targets = self.layout.views(total)
 

@@ -27,7 +27,7 @@ class Pcb(BatchMerge):
 
     density: float = option(0.2, "fraction of each task's elements that is kept", gt=0, le=1)
 
-    def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> Tensor:
+    def joined(self, tasks: Sequence[str], vectors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         size, count = self.layout.size, len(vectors)
         if size == 0:
             return vectors[0].clone()
@@ -35,7 +35,7 @@ class Pcb(BatchMerge):
         tiny = torch.finfo(vectors[0].dtype).tiny
         lengths = [max(tiny, *(abs(float(end)) for end in vector.aminmax())) for vector in vectors]
         low, high, sums = self._products(vectors, lengths)
-        total, weights = (empty(size, vectors[0]).zero_() for _ in range(2))
+        total, weights = self._memory(vectors[0], out).zero_(), empty(size, vectors[0]).zero_()
         with tempfile.NamedTemporaryFile() as file:
             # A third vector, in a mapped file as a joint merge's vectors are.
             scores = torch.from_file(file.name, shared=True, size=size, dtype=total.dtype).to(total.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import Change, Streaming
 from atm_fl.seeds import derive_seed
-from atm_fl.vectors.blocks import Block, in_parallel, ranked_magnitudes
+from atm_fl.vectors.blocks import Block, all_ranked_magnitudes, in_parallel, ranked_magnitudes
 
 
 def kept(size: int, density: float) -> int:
@@ -21,13 +22,17 @@ def kept(size: int, density: float) -> int:
     return max(1, math.floor(round(density * size, 6)))
 
 
-def largest(vector: Tensor, density: float) -> float:
-    """The λ of `hardshrink`, which keeps what is above it, for the `kept` largest magnitudes and their equals."""
-    if vector.numel() == 0:
-        return 0.0
-    threshold = ranked_magnitudes(vector, [vector.numel() - kept(vector.numel(), density)])[0]
-    number = torch.empty(0, dtype=vector.dtype).numpy().dtype.type
-    return float(np.nextafter(number(threshold), number(0)))
+def largest(vectors: Sequence[Tensor], density: float) -> list[float]:
+    """Of each of several vectors of one size, the λ of `hardshrink` for its `kept` largest magnitudes and their equals.
+
+    hardshrink keeps what is above λ.
+    """
+    size = vectors[0].numel()
+    if size == 0:
+        return [0.0] * len(vectors)
+    number = torch.empty(0, dtype=vectors[0].dtype).numpy().dtype.type
+    thresholds = all_ranked_magnitudes(vectors, [size - kept(size, density)])
+    return [float(np.nextafter(number(threshold), number(0))) for (threshold,) in thresholds]
 
 
 @merge("magnitude")
@@ -43,7 +48,7 @@ class Magnitude(Streaming):
 
     def change(self, task: str, vector: Tensor) -> Change:
         entries = vector.split(self.layout.sizes)
-        thresholds = in_parallel(lambda entry: largest(entry, self.density), entries, vector.device)
+        thresholds = in_parallel(lambda entry: largest([entry], self.density)[0], entries, vector.device)
 
         def prune(values: Tensor, block: Block, scratch: Tensor) -> Tensor:
             return torch.ops.aten.hardshrink.out(values, thresholds[block.entry], out=scratch[0])

@@ -11,7 +11,7 @@ from torch import Tensor
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import Elementwise
 from atm_fl.merging.sparse import Mask, largest
-from atm_fl.vectors.blocks import Block, in_parallel
+from atm_fl.vectors.blocks import Block
 
 
 def mean_of_elected(stack: Tensor, scratch: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class Ties(Elementwise):
     scratch: ClassVar[int] = 1
 
     def prepare(self, tasks: Sequence[str], vectors: Sequence[Tensor]) -> None:
-        self._thresholds = in_parallel(lambda vector: largest(vector, self.density), vectors, vectors[0].device)
+        self._thresholds = largest(vectors, self.density)
 
     def take(self, number: int, changed: Tensor, block: Block, row: Tensor) -> None:
         torch.ops.aten.hardshrink.out(changed, self._thresholds[number], out=row)

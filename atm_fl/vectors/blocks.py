@@ -102,34 +102,68 @@ class Scratch(threading.local):
 SHORT = 1 << 18
 """Vectors of up to so many elements are partitioned as a whole."""
 
+WITHIN = 1 << 26
+"""Magnitudes that are kept at once to be sorted out: a bound on memory (256 MB) for vectors of any number and size."""
+
 
 def ranked_magnitudes(vector: Tensor, ranks: Sequence[int]) -> list[float]:
-    """The exact order statistics of |vector|: for each rank r (from 0) the r-th smallest magnitude.
+    """The exact order statistics of |vector|: for each rank r (from 0) the r-th smallest magnitude."""
+    return all_ranked_magnitudes([vector], ranks)[0]
+
+
+def all_ranked_magnitudes(vectors: Sequence[Tensor], ranks: Sequence[int]) -> list[list[float]]:
+    """`ranked_magnitudes` of each of several vectors of one size, in one pass over all of them.
 
     Long vectors on the CPU are read once: a sample brackets each rank, and only the few magnitudes within a bracket are
     sorted out. Where the sample misleads, the whole vector is partitioned instead; the answer is exact either way.
     """
-    if vector.device.type != "cpu":
-        magnitudes = vector.abs()
-        return [float(torch.kthvalue(magnitudes, rank + 1).values) for rank in ranks]
-    wanted, size = sorted(set(ranks)), vector.numel()
-    bracketed = _bracketed(vector, wanted) if size > SHORT else None
-    if bracketed is None and size > LONG:
-        bracketed = _by_bits(vector, wanted)
-    if bracketed is None:
-        bracketed, rest, below = [], vector[0:size].abs().numpy(), 0
-        for rank in wanted:  # one after another: NumPy partitions by several ranks at once five times slower
-            rest = np.partition(rest, rank - below)[rank - below :]
-            below = rank
-            bracketed.append(float(rest[0]))
-    return [bracketed[wanted.index(rank)] for rank in ranks]
+    if vectors[0].device.type != "cpu":
+        return [[float(torch.kthvalue(vector.abs(), rank + 1).values) for rank in ranks] for vector in vectors]
+    wanted, size = sorted(set(ranks)), vectors[0].numel()
+    found: list[list[float] | None] = [None] * len(vectors)
+    if size > SHORT:
+        found = _bracketed(vectors, wanted)
+
+    def ordered(number: int) -> list[float]:
+        vector = vectors[number]
+        magnitudes = found[number] or (_by_bits(vector, wanted) if size > LONG else None) or _selected(vector, wanted)
+        return [magnitudes[wanted.index(rank)] for rank in ranks]
+
+    return in_parallel(ordered, range(len(vectors)), vectors[0].device)
 
 
-def _bracketed(vector: Tensor, ranks: Sequence[int]) -> list[float] | None:
-    """The magnitudes of the ascending `ranks`, or None if one does not lie where a sample says that it should.
+def _selected(vector: Tensor, ranks: Sequence[int]) -> list[float]:
+    """The magnitudes of the ascending `ranks`, from the whole vector."""
+    magnitudes, rest, below = [], vector[0 : vector.numel()].abs().numpy(), 0
+    for rank in ranks:  # one after another: NumPy partitions by several ranks at once five times slower
+        rest = np.partition(rest, rank - below)[rank - below :]
+        below = rank
+        magnitudes.append(float(rest[0]))
+    return magnitudes
 
-    What equals an end of a bracket is counted, not kept: differences of bfloat16 numbers have few magnitudes.
-    """
+
+def _bracketed(vectors: Sequence[Tensor], ranks: Sequence[int]) -> list[list[float] | None]:
+    """Each vector's magnitudes of the ascending `ranks`, or None if one does not lie where a sample says it should."""
+    size = vectors[0].numel()
+    brackets = in_parallel(lambda vector: _brackets(vector, ranks), vectors, vectors[0].device)
+    expected = max(sum(bracket.share for bracket in of_vector) for of_vector in brackets) * size
+    together = max(1, int(WITHIN // max(1, expected)))
+    found: list[list[float] | None] = []
+    for first in range(0, len(vectors), together):
+        found += _between(vectors[first : first + together], ranks, brackets[first : first + together])
+    return found
+
+
+class Bracket(NamedTuple):
+    """Magnitudes between which one of a rank should lie, and about what share of all lies between them."""
+
+    low: float
+    high: float
+    share: float
+
+
+def _brackets(vector: Tensor, ranks: Sequence[int]) -> list[Bracket]:
+    """Where a sample says that the magnitudes of the ascending `ranks` lie."""
     size = vector.numel()
     # With n^(2/3) samples, sorting them and what they leave to be sorted cost about the same.
     sample = np.abs(vector[:: max(1, int(size ** (1 / 3) / 2))].numpy())
@@ -138,46 +172,76 @@ def _bracketed(vector: Tensor, ranks: Sequence[int]) -> list[float] | None:
         share = rank / (size - 1)
         place, margin = share * (len(sample) - 1), 5 * (share * (1 - share) * len(sample)) ** 0.5 + 5
         places.append((int(place - margin), int(place + margin)))
-    first = max(0, places[0][0])
+    first, count = max(0, places[0][0]), len(sample)
     sample = np.sort(np.partition(sample, first)[first:])
-    brackets = [
-        (sample[low - first] if low >= first else 0, sample[high - first] if high - first < len(sample) else np.inf)
+    return [
+        Bracket(
+            sample[low - first] if low >= first else sample.dtype.type(0),
+            sample[high - first] if high < count else sample.dtype.type(np.inf),
+            (high - low) / count,
+        )
         for low, high in places
     ]
-    counts = np.zeros((len(ranks), 4), np.int64)  # < low, ≤ low, < high, ≤ high
-    within: list[list[np.ndarray]] = [[] for _ in ranks]
-    limit = size // 8
-    buffers = _selection_buffers(sample.dtype)
-    for chunk in parts(size):
-        block, under, inside = (buffer[: chunk.stop - chunk.start] for buffer in buffers)
-        np.abs(vector[chunk].numpy(), out=block)
-        for number, (low, high) in enumerate(brackets):
-            np.less(block, low, out=under)
-            counts[number, 0] += np.count_nonzero(under)
-            np.less_equal(block, high, out=inside)
-            counts[number, 3] += np.count_nonzero(inside)
-            np.less_equal(block, low, out=under)
-            counts[number, 1] += np.count_nonzero(under)
-            np.less(block, high, out=inside)
-            counts[number, 2] += np.count_nonzero(inside)
-            np.greater(inside, under, out=inside)
-            within[number].append(block[np.flatnonzero(inside)])  # twice as fast as block[inside]
-            limit -= len(within[number][-1])
-        if limit < 0:
-            return None
-    candidates = []
-    for rank, (below, upto_low, below_high, upto_high), (low, high), pieces in zip(
-        ranks, counts.tolist(), brackets, within, strict=True
-    ):
-        if not below <= rank < upto_high:
-            return None
-        if rank < upto_low:
-            candidates.append(float(low))
-        elif rank >= below_high:
-            candidates.append(float(high))
-        else:
-            candidates.append(float(np.partition(np.concatenate(pieces), rank - upto_low)[rank - upto_low]))
-    return candidates
+
+
+def _between(
+    vectors: Sequence[Tensor], ranks: Sequence[int], brackets: Sequence[Sequence[Bracket]]
+) -> list[list[float] | None]:
+    """What `_bracketed` returns, given its brackets: one pass that counts, and keeps what is within them.
+
+    What equals an end of a bracket is counted, not kept: differences of bfloat16 numbers have few magnitudes.
+    """
+    size, dtype = vectors[0].numel(), vectors[0][0:0].numpy().dtype
+    shape = len(vectors), len(ranks)
+    kept: list[list[list[np.ndarray]]] = [[[] for _ in ranks] for _ in vectors]
+    room = [min(size // 8, WITHIN)] * len(vectors)
+    lock = threading.Lock()
+
+    def count(stretch: list[slice]) -> np.ndarray:
+        counts = np.zeros((*shape, 4), np.int64)  # < low, = low, = high, <= high
+        for chunk in stretch:
+            magnitudes, under, inside = (buffer[: chunk.stop - chunk.start] for buffer in _selection_buffers(dtype))
+            for number, vector in enumerate(vectors):
+                if room[number] < 0:
+                    continue
+                np.abs(vector[chunk].numpy(), out=magnitudes)
+                for which, (low, high, _) in enumerate(brackets[number]):
+                    np.less(magnitudes, low, out=under)
+                    np.less_equal(magnitudes, high, out=inside)
+                    below, upto = np.count_nonzero(under), np.count_nonzero(inside)
+                    values = magnitudes[:0]
+                    at_low = at_high = 0
+                    if below < upto:
+                        np.not_equal(under, inside, out=inside)
+                        values = magnitudes[np.flatnonzero(inside)]  # twice as fast as magnitudes[inside]
+                        at_low, at_high = np.count_nonzero(values == low), np.count_nonzero(values == high)
+                        if at_low or at_high:
+                            values = values[(values > low) & (values < high)]
+                    counts[number, which] += below, at_low, at_high, upto
+                    with lock:
+                        kept[number][which].append(values)
+                        room[number] -= len(values)
+        return counts
+
+    counted = sum(in_parallel(count, stretches(parts(size)), vectors[0].device), np.zeros((*shape, 4), np.int64))
+
+    def chosen(number: int) -> list[float] | None:
+        found = []
+        for which, (rank, (low, high, _)) in enumerate(zip(ranks, brackets[number], strict=True)):
+            below, at_low, at_high, upto = counted[number, which].tolist()
+            if room[number] < 0 or not below <= rank < upto:
+                return None
+            pieces, kept[number][which] = kept[number][which], []
+            if rank < below + at_low:
+                found.append(float(low))
+            elif rank >= upto - at_high:
+                found.append(float(high))
+            else:
+                place = rank - below - at_low
+                found.append(float(np.partition(np.concatenate(pieces), place)[place]))
+        return found
+
+    return [chosen(number) for number in range(len(vectors))]
 
 
 LONG = 1 << 26
