@@ -411,7 +411,7 @@ def test_large_matrices_are_merged_more_exactly_than_by_float32(name: str, kind:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_result_goes_into_given_memory(name: str, dtype: torch.dtype) -> None:
     vectors = {
-        task: vector.to(dtype).contiguous() for task, vector in make(normal, 4, MIXED.size, torch.float32).items()
+        task: vector.to(dtype).contiguous() for task, vector in make(normal, 5, MIXED.size, torch.float32).items()
     }
     out = torch.full((MIXED.size,), torch.nan, dtype=dtype)
     assert make_merge(name, MIXED, seed=1).combine(vectors, out=out) is out

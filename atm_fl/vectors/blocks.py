@@ -214,7 +214,7 @@ def _between(
                     if below < upto:
                         np.not_equal(under, inside, out=inside)
                         values = magnitudes[np.flatnonzero(inside)]  # twice as fast as magnitudes[inside]
-                        at_low, at_high = np.count_nonzero(values == low), np.count_nonzero(values == high)
+                        at_low, at_high = int(np.count_nonzero(values == low)), int(np.count_nonzero(values == high))
                         if at_low or at_high:
                             values = values[(values > low) & (values < high)]
                     counts[number, which] += below, at_low, at_high, upto
