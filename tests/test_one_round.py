@@ -201,15 +201,18 @@ def test_every_attack_runs_under_secure_aggregation(five: dict[str, Any], attack
 def test_shares_are_told_of_the_vectors_that_the_server_merges(
     five: dict[str, Any], changed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of a task's two clients, of which one lies about its images."""
-    five["tasks"] += f",{make_folder(tmp_path / 'other' / 'b', 9)}"
+    """Also of a task's two clients, of which one lies about its images, where a task may have several."""
+    attacker = "b"
+    if "dp-client-clip" not in changed:
+        five["tasks"] += f",{make_folder(tmp_path / 'other' / 'b', 9)}"
+        attacker = "b.2"
     merged: list[dict[str, torch.Tensor]] = []
     asked_of: list[dict[str, torch.Tensor]] = []
     combine, kept_shares = Merge.combine, poisoning.kept_shares
 
-    def noted(merge: Merge, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
+    def noted(merge: Merge, vectors: dict[str, torch.Tensor], *more: Any, **named: Any) -> torch.Tensor:
         merged.append({task: vector.clone() for task, vector in vectors.items()})
-        return combine(merge, vectors)
+        return combine(merge, vectors, *more, **named)
 
     def asked(merge: Merge, vectors: dict[str, torch.Tensor]) -> dict[str, float]:
         asked_of.append(vectors)
@@ -217,7 +220,7 @@ def test_shares_are_told_of_the_vectors_that_the_server_merges(
 
     monkeypatch.setattr(Merge, "combine", noted)
     monkeypatch.setattr(poisoning, "kept_shares", asked)
-    poisoning.study(Settings.parse(five | changed), "counts", ["b.2"])
+    poisoning.study(Settings.parse(five | changed), "counts", [attacker])
     assert [list(vectors) for vectors in asked_of] == [list("abcde")]
     assert all(torch.equal(merged[0][task], vector) for task, vector in asked_of[0].items())
 
