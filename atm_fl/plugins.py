@@ -237,7 +237,10 @@ def _digest(content: bytes) -> str:
 
 def _load_file(file: Path) -> None:
     """Run a file as a module of its own; the bytes that run are those of the digest."""
-    content = file.read_bytes()
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise SettingError(f"plugin {file} cannot be read ({error.strerror}); chmod a+r it, or remove it") from error
     plugin = Plugin(str(file), _digest(content))
     module = ModuleType(f"atm_fl_plugin_{file.stem}_{_digest(str(file).encode())}")
     module.__file__ = str(file)

@@ -205,7 +205,14 @@ def test_the_compose_files_give_each_role_no_more_than_it_needs(checkout: Path) 
         assert all(f"/{name}/" in mount or mount == f"{checkout}/birds:/data/birds:ro" for mount in mounts)
     assert f"{checkout}/birds:/data/birds:ro" in actual["birds"]["volumes"]
     assert not any("/data" in volume for volume in actual["mnist"]["volumes"])
-    assert actual["superlink"]["volumes"][0] == "./federation/superlink:/etc/atm-fl:ro"
+    assert actual["superlink"]["volumes"][:2] == [
+        "./federation/superlink:/etc/atm-fl:ro",
+        "./federation/plugins:/plugins:ro",
+    ]
+    for name, folder in (("superlink", "federation/plugins"), ("mnist", "federation/parties/mnist/plugins")):
+        assert f"./{folder}:/plugins:ro" in actual[name]["volumes"]  # what runs cannot write what runs next
+        assert actual[name]["environment"]["ATM_FL_PLUGINS"] == "/plugins"
+        assert (checkout / folder).is_dir()
     assert "--enable-supernode-auth" in actual["superlink"]["command"]
     assert actual["superlink"]["environment"]["ATM_FL_APPS"] == "/etc/atm-fl/apps"
     assert yaml.safe_load((checkout / "docker-compose.yml").read_text())["networks"]["federation"] == {"internal": True}
@@ -224,15 +231,17 @@ def test_a_later_call_leaves_the_port_as_parties_elsewhere_know_it(checkout: Pat
 def test_a_party_elsewhere_gets_a_folder_that_is_enough(checkout: Path) -> None:
     [folder] = lay_out(checkout, "birds=/srv/birds", host="fl.example.org", port=8443)
     assert {path.name for path in folder.iterdir()} == {
-        *("README.md", "ca.crt", "docker-compose.yml", "join", "key", "policy.toml")
+        *("README.md", "ca.crt", "docker-compose.yml", "join", "key", "plugins", "policy.toml")
     }
+    assert not list((folder / "plugins").iterdir())
     service = yaml.safe_load((folder / "docker-compose.yml").read_text())["services"]["birds"]
     assert "--superlink=fl.example.org:8443" in service["command"]
     assert service["volumes"][:2] == ["./ca.crt:/etc/atm-fl/ca.crt:ro", "./key:/etc/atm-fl/key:ro"]
     assert service["volumes"][2] == "./policy.toml:/etc/atm-fl/policy.toml:ro"
+    assert service["volumes"][3] == "./plugins:/plugins:ro"
     subprocess.run(["sh", "-n", str(folder / "join")], check=True)
     assert "--data /data/birds" in (folder / "join").read_text()
-    for file in folder.iterdir():
+    for file in filter(Path.is_file, folder.iterdir()):
         assert "@" not in file.read_text().replace("@federation", ""), file
 
 

@@ -16,13 +16,16 @@ import pytest
 import torch
 from conftest import PluginFiles
 from federation import call
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 
 from atm_fl import plugins
 from atm_fl.attacks import poisoning
 from atm_fl.attacks.scenario import Scenario
 from atm_fl.clients.app import app as client_app
+from atm_fl.clients.app import check_plugins
 from atm_fl.codecs import CODECS
-from atm_fl.errors import SettingError
+from atm_fl.errors import RunError, SettingError
 from atm_fl.federation.loop import run_loop
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import Run
@@ -151,6 +154,74 @@ def test_the_command_line_runs_with_them_in_a_process_of_its_own(
     assert (Path(config["run-dir"]) / "lines.txt").read_text().count("tuning") == 3
 
 
+class Elsewhere(ClientApp):
+    """The real ClientApp on machines whose plugins are those of another folder, of all parties or those of `tasks`."""
+
+    def __init__(self, home: Path, *tasks: str) -> None:
+        super().__init__()
+        self.home, self.tasks = home, tasks
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        task = Path(Settings.parse(context.run_config).task_names[int(context.node_config["partition-id"])]).name
+        with pytest.MonkeyPatch.context() as patch:
+            if not self.tasks or task in self.tasks:
+                patch.setenv(plugins.VARIABLE, str(self.home))
+            return client_app(message, context)
+
+
+@pytest.fixture
+def others(page: Path, tmp_path: Path) -> Path:
+    """The files of the page, each a little different."""
+    home = tmp_path / "others"
+    home.mkdir()
+    for file in page.glob("*.py"):
+        (home / file.name).write_text(file.read_text() + "# another")
+    return home
+
+
+@pytest.mark.parametrize("what", CHOICES)
+def test_a_party_with_another_file_of_what_both_run_is_named_before_the_first_round(
+    what: str, config: dict[str, Any], others: Path
+) -> None:
+    settings = Settings.parse({**config, **CHOICES[what], "rounds": 1})
+    grid = InProcessGrid(Elsewhere(others, "green"), len(settings.task_names), settings.as_config())
+    if what in ("a defence", "a server optimizer"):  # the server alone runs them
+        serve(grid, settings)
+        return
+    with pytest.raises(RunError) as error:
+        serve(grid, settings)
+    (name,) = {str(value).partition(":")[0] for value in CHOICES[what].values()}
+    words = rf"no party holds green; green: the [a-z ]+ '{name}' is \w+\.py \w{{16}} here, and \w{{16}} at the server"
+    assert re.search(words, str(error.value)), error.value
+    assert not list(read_metrics(Path(settings.run_dir)))
+
+
+def test_a_party_with_another_file_is_left_out_where_a_failure_is(config: dict[str, Any], others: Path) -> None:
+    settings = Settings.parse({**config, "codec-up": "sign", "rounds": 1, "on-failure": "skip"})
+    done = serve(InProcessGrid(Elsewhere(others, "green"), 3, settings.as_config()), settings)
+    assert [line["tasks"] for line in read_metrics(done.directory) if line["kind"] == "merge"] == [["red", "blue"]]
+
+
+@pytest.mark.usefixtures("page")
+@pytest.mark.parametrize("sent", [{}, {"codec 'sign'": 7}, {"codec 'sign'": "\x1b[2J" * 999}, {"x" * 9999: "y"}])
+def test_a_party_only_compares_what_a_server_says_of_its_plugins(sent: dict[str, Any], config: dict[str, Any]) -> None:
+    """Nothing that it sends is loaded; what it sends is shown in one line."""
+    settings = Settings.parse({**config, "codec-up": "sign"})
+    with pytest.raises(RunError) as error:
+        check_plugins(settings, sent)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 400
+    check_plugins(settings, {thing: plugin.digest for thing, plugin in settings.plugins().items()})
+
+
+@pytest.mark.usefixtures("page")
+def test_a_party_without_a_file_is_named(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    settings = Settings.parse({**config, "codec-up": "sign"})
+    with pytest.raises(RunError, match=r"no party holds red, green, blue; red, green, blue: .*'sign' is unknown"):
+        serve(InProcessGrid(Elsewhere(tmp_path / "none"), 3, settings.as_config()), settings)
+
+
 def test_another_file_under_the_same_name_does_not_resume(plugin_files: PluginFiles, config: dict[str, Any]) -> None:
     code = dict(PAGE)["A codec"]
     plugin_files(sign=code)
@@ -260,6 +331,12 @@ def test_an_entry_point_is_loaded_and_its_error_named(tmp_path: Path, monkeypatc
     (plugin,) = (plugin for plugin in plugins.loaded() if "pointed_at" in plugin.name)
     assert len(plugin.digest) == 16
     plugins._forget(plugin)
+
+
+def test_a_file_that_cannot_be_read_is_said(plugin_files: PluginFiles) -> None:
+    (plugin_files() / "gone.py").symlink_to("nowhere")
+    with pytest.raises(SettingError, match=r"gone\.py cannot be read \(No such file or directory\); chmod"):
+        plugins.load()
 
 
 def test_a_folder_that_is_none_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

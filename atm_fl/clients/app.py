@@ -16,7 +16,7 @@ from atm_fl import vectors
 from atm_fl.clients import secure
 from atm_fl.clients.mods import NamedErrors
 from atm_fl.codecs import Arrays, make_codec
-from atm_fl.errors import RunError, SettingError
+from atm_fl.errors import RunError, SettingError, printable
 from atm_fl.federation.bounds import check_base
 from atm_fl.federation.client import Party
 from atm_fl.federation.client_state import ClientState
@@ -68,6 +68,23 @@ def party_of(context: Context) -> Party:
         raise SettingError(f"partition {partition} has no task: tasks={settings.tasks!r} names only {len(names)}")
     policy.check(settings, settings.client_tasks[partition])
     return _party(settings, policy, names[partition], "", settings.party_names[partition])
+
+
+def check_plugins(settings: Settings, said: Mapping[str, object]) -> None:
+    """RunError if a plugin that server and parties run is another one here than at the server.
+
+    said: "codec 'sign'" → digest, as the server tells. It can tell what it likes: nothing is loaded for it, and what
+    this party has it had before. So this finds a forgotten upgrade, before the first round, and no hostile server.
+    """
+    ours = settings.plugins(of_all=True)
+    for thing in (*ours, *said):
+        here, there = ours.get(thing), said.get(thing)
+        if there != (here.digest if here else None):
+            server = printable(there, 80) if isinstance(there, str) else "no plugin"
+            raise RunError(
+                f"the {printable(thing, 80)} is {here or 'no plugin'} here, and {server} at the server; have the same "
+                "file on both"
+            )
 
 
 def update_limit(settings: Settings, context: Context) -> float:
@@ -160,7 +177,11 @@ def reply(
 
 @app.query()
 def roll_call(message: Message, context: Context) -> Message:
-    """Load the data, make the head, and say which task this is: what can fail does so before the first round."""
+    """Compare plugins, load the data, make the head, and say which task this is: what can fail does so before the first
+    round."""
+    said = message.content.config_records.get("plugins")
+    if said is not None:  # an older server says nothing
+        check_plugins(Settings.parse(context.run_config), said)
     party = party_of(context)
     return reply(message, context, party, {"images": len(party.data.train.labels)})
 

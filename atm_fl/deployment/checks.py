@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import ssl
@@ -20,7 +21,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from atm_fl import tasks
+from atm_fl import plugins, tasks
 from atm_fl.deployment.keys import SECRET_MODE, key_id
 from atm_fl.errors import SettingError
 from atm_fl.policy import Policy
@@ -63,6 +64,7 @@ def check(machine: Machine) -> Iterator[tuple[str, str, bool]]:
         *([("task", _task)] if machine.task else []),
         *([("data", _data)] if machine.data else []),
         *([("policy", _policy), ("apps", _apps)] if machine.policy else []),
+        *([("plugins", _plugins)] if os.environ.get(plugins.VARIABLE) else []),
         ("disk", _disk),
         ("memory", _memory),
     ]
@@ -221,6 +223,14 @@ def _apps(machine: Machine) -> str:
             'apps = ["ssh-ed25519 …"] (the operator\'s federation/apps.pub)'
         )
     return "only those " + ", or ".join(f"signed by {key_id(app)}" if " " in app else f"with {app}" for app in apps)
+
+
+def _plugins(machine: Machine) -> str:
+    try:
+        loaded = plugins.loaded()
+    except SettingError as error:
+        raise Wrong(str(error)) from None
+    return "; ".join(f"{plugin}: {', '.join(things)}" for plugin, things in loaded.items()) or "none"
 
 
 def _disk(machine: Machine) -> str:

@@ -5,7 +5,9 @@
     federation/apps.key           signs apps (`atm-fl deploy sign`), in the same way; apps.pub is its public half
     federation/superlink/         all that the SuperLink sees: ca.crt, superlink.crt, superlink.key, parties/NAME.pub,
                                   apps/HASH.json, the signatures of apps
-    federation/parties/NAME/      all that a party sees: ca.crt, key, policy.toml; its compose file, `join`, README
+    federation/plugins/           the server's plugins, empty at first
+    federation/parties/NAME/      all that a party sees: ca.crt, key, policy.toml, plugins/; its compose file, `join`,
+                                  README
 
 The folder itself is the record of what there is. A second call adds parties and leaves every key as it is.
 """
@@ -128,6 +130,7 @@ def lay_out(root: Path, parties: str = "", host: str = "", port: int = 0, renew:
     (home / ".gitignore").write_text("*\n")
     _certify(home, host, renew)
     (home / "superlink" / "apps").mkdir(exist_ok=True)
+    (home / "plugins").mkdir(exist_ok=True)
     if not (home / "apps.pub").exists():
         make_signing_key(home / "apps.key", home / "apps.pub")
     folders = [_add_party(home, plan, f"{host}:{port}" if host else "") for plan in plans]
@@ -155,7 +158,7 @@ def _certify(home: Path, host: str, renew: bool) -> None:
 def _add_party(home: Path, plan: PartyPlan, address: str) -> Path:
     """The folder of one party; its key stays if it has one."""
     folder = home / "parties" / plan.name
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plugins").mkdir(parents=True, exist_ok=True)
     key = folder / "key"
     if not key.exists():
         make_key_pair(key, home / "superlink" / "parties" / f"{plan.name}.pub", plan.name)

@@ -49,7 +49,7 @@ def check_run_dir(settings: Settings) -> None:
             f"run-dir={str(directory)!r} holds a run with {other}={theirs.get(other)!r}, not {ours[other]!r}; choose "
             "another run-dir"
         )
-    before, now = known.get("plugins", {}), settings.plugins()
+    before, now = known.get("plugins", {}), noted_plugins(settings)
     changed = next((thing for thing in {**before, **now} if before.get(thing) != now.get(thing)), None)
     if changed:
         raise SettingError(
@@ -61,6 +61,11 @@ def check_run_dir(settings: Settings) -> None:
             f"run-dir={str(directory)!r} holds a run already; go on from it with -c resume=true, choose another "
             "run-dir, or delete it"
         )
+
+
+def noted_plugins(settings: Settings) -> dict[str, str]:
+    """What a run's config.json says of the plugins that decide its weights: file names and digests."""
+    return {thing: str(plugin) for thing, plugin in settings.plugins().items()}
 
 
 def make_run_dir(directory: Path) -> None:

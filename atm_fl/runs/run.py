@@ -31,7 +31,7 @@ from atm_fl.merging.scaling import check_layer_scaling
 from atm_fl.models import load_backbone
 from atm_fl.models.trainable import set_trainable
 from atm_fl.runs.checkpoints import checkpoints, load_checkpoint, rounds_of, save_checkpoint
-from atm_fl.runs.directory import check_run_dir, lock
+from atm_fl.runs.directory import check_run_dir, lock, noted_plugins
 from atm_fl.runs.downlink import Downlink
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.settings import Settings
@@ -164,7 +164,7 @@ class Run:
             "run": self.id,
             "settings": self.settings.decisive(),
             "rounds": self.settings.rounds,
-            **({"plugins": plugins} if (plugins := self.settings.plugins()) else {}),
+            **({"plugins": plugins} if (plugins := noted_plugins(self.settings)) else {}),
             "layout": self.layout.digest,
             "elements": self.layout.size,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

@@ -143,7 +143,7 @@ def _answers(grid: Grid, settings: Settings, nodes: list[int]) -> Iterator[Messa
     """The nodes' answers to the roll call; one that was lost is asked again, once, when its node is back."""
     until = time.monotonic() + settings.round_timeout
     lost: dict[int, Message] = {}
-    for reply in _called(grid, nodes, settings.round_timeout):
+    for reply in _called(grid, settings, nodes, settings.round_timeout):
         if reply.has_error() and reply.error.code in LOST:
             log(WARNING, "roll call: node %s was lost: %s", reply.metadata.src_node_id, boundary.reason(reply))
             lost[reply.metadata.src_node_id] = reply
@@ -151,9 +151,11 @@ def _answers(grid: Grid, settings: Settings, nodes: list[int]) -> Iterator[Messa
             yield reply
     back = await_return(grid, set(lost), min(until, time.monotonic() + settings.node_timeout)) if lost else set()
     yield from (lost[node] for node in lost.keys() - back)
-    yield from _called(grid, sorted(back), max(0.0, until - time.monotonic()))
+    yield from _called(grid, settings, sorted(back), max(0.0, until - time.monotonic()))
 
 
-def _called(grid: Grid, nodes: Iterable[int], timeout: float) -> Iterable[Message]:
-    call = [Message(RecordDict({"info": ConfigRecord()}), node, "query") for node in nodes]
+def _called(grid: Grid, settings: Settings, nodes: Iterable[int], timeout: float) -> Iterable[Message]:
+    plugins = {thing: plugin.digest for thing, plugin in settings.plugins(of_all=True).items()}
+    content = {"info": ConfigRecord(), "plugins": ConfigRecord(plugins)}  # type: ignore[arg-type]
+    call = [Message(RecordDict(content), node, "query") for node in nodes]  # type: ignore[arg-type]
     return grid.send_and_receive(call, timeout=timeout) if call else ()

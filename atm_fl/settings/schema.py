@@ -17,7 +17,7 @@ from atm_fl.merging.scaling import read_factors
 from atm_fl.merging.server_optimizer import SERVER_OPTIMIZERS, ServerOptimizer
 from atm_fl.optimizers import OPTIMIZERS
 from atm_fl.options import Choice, read_choice
-from atm_fl.plugins import Registry
+from atm_fl.plugins import Plugin, Registry
 from atm_fl.seeds import derive_seed
 from atm_fl.settings.participation import read_participation
 from atm_fl.settings.rules import OF_DEPLOYMENT, check
@@ -56,6 +56,10 @@ def setting(
         "section": section,
     }
     return field(default=default, metadata=metadata)
+
+
+OF_ONE_SIDE = ("tasks", "merge", "server_optimizer")
+"""Settings that name what the server alone runs, or the party that holds the data."""
 
 
 @dataclass(frozen=True)
@@ -375,18 +379,21 @@ class Settings:
             if item.metadata["decides"] and not (item.metadata["later"] and getattr(self, item.name) == item.default)
         }
 
-    def plugins(self) -> dict[str, str]:
-        """What decides a run's weights and comes from plugins: "codec 'sign'" → its file's name and digest."""
+    def plugins(self, of_all: bool = False) -> dict[str, Plugin]:
+        """What decides a run's weights and comes from plugins: "codec 'sign'" → its plugin.
+
+        of_all: without what one side alone runs, OF_ONE_SIDE: what server and parties must have alike.
+        """
         files = {}
         for item in fields(self):
             registry = item.metadata["names"]
-            if registry is None or not item.metadata["decides"]:
+            if registry is None or not item.metadata["decides"] or (of_all and item.name in OF_ONE_SIDE):
                 continue
             text = getattr(self, item.name)
             for name in [text] if kebab(item.name) in CHOSEN else text.split(","):
                 name = name.partition(":")[0].strip()
                 if plugin := registry.plugin(name):
-                    files[f"{registry.kind} {name!r}"] = str(plugin)
+                    files[f"{registry.kind} {name!r}"] = plugin
         return files
 
     def as_config(self) -> dict[str, Any]:
