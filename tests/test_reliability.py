@@ -25,6 +25,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from atm_fl.clients.app import app as client_app
 from atm_fl.deployment.keys import make_authority, make_key_pair
 from atm_fl.errors import RunError
+from atm_fl.federation.client_state import ClientState
 from atm_fl.federation.loop import run_loop
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import Run
@@ -219,6 +220,36 @@ def test_a_client_that_was_lost_is_asked_once_more_within_the_round(
     assert not any(line["failures"] for line in lines(run.directory, "merge"))
     [again] = [line for line in lines(run.directory, "tuning") if (line["task"], line["round"]) == ("red", 2)]
     assert again["bytes_down"] > 4 * run.layout.size  # the first message's bytes, and the whole base
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_client_that_is_lost_while_it_is_sent_the_whole_base_is_asked_once_more(
+    config: dict[str, Any], times: int
+) -> None:
+    """As one that came back without its disk, and whose network is cut at once."""
+    losing = flaky(LOST[0], "red", times, 3)
+    asked: list[Message] = []
+
+    class Forgetful(ClientApp):
+        def __call__(self, message: Message, context: Context) -> Message:
+            about = message.metadata
+            if (about.message_type, about.group_id, context.node_config["partition-id"]) != ("train", "3", 0):
+                return client_app(message, context)
+            asked.append(message)
+            if len(asked) > 1:
+                return losing(message, context)
+            ClientState(str(message.content.config_records["info"]["run"]), "red").drop_base()
+            return client_app(message, context)  # which asks for it
+
+    settings = Settings.parse({**config, "codec-down": "int8"})
+    if times == 1:
+        run = in_process(settings, Forgetful())
+        assert same(final(run.directory), final(undisturbed({**config, "codec-down": "int8"})))
+        assert not any(line["failures"] for line in lines(run.directory, "merge"))
+    else:
+        with pytest.raises(RunError, match="round 3: 2 of 3 clients succeeded, 3 needed. red: the power went"):
+            in_process(settings, Forgetful())
+    assert len(asked) == 3
 
 
 def test_a_node_that_is_lost_at_the_roll_call_is_asked_once_more(config: dict[str, Any]) -> None:

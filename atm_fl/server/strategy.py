@@ -33,8 +33,8 @@ class AtmStrategy(Strategy):
 
     Unless `codec-down` is fp32, a message carries the step to the base from the one before; the first of a process,
     which has no step, only says which base it is. A client that lacks it says so and is sent it within the same round.
-    So is, once, one whose ClientApp or SuperNode died, if it is back within `node-timeout`: it answers with what it
-    would have.
+    So is, once, one whose ClientApp or SuperNode died, then too, if it is back within `node-timeout`: it answers with
+    what it would have.
 
     Under secure aggregation keys and shares are exchanged before, and the sum is unmasked when the vectors are in. If
     it stays masked, since a client dealt shares that do not join, the round is done again without that client.
@@ -210,29 +210,38 @@ class AtmStrategy(Strategy):
         return messages
 
     def _answers(self, replies: Iterable[Message]) -> Iterator[Message]:
-        """The replies; clients that ask for the whole base or were lost are sent it when all others' are here."""
-        asking: list[int] = []
-        lost: dict[int, Message] = {}
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            if reply.has_error() and reply.error.code in LOST and node not in self._gone:
-                log(WARNING, "%s was lost: %s", self.nodes[node], boundary.reason(reply))
-                lost[node] = reply
-            elif reply.has_error() or not _needs_base(reply):
-                self._gone -= set() if reply.has_error() else {node}
-                yield reply
-            else:
-                asking.append(node)
-                boundary.forget(reply)
-                log(INFO, "%s asks for the whole base", self.nodes[node])
-        asking += self._return_of(set(lost))
-        for node in lost.keys() - asking:
-            yield lost[node]
-        if asking:
-            self._asked |= {self.nodes[node] for node in asking}
+        """The replies; clients that ask for the whole base or were lost are sent it when all others' are here.
+
+        Each may ask once and be lost once, in either order: a client may be lost while it is sent what it asked for.
+        """
+        asked: set[int] = set()
+        returned: set[int] = set()
+        while True:
+            asking: list[int] = []
+            lost: dict[int, Message] = {}
+            for reply in replies:
+                node = reply.metadata.src_node_id
+                if reply.has_error() and reply.error.code in LOST and node not in self._gone | returned:
+                    log(WARNING, "%s was lost: %s", self.nodes[node], boundary.reason(reply))
+                    lost[node] = reply
+                elif reply.has_error() or not _needs_base(reply) or node in asked:
+                    self._gone -= set() if reply.has_error() else {node}
+                    yield reply
+                else:
+                    asking.append(node)
+                    boundary.forget(reply)
+                    log(INFO, "%s asks for the whole base", self.nodes[node])
+            online = self._return_of(set(lost))
+            for node in lost.keys() - online:
+                yield lost[node]
+            asked |= {*asking, *online}
+            returned |= {*online}
+            if not (due := [*asking, *online]):
+                return
+            self._asked |= {self.nodes[node] for node in due}
             whole = _record(WHOLE.encode(self.run.base, self.run.layout))
             left = max(0.0, self._deadline - time.monotonic())
-            yield from self._sent[0].send_and_receive(self._messages(asking, whole), timeout=left)
+            replies = self._sent[0].send_and_receive(self._messages(due, whole), timeout=left)
 
     def _return_of(self, lost: set[int]) -> list[int]:
         """Wait `node-timeout` at most for the nodes `lost`; those that are online then. The others are gone."""
