@@ -68,17 +68,22 @@ def config(folders: list[str], tmp_path: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def clip(tmp_path: Path) -> str:
-    """A tiny CLIP in open_clip's registry: two blocks of width 64, 16 features."""
+def make_clip(folder: Path) -> str:
+    """A tiny CLIP in open_clip's registry: two blocks of width 64, 16 features. Returns the model's name."""
     towers = {
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
     }
-    file = tmp_path / "ViT-tiny-test.json"
+    file = folder / "ViT-tiny-test.json"
     file.write_text(json.dumps({"embed_dim": 16, **towers}))
     open_clip.add_model_config(file)
     return "open_clip/ViT-tiny-test"
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> str:
+    """The name of a tiny CLIP."""
+    return make_clip(tmp_path)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ ROOT = Path(__file__).parents[1]
         ({"optimizer": "adam"}, "optimizer='adam': it takes one of adamw, sgd"),
         ({"on-failure": "retry"}, "on-failure='retry': it takes one of abort, skip"),
         ({"min-successful": 9, "on-failure": "skip"}, "min-successful=9: there are only 8 clients"),
-        ({"min-successful": 2}, "min-successful=2: on-failure='abort' ends a run at the first failure"),
+        ({"min-successful": 2}, "min-successful=2: it needs on-failure=skip"),
         ({"device": "gpu"}, "device='gpu'"),
     ],
 )

@@ -130,7 +130,7 @@ def test_a_run_reports_the_epsilon_of_all_its_rounds(config: dict[str, Any], sec
     ("wrong", "words"),
     [
         ({"dp-client-clip": 1.0, "merge": "ties"}, "merge='ties': not with dp-client-clip=1"),
-        ({"dp-client-noise": 1.0}, "dp-client-noise=1: it is in units of dp-client-clip; give that"),
+        ({"dp-client-noise": 1.0}, "dp-client-noise=1: it needs dp-client-clip"),
         ({"dp-client-clip": -1.0}, "dp-client-clip=-1.0: it must be 0 or more"),
         ({"dp-client-clip": 1.0, "participation": "red=2-"}, "participation='red=2-': not with dp-client-clip=1"),
     ],

@@ -72,7 +72,8 @@ def test_without_noise_and_clip_it_is_gradient_descent(config: dict[str, Any]) -
     plain = {"batch-size": 36, "optimizer": "sgd", "learning-rate": 0.05, "weight-decay": 0.0, "clip-norm": 0.0}
     plain |= {"local-epochs": 4, "head": "prototypes", "shots": 1}
     settings = Settings.parse({**config, **plain})
-    private = Settings.parse({**config, **plain, "privacy": "clip-only", "dp-clip": math.inf, "accumulate": 3})
+    unclipped = {"privacy": "clip-only", "dp-clip": math.inf, "clip-norm": 10.0}  # its default has no effect there
+    private = Settings.parse({**config, **plain, **unclipped, "accumulate": 3})
     one, other = (Party(actual, settings.task_names[0]) for actual in (settings, private))
     other.head = one.head
     base = one.model.pretrained

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from atm_fl.errors import RunError
 from atm_fl.federation.client import Party, Update
 from atm_fl.federation.server_round import ServerRound
 from atm_fl.runs.directory import told_if_full
@@ -17,13 +18,16 @@ from atm_fl.settings import Settings
 def play_round(run: Run, updates: Iterable[tuple[str, Update]]) -> None:
     """One round of a run from its clients' updates, by client, which may be made as they are asked for.
 
-    RunError if an unmasked sum is out of proportion.
+    RunError if a vector, or an unmasked sum, is out of proportion.
     """
     current = ServerRound(run)
     for client, update in updates:
         current.add(client, update, run.bytes_down)
     if run.settings.secure_aggregation:
         current.check_sum()
+    elif reasons := current.out_of_proportion():
+        refused = "; ".join(f"{client}: refused: {reason}" for client, reason in reasons.items())
+        raise RunError(f"round {current.number}: {refused}")
     current.close()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +26,49 @@ if TYPE_CHECKING:
 
 OF_DEPLOYMENT = {"codec-up": "int4", "codec-down": "int4"}
 """What runs of the runtime `deployment`, whose bottleneck is the wire, take if neither file nor `-c` says otherwise."""
+
+
+NEEDS: dict[str, tuple[str, Callable[[Settings], bool]]] = {
+    "lora_rank": ("trainable='lora'", lambda run: run.trainable == "lora"),
+    "lora_alpha": ("trainable='lora'", lambda run: run.trainable == "lora"),
+    "shots": ("head='prototypes'", lambda run: run.head not in ("linear-probe", "zero-shot")),
+    "holdout": ("split='validation'", lambda run: run.split == "validation"),
+    "replay": (
+        "a participation that ends, as participation='mnist=1-5'",
+        lambda run: any(math.isfinite(last) for _, last in run.participations.values()),
+    ),
+    "fraction": (
+        "more tasks, for of these it is all",
+        lambda run: max(1, round(run.fraction * len(set(run.client_tasks)))) < len(set(run.client_tasks)),
+    ),
+    "momentum": ("optimizer='sgd'", lambda run: run.optimizer != "adamw"),
+    "clip_norm": ("privacy='none'; with dp-sgd it is dp-clip", lambda run: not run.private),
+    "dp_epsilon": ("privacy='dp-sgd'", lambda run: run.privacy == "dp-sgd"),
+    "dp_noise": ("privacy='dp-sgd'", lambda run: run.privacy == "dp-sgd"),
+    "dp_delta": (
+        "privacy='dp-sgd' or dp-client-noise",
+        lambda run: run.privacy == "dp-sgd" or bool(run.dp_client_noise),
+    ),
+    "dp_clip": ("privacy='dp-sgd' or 'clip-only'", lambda run: run.private),
+    "dp_policy": ("dp-epsilon", lambda run: bool(run.dp_epsilon)),
+    "dp_client_noise": ("dp-client-clip, in units of which it is", lambda run: bool(run.dp_client_clip)),
+    "secure_threshold": ("secure-aggregation=true", lambda run: run.secure_aggregation),
+    "secure_range": ("secure-aggregation=true", lambda run: run.secure_aggregation),
+    "min_successful": (
+        "on-failure=skip, for on-failure='abort' ends a run at the first failure",
+        lambda run: run.on_failure == "skip",
+    ),
+    "resume_from": ("resume=true", lambda run: run.resume),
+}
+"""What a setting needs to have an effect: in words, and whether a run has it. Without it the default alone is taken."""
+
+
+def idle(settings: Settings) -> Iterator[tuple[str, Any, str]]:
+    """(name, default, what it needs) of the settings that are not at their defaults and have no effect."""
+    for item in fields(settings):
+        needs, there = NEEDS.get(item.name, ("", None))
+        if there and getattr(settings, item.name) != item.default and not there(settings):
+            yield item.name, item.default, needs
 
 
 def _whole(number: float) -> bool:
@@ -59,8 +103,6 @@ def check(settings: Settings) -> None:
             raise SettingError(f"{kebab(name)}={getattr(settings, name)}: it must be 0 or more")
     if 0 < settings.proportion < 1:
         raise SettingError(f"proportion={settings.proportion:g}: it must be at least 1, or 0 for any length")
-    if settings.resume_from and not settings.resume:
-        raise SettingError(f"resume-from={settings.resume_from}: it needs resume=true")
     for name in ("holdout", "replay"):
         if not 0 <= getattr(settings, name) < 1:
             raise SettingError(f"{kebab(name)}={getattr(settings, name)}: it must be at least 0 and below 1")
@@ -122,15 +164,14 @@ def check(settings: Settings) -> None:
     for name in settings.sinks:
         SINKS.find(name, f"metric-sinks={settings.metric_sinks!r}: metric sink {name!r}")
     check_secure(settings)
-    if settings.min_successful and settings.on_failure == "abort":
-        raise SettingError(
-            f"min-successful={settings.min_successful}: on-failure='abort' ends a run at the first failure; it needs "
-            "on-failure=skip"
-        )
     if settings.min_successful > len(settings.task_names):
         raise SettingError(
             f"min-successful={settings.min_successful}: there are only {len(settings.task_names)} clients in tasks"
         )
+    for name, _, needs in idle(settings):
+        value = getattr(settings, name)
+        told = f"{value:g}" if isinstance(value, float) else repr(value)
+        raise SettingError(f"{kebab(name)}={told}: it needs {needs}")
 
 
 def check_privacy(settings: Settings) -> None:
@@ -144,8 +185,6 @@ def check_privacy(settings: Settings) -> None:
             f"dp-clip={settings.dp_clip:g}: it must be a positive number above 1e-20, which float32 holds, or inf"
         )
     given = {kebab(name): getattr(settings, name) for name in ("dp_epsilon", "dp_noise") if getattr(settings, name)}
-    if given and settings.privacy != "dp-sgd":
-        raise SettingError(f"{next(iter(given))}={next(iter(given.values())):g}: it needs privacy='dp-sgd'")
     if len(given) == 2:
         raise SettingError(f"dp-epsilon={settings.dp_epsilon:g} and dp-noise={settings.dp_noise:g}: give one of them")
     if given and settings.dp_clip == math.inf:
@@ -170,8 +209,6 @@ def check_sums(settings: Settings) -> None:
     for name in ("dp_client_clip", "dp_client_noise"):
         if not 0 <= getattr(settings, name) < math.inf:
             raise SettingError(f"{kebab(name)}={getattr(settings, name)}: it must be 0 or more")
-    if settings.dp_client_noise and not settings.dp_client_clip:
-        raise SettingError(f"dp-client-noise={settings.dp_client_noise:g}: it is in units of dp-client-clip; give that")
     for key, wanted in (
         ("secure-aggregation=true", settings.secure_aggregation),
         (f"dp-client-clip={settings.dp_client_clip:g}", settings.dp_client_clip),
@@ -206,8 +243,6 @@ def check_transforms(settings: Settings) -> None:
 def check_secure(settings: Settings) -> None:
     count, threshold = len(settings.task_names), settings.threshold
     if not settings.secure_aggregation:
-        if settings.secure_threshold:
-            raise SettingError(f"secure-threshold={settings.secure_threshold}: it needs secure-aggregation=true")
         return
     if count < 3:
         raise SettingError("secure-aggregation=true: it needs 3 tasks, for of two each learns the other's vector")

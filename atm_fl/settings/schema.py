@@ -20,7 +20,7 @@ from atm_fl.options import Choice, read_choice
 from atm_fl.plugins import Plugin, Registry
 from atm_fl.seeds import derive_seed
 from atm_fl.settings.participation import read_participation
-from atm_fl.settings.rules import OF_DEPLOYMENT, check
+from atm_fl.settings.rules import OF_DEPLOYMENT, check, idle
 from atm_fl.settings.spelling import CHOSEN, modern
 from atm_fl.settings.text import kebab, typed
 from atm_fl.sinks import SINKS
@@ -409,9 +409,11 @@ def defaults() -> dict[str, Any]:
 def stored(values: Mapping[str, Any]) -> dict[str, Any]:
     """What decided a run, by kebab-case key, of a file of any version: in today's spelling.
 
-    A run from before a setting was there ran with its default.
+    A run from before a setting was there ran with its default, and so did one with a setting that had no effect.
     """
-    return Settings().decisive() | modern(values, strict=False)
+    known = Settings().decisive() | modern(values, strict=False)
+    run = Settings(**{item.name: known[kebab(item.name)] for item in fields(Settings) if kebab(item.name) in known})
+    return known | {kebab(name): default for name, default, _ in idle(run)}
 
 
 def sections() -> dict[str, list[Field[Any]]]:
