@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,10 +104,12 @@ def merge(
     files: Annotated[
         list[Path],
         typer.Argument(
-            help="models fine-tuned from the base: files, folders, LoRA adapters; or one recipe, .toml or .yaml"
+            help="models fine-tuned from the base: files, folders, runs, LoRA adapters; or one recipe, .toml or .yaml"
         ),
     ],
-    base: Annotated[Path | None, typer.Option(help="the model they were fine-tuned from: a file or folder")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="the model they were fine-tuned from: a file, a folder, or a model's name")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="the file to write; of a base that is a folder, a new folder")
     ] = None,
@@ -163,17 +168,18 @@ def merge(
         "rows": rows,
         "warn": warn,
     }
-    if dry_run:
-        plans = recipe.plans(warn) if recipe else [prepare(base or Path(), files, **arguments)]
-        for plan in plans:
-            for line in plan.lines():
-                say(line)
-        return
-    if out is None:
+    if out is None and not dry_run:
         raise SettingError("--out is missing: the file or folder to write")
     begin = time.monotonic()
     bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-    with terminated_as_exit(), bar:
+    with terminated_as_exit(), named_base(base or Path()) as base, bar:
+        if dry_run:
+            plans = recipe.plans(warn) if recipe else [prepare(base, files, **arguments)]
+            for plan in plans:
+                for line in plan.lines():
+                    say(line)
+            return
+        assert out
         line_number = bar.add_task("", total=1)
 
         def progress(stage: str, share: float) -> None:
@@ -183,8 +189,30 @@ def merge(
             if recipe:
                 done = recipe.run(out, progress, warn)
             else:
-                done = merge_files(base or Path(), files, out, to=to, rank=rank, progress=progress, **arguments)
+                done = merge_files(base, files, out, to=to, rank=rank, progress=progress, **arguments)
         except OSError as error:
             raise RunError(f"{out} was not written: {error}") from error
     what = str(files[0]) if recipe else f"{method} of {len(files)} files"
     say(f"{what}: {done.tensors} tensors, {done.elements:,} elements, {time.monotonic() - begin:.1f} s → {out}")
+
+
+@contextmanager
+def named_base(base: Path) -> Iterator[Path]:
+    """The base's file: `base`, or, where there is none, that of the pretrained model of this name while the body runs.
+
+    So models that runs tuned are merged without a file of what they began with.
+    """
+    from safetensors.torch import save_file
+
+    from atm_fl import models
+
+    name = str(base)
+    if base.exists() or not (name in models.BACKBONES or name.partition("/")[0] in models.FAMILIES):
+        yield base
+        return
+    module = models.load_backbone(name)
+    with tempfile.TemporaryDirectory(prefix="atm-fl-") as folder:
+        file = Path(folder) / f"{name.replace('/', '-')}.safetensors"
+        state = {name.partition(".")[2]: tensor for name, tensor in module.state_dict().items()}
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+        yield file

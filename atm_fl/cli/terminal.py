@@ -76,6 +76,7 @@ def read_config(path: Path, overrides: list[str], defaults: dict[str, Any] | Non
 
     defaults: values of keys that are in neither, where they are not the settings' own.
     """
+    from atm_fl.models.loading import is_path
     from atm_fl.settings import Settings
 
     path = packaged(path)
@@ -99,9 +100,10 @@ def read_config(path: Path, overrides: list[str], defaults: dict[str, Any] | Non
         elsewhere.pop("codec-up", None)  # masked vectors have no codec
     values = elsewhere | values
     # Flower runs the ServerApp in a directory of its own.
-    for key in ("run-dir", "start"):
-        if isinstance(values.get(key), str) and values[key] != "pretrained":
-            values[key] = str(Path(values[key]).resolve())
+    for key in ("run-dir", "start", "weights"):
+        name = values.get(key)
+        if isinstance(name, str) and name != "pretrained" and (key != "weights" or is_path(name)):
+            values[key] = str(Path(name).expanduser().resolve())
     settings = Settings.parse(values)
     return replace(settings, run_dir=str(Path(settings.run_dir).resolve()))
 

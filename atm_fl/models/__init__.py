@@ -47,6 +47,7 @@ from atm_fl.models.heads import (
     prototype_head,
     prototypes,
 )
+from atm_fl.models.loading import is_path, load_weights
 
 __all__ = [
     "BACKBONES",
@@ -94,8 +95,11 @@ def check_backbone(name: str, weights: str = "pretrained") -> None:
         family[1](name.partition("/")[2], weights)
     elif name not in BACKBONES:
         raise SettingError(f"model={name!r} is unknown{did_you_mean(name, [*BACKBONES, 'open_clip/…', 'timm/…'])}")
-    elif weights != "pretrained":
-        raise SettingError(f"weights={weights!r}: model={name!r} has weights of its own; leave it at 'pretrained'")
+    elif weights != "pretrained" and not is_path(weights):
+        raise SettingError(
+            f"weights={weights!r}: model={name!r} has weights of its own; leave it at 'pretrained', or name a file "
+            "that is here"
+        )
 
 
 def load_backbone(name: str, weights: str = "pretrained") -> Backbone:
@@ -105,4 +109,7 @@ def load_backbone(name: str, weights: str = "pretrained") -> Backbone:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         family = _family(name)
-        return (family[0](name.partition("/")[2], weights) if family else BACKBONES[name]()).eval()
+        made = family[0](name.partition("/")[2], weights) if family else BACKBONES[name]()
+        if not family and weights != "pretrained":
+            made.notes += load_weights(made, weights)
+        return made.eval()

@@ -37,6 +37,8 @@ class Backbone(nn.Module):
         self.precision = torch.float32
         """What the ViT's passes are autocast to; features are float32 (or the ViT's own dtype) whatever it is."""
         self.channels_last = False
+        self.notes: list[str] = []
+        """What is to be said of how its weights were read, a sentence each."""
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).view(1, -1, 1, 1) * 255, False)
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).view(1, -1, 1, 1) * 255, False)
 

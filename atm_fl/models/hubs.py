@@ -9,7 +9,6 @@ by the two libraries, once, into Hugging Face's cache; no download was ever run 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +16,13 @@ import torch
 from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.models.backbones import Backbone, family
 from atm_fl.models.heads import Head, HeadSource, head
+from atm_fl.models.loading import is_path, load_weights
 
 RANDOM, PRETRAINED = "random", "pretrained"
 
 
 def clip_weights(name: str, weights: str) -> str | None:
-    """What open_clip takes as `pretrained`: a tag, a file's path, or None for random weights.
+    """What open_clip takes as `pretrained`: a tag, or None for random weights and those of a file, which we read.
 
     SettingError if open_clip has no image tower `name` that is a ViT, or no weights `weights` for it.
     """
@@ -31,10 +31,8 @@ def clip_weights(name: str, weights: str) -> str | None:
     known = [model for model in open_clip.list_models() if model.startswith("ViT-")]
     if name not in known:
         raise SettingError(f"model='open_clip/{name}' is unknown{did_you_mean(name, known)}")
-    if weights == RANDOM:
+    if weights == RANDOM or is_path(weights):
         return None
-    if Path(weights).is_file():
-        return weights
     tags = open_clip.list_pretrained_tags_by_model(name)
     if weights == PRETRAINED and tags:
         return "openai" if "openai" in tags else tags[0]
@@ -56,16 +54,23 @@ def load_clip(name: str, weights: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            return open_clip.create_model(name, pretrained=chosen, force_quick_gelu=quick).eval()
+            model = open_clip.create_model(name, pretrained=chosen, force_quick_gelu=quick).eval()
         except (RuntimeError, OSError) as error:
             raise _not_here(f"open_clip/{name}", weights, error) from error
+    return model
 
 
 @family("open_clip", check=clip_weights)
 def clip_tower(name: str, weights: str) -> Backbone:
-    """The image tower of a CLIP; features are its projected image embeddings, before they are normalised."""
+    """The image tower of a CLIP; features are its projected image embeddings, before they are normalised.
+
+    A file may have the whole CLIP or the tower alone.
+    """
     visual = load_clip(name, weights).visual
-    return Backbone(visual, visual.image_size[0], visual.image_mean, visual.image_std)
+    made = Backbone(visual, visual.image_size[0], visual.image_mean, visual.image_std)
+    if is_path(weights):
+        made.notes += load_weights(made, weights)
+    return made
 
 
 def zero_shot(name: str, weights: str, prompts: Sequence[Sequence[str]]) -> Head:
@@ -78,6 +83,11 @@ def zero_shot(name: str, weights: str, prompts: Sequence[Sequence[str]]) -> Head
 
     clip_name = name.removeprefix("open_clip/")
     clip, tokenizer = load_clip(clip_name, weights), open_clip.get_tokenizer(clip_name)
+    if is_path(weights):
+        try:
+            load_weights(clip, weights)
+        except SettingError as error:
+            raise SettingError(f"head='zero-shot' needs a whole CLIP, with its text tower: {error}") from error
     # Classes may have different numbers of sentences; open_clip's function wants as many of each at a time.
     columns = [
         open_clip.build_zero_shot_classifier(clip, tokenizer, [""], [lambda _, text=text: text for text in texts])
@@ -100,7 +110,7 @@ def check_timm(name: str, weights: str) -> None:
     known = timm.list_models("*", module="vision_transformer")
     if name.partition(".")[0] not in known:
         raise SettingError(f"model='timm/{name}' is no ViT of timm's{did_you_mean(name, known)}")
-    if weights not in (RANDOM, PRETRAINED) and not Path(weights).is_file():
+    if weights not in (RANDOM, PRETRAINED) and not is_path(weights):
         raise SettingError(
             f"weights={weights!r}: it takes {PRETRAINED}, {RANDOM} or a file (other weights of timm's are models of "
             "their own: timm/vit_base_patch16_224.dino)"
@@ -109,17 +119,19 @@ def check_timm(name: str, weights: str) -> None:
 
 @family("timm", check=check_timm)
 def timm_vit(name: str, weights: str) -> Backbone:
-    """A ViT of timm's without its classifier; features are what the classifier would get."""
+    """A ViT of timm's without its classifier; features are what the classifier would get. A file's is dropped."""
     import timm
     from timm.data import resolve_model_data_config
 
-    file = "" if weights in (RANDOM, PRETRAINED) else weights
     try:
-        model = timm.create_model(name, pretrained=weights == PRETRAINED, checkpoint_path=file, num_classes=0)
+        model = timm.create_model(name, pretrained=weights == PRETRAINED, num_classes=0)
     except (RuntimeError, OSError, ValueError) as error:
         raise _not_here(f"timm/{name}", weights, error) from error
     config = resolve_model_data_config(model)
-    return Backbone(model, config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+    made = Backbone(model, config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+    if is_path(weights):
+        made.notes += load_weights(made, weights)
+    return made
 
 
 def _not_here(name: str, weights: str, error: Exception) -> SettingError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,10 +14,8 @@ from torch import Tensor
 from atm_fl import vectors
 from atm_fl.errors import RunError
 from atm_fl.files import atomic_write
+from atm_fl.vectors.model_files import RUN_METADATA, STATE, checkpoints
 from atm_fl.vectors.tensor_files import save_vectors
-
-STATE = "server-optimizer."
-"""What the names of a server optimizer's moments begin with in a checkpoint."""
 
 
 def save_checkpoint(
@@ -40,16 +39,11 @@ def save_checkpoint(
     about = {"rounds": rounds_done, "layout": layout.digest, "base": digest or vectors.digest(base)}
     about |= {name: vectors.digest(moment) for name, moment in sorted(moments.items())}
     with atomic_write(path) as temporary:
-        save_vectors(temporary, layout.views(base.cpu()) | moments, {"atm-fl": json.dumps(about)})
+        save_vectors(temporary, layout.views(base.cpu()) | moments, {RUN_METADATA: json.dumps(about)})
     past = checkpoints(directory)[:-kept] if kept else []
     for old in [*(other for other in past if other != good), *folder.glob(".*.safetensors")]:
         old.unlink()
     return path
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """A run's checkpoint files, oldest first."""
-    return sorted(directory.glob("checkpoint/round-*.safetensors"))
 
 
 def load_checkpoint(
@@ -62,22 +56,33 @@ def load_checkpoint(
     A damaged one is passed over and `warn` is told. RunError if none is whole, or if it belongs to a model of another
     layout.
     """
+    path, about, base, state = whole_checkpoint(directory, warn, rounds)
+    if about.get("layout") != layout.digest:
+        raise RunError(f"{path} holds a model of another layout ({about.get('layout')}, not {layout.digest})")
+    return int(about["rounds"]), base, state
+
+
+def whole_checkpoint(
+    directory: Path, warn: Callable[[str], object], rounds: int = 0
+) -> tuple[Path, dict[str, Any], Tensor, dict[str, Tensor]]:
+    """The newest checkpoint that is whole, as `load_checkpoint` says: its file, what is said of it, its base float32
+    [n] in the order of its entries, and the state. RunError if there is none."""
     for path in reversed(checkpoints(directory)):
-        if rounds and path.stem != f"round-{rounds:05d}":
+        if rounds and rounds_of(path) != rounds:
             continue
         try:
             with safe_open(str(path), "pt") as file:
-                about = json.loads((file.metadata() or {}).get("atm-fl", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                about = json.loads((file.metadata() or {}).get(RUN_METADATA, "{}"))
+                # The order of the file, which is the layout's; safetensors sorts by it.
+                tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
         except (SafetensorError, OSError) as error:
             warn(f"{path} is damaged ({error}); going back to the checkpoint before it")
             continue
-        if about.get("layout") != layout.digest:
-            raise RunError(f"{path} holds a model of another layout ({about.get('layout')}, not {layout.digest})")
         state = {name: tensors.pop(name).clone() for name in list(tensors) if name.startswith(STATE)}
-        state["base"] = torch.cat([tensors[name].reshape(-1) for name in layout.names])
-        if all(vectors.digest(tensor) == about.get(name) for name, tensor in state.items()):
-            return int(about["rounds"]), state.pop("base"), {k.removeprefix(STATE): v for k, v in state.items()}
+        base = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+        digests = {name: vectors.digest(tensor) for name, tensor in {"base": base, **state}.items()}
+        if all(digest == about.get(name) for name, digest in digests.items()):
+            return path, about, base, {name.removeprefix(STATE): tensor for name, tensor in state.items()}
         warn(f"{path} is damaged (its digest does not match); going back to the checkpoint before it")
     raise RunError(f"{directory} holds no whole checkpoint")
 

@@ -25,8 +25,8 @@ def check_run_dir(settings: Settings) -> None:
     checkpoint to resume from. A directory without a checkpoint holds nothing worth keeping and may be used again."""
     directory, start = Path(settings.run_dir), settings.start
     make_run_dir(directory)
-    if start != "pretrained" and not checkpoints(Path(start)):
-        raise SettingError(f"start={start!r} is neither 'pretrained' nor the directory of a run with a checkpoint")
+    if start != "pretrained" and not settings.resume and not Path(start).exists():
+        raise SettingError(f"start={start!r} is neither 'pretrained' nor the folder of a run or a file of weights")
     if not checkpoints(directory):
         if settings.resume:
             raise SettingError(f"resume=true, but run-dir={str(directory)!r} holds no checkpoint")

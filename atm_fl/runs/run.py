@@ -34,6 +34,7 @@ from atm_fl.runs.checkpoints import checkpoints, load_checkpoint, rounds_of, sav
 from atm_fl.runs.directory import check_run_dir, lock, noted_plugins
 from atm_fl.runs.downlink import Downlink
 from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.start import first_base
 from atm_fl.settings import Settings
 from atm_fl.sinks import SINKS
 from atm_fl.vectors.finite import is_finite
@@ -53,7 +54,7 @@ class Run:
         backbone = load_backbone(settings.model, settings.weights)
         set_trainable(backbone, settings.trainable)
         self.layout = vectors.Layout.of(backbone)
-        self.base = self.layout.flatten(backbone)
+        self.base: Tensor
         """The current base model, float32 [n]."""
         self.rounds_done = 0
         self.downlink = Downlink(settings, self.layout)
@@ -61,14 +62,14 @@ class Run:
         check_layer_scaling(settings.layer_scalings, self.layout)
         self._begin = time.time()
         self._lock = lock(self.directory)
-        warnings: list[str] = []
+        warnings: list[str] = list(backbone.notes)
         if settings.resume:
             checkpoint = load_checkpoint(self.directory, self.layout, warnings.append, settings.resume_from)
             self.rounds_done, self.base, state = checkpoint
             self.downlink.residual = state.pop("residual", None)
             self.optimizer.state = state
-        elif settings.start != "pretrained":
-            _, self.base, _ = load_checkpoint(Path(settings.start), self.layout, warnings.append)
+        else:
+            self.base = first_base(settings, backbone, self.layout, warnings.append)
         self.digest = vectors.digest(self.base)
         """Of the base."""
         self.id = self._known_id() or secrets.token_hex(8)

@@ -79,14 +79,20 @@ class Settings:
         names=models.BACKBONES,
     )
     weights: str = setting(
-        "pretrained", "of an open_clip or timm model: pretrained, a tag of open_clip's, a file, random"
+        "pretrained",
+        "of the model: pretrained, a file or a Hugging Face folder (every party needs it); of open_clip's and timm's "
+        "also random, and open_clip's tags",
     )
     trainable: str = setting("all", "what is tuned and merged: all, attention, last-K (blocks), lora")
     lora_rank: int = setting(8, "the rank r of lora")
     lora_alpha: float = setting(16.0, "its α: updates are α / r times B A")
     head: str = setting("prototypes", "how a party makes its head", choices=models.HEADS)
     shots: int = setting(5, "images a class behind a prototype")
-    start: str = setting("pretrained", "first base: 'pretrained', or a run directory whose merged model to go on from")
+    start: str = setting(
+        "pretrained",
+        "first base: 'pretrained', a run's folder whose merged model to go on from, or a file of weights; the server "
+        "alone needs it",
+    )
     rounds: int = setting(10, "rounds K of tuning and merging", decides=False, section="Rounds")
     local_epochs: float = setting(
         1.0, "epochs E that a client tunes a round; 1/m: the m-th part of an epoch, the next part in the next round"

@@ -1,8 +1,9 @@
 """Models on disk as people have them, each as named entries that are read when they are looked at.
 
-A safetensors file; shards with their `*.index.json`; a Hugging Face folder; a `.pt` or `.bin` of `torch.save` (read by
-`weights_only`, which runs no code). LoRA adapters are in merging/checkpoint_lora.py. What is mapped belongs to the
-system's page cache and goes when memory is short. Nothing is ever written.
+A safetensors file; shards with their `*.index.json`; a Hugging Face folder; a run's folder, whose newest checkpoint is
+meant, or one of its checkpoints; a `.pt` or `.bin` of `torch.save` (read by `weights_only`, which runs no code). LoRA
+adapters are in merging/checkpoint_lora.py. What is mapped belongs to the system's page cache and goes when memory is
+short. Nothing is ever written.
 """
 
 from __future__ import annotations
@@ -57,6 +58,11 @@ WEIGHTS = (
 )
 """What holds weights in a model's folder; all else of it is copied."""
 
+RUN_METADATA = "atm-fl"
+"""Under which a run's checkpoint says in its metadata, as JSON, what it is: with a "layout", beside other things."""
+STATE = "server-optimizer."
+"""What the names of a server optimizer's moments begin with in a run's checkpoint."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -110,6 +116,10 @@ class Checkpoint:
         else:
             self._read(weights)
         self.index = weights if weights.name.endswith(".safetensors.index.json") else None
+        self.of_run = "layout" in _about_run(self.metadata)
+        """Whether a run wrote it: its entries are those that were tuned, without the name of what wraps the model."""
+        if self.of_run:
+            self._as_model()
         for name, entry in self.entries.items():
             if entry.dtype not in DTYPES:
                 kind = "fp8, " if entry.dtype.startswith("F8") else ""
@@ -143,6 +153,16 @@ class Checkpoint:
             raise SettingError(f"{file}: {few(twice)} are in another shard too")
         self.entries |= entries
         self.files[file.name] = list(entries)
+
+    def _as_model(self) -> None:
+        """Leave out what a run keeps beside the model, and the first part of the names, if all have the same."""
+        names = {name: name for name in self.entries if not name.startswith(STATE)}
+        if len({name.partition(".")[0] for name in names}) == 1 and all("." in name for name in names):
+            names = {name: name.partition(".")[2] for name in names}
+        self.entries = {names[name]: entry for name, entry in self.entries.items() if name in names}
+        self._tensors = {names[name]: tensor for name, tensor in self._tensors.items() if name in names}
+        self._places = {names[name]: place for name, place in self._places.items() if name in names}
+        self.files = {file: [names[name] for name in held if name in names] for file, held in self.files.items()}
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", []):
@@ -210,12 +230,28 @@ def few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
+def _about_run(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a file's metadata say of the run, or the merge, that wrote it; empty if neither did."""
+    try:
+        about = json.loads(metadata.get(RUN_METADATA, "{}"))
+    except ValueError:
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """A run's checkpoint files, oldest first."""
+    return sorted(directory.glob("checkpoint/round-*.safetensors"))
+
+
 def _weights_file(path: Path) -> Path:
     """The file, or the index of the files, that has a model's weights."""
     if not path.is_dir():
         if not path.exists():
             raise SettingError(f"{path} is not a file or folder")
         return path
+    if of_run := checkpoints(path):
+        return of_run[-1]
     names = ["model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors", "adapter_model.bin"]
     for name in [*names, "pytorch_model.bin.index.json", "pytorch_model.bin"]:
         if (path / name).exists():
