@@ -40,6 +40,7 @@ BUILT_IN = {
     "server-optimizer": ("atm_fl.merging.server_optimizer",),
     "metric sink": ("atm_fl.sinks",),
     "attack": ("atm_fl.attacks.poisoning",),
+    "export format": ("atm_fl.exports.formats",),
 }
 """Kind → the modules where this package's own are; all that are in them, of packages."""
 

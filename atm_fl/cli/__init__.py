@@ -10,7 +10,7 @@ from atm_fl.cli.terminal import app, complain
 from atm_fl.errors import RunError, SettingError
 
 # isort: off
-from atm_fl.cli import run, data, merge, study, attack, deploy  # noqa: F401 (the order of the help)
+from atm_fl.cli import run, export, data, merge, study, attack, deploy  # noqa: F401 (the order of the help)
 
 # isort: on
 

@@ -81,6 +81,8 @@ class Party:
         if not share:
             return Update(None, evaluation, {})
         state = ClientState(run, self.client) if run else None
+        if state:
+            state.save_head(self.head.state(), self.data.classes)
         context = Context(settings, self.model.layout, round_number, self.task, self.client, state)
         numbers, evaluated = context.numbers, time.perf_counter()
         data = self.tuned_on if share == 1 else random_share(self.tuned_on, share, "replay", self.task)[0]

@@ -3,6 +3,7 @@
     $ATM_FL_CACHE/runs/<run>/<task>/base.safetensors             the base it was last sent: of steps and max-update-norm
                                     residual-00007.safetensors   what the encoding of round 7's task vector lost
                                     optimizer-00007.safetensors  the optimizer's state after round 7 (keep-optimizer)
+                                    head.safetensors             its head in this run, with its classes: for exports
                                     secret.json                  of a round's secure aggregation, until it is over
 
 It all can be deleted at any time: a client without its base asks for it, one without its secret is out of the round,
@@ -11,6 +12,7 @@ and one without the others starts from zero.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from atm_fl import tasks, vectors
@@ -83,6 +86,24 @@ class ClientState:
         kept = [path for path in known if _round(path) <= round_number][-KEPT_ROUNDS:]
         for path in set(known) - set(kept):
             path.unlink()
+
+    def save_head(self, head: dict[str, Tensor], classes: tuple[str, ...]) -> None:
+        """Keep the head's tensors, by name, with the names of its classes, for its owner's eyes only."""
+        saved = self.head()
+        if saved and saved[1] == classes and all(torch.equal(saved[0][name], head[name].cpu()) for name in head):
+            return
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in head.items()}
+        with atomic_write(self.folder / "head.safetensors", private=True) as temporary:
+            save_file(tensors, temporary, {"task": self.folder.name, "classes": json.dumps(classes)})
+
+    def head(self) -> tuple[dict[str, Tensor], tuple[str, ...]] | None:
+        """The head's tensors and its classes; None if there are none."""
+        try:
+            with safe_open(str(self.folder / "head.safetensors"), "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+                return tensors, tuple(json.loads((file.metadata() or {})["classes"]))
+        except (SafetensorError, OSError, KeyError):
+            return None
 
     def save_secret(self, text: str) -> None:
         """Keep a secret, for its owner's eyes only, instead of the one before."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -51,6 +52,6 @@ def kept_head(settings: Settings, data: Dataset, model: SharedModel, task: str) 
             )
         )
         with atomic_write(path, private=True) as temporary:
-            save_file(made.state(), str(temporary))
+            save_file(made.state(), str(temporary), {"task": task, "classes": json.dumps(data.classes)})
     # Tensors out of a file are not aligned as torch's own are, and with that a product's last bits may differ.
     return models.Head(**{name: tensor.clone() for name, tensor in load_file(str(path)).items()}).to(model.device)

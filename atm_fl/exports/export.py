@@ -1,0 +1,180 @@
+"""`export`: a folder out of a run's directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from atm_fl.errors import SettingError
+from atm_fl.exports.card import card
+from atm_fl.exports.formats import FORMATS, Format
+from atm_fl.federation.client_state import ClientState
+from atm_fl.models import Backbone, load_backbone
+from atm_fl.models.trainable import set_trainable
+from atm_fl.runs.checkpoints import rounds_of, whole_checkpoint
+from atm_fl.runs.report import Record
+from atm_fl.runs.start import first_base
+from atm_fl.settings import Settings
+from atm_fl.vectors import Layout
+from atm_fl.vectors.model_files import checkpoints
+
+ABOUT = "atm-fl.json"
+HEADS = "heads.safetensors"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written: the folder, the round whose model it is, the tasks whose heads are in it, and what to say."""
+
+    folder: Path
+    round: int
+    heads: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def export(
+    run: str | Path, to: str = "safetensors", out: str | Path = "export", round: int | None = None,
+    heads: Collection[str] | None = None,
+) -> Export:  # fmt: skip
+    """Write the model of a run's directory to the new folder `out`, as the format `to`, with its model card.
+
+    round: of whose checkpoint; by default the newest, 0 is the first base. heads: the clients whose heads, which this
+    machine keeps, go into the folder; by default all that it keeps. They are made of private data: hand on a folder
+    with heads only as their parties would.
+
+    SettingError if there is no such run, round, format or head, if `out` is there already, or if the library has no
+    such model: what was written is loaded again by it, and has to give the same features.
+    """
+    directory, folder = Path(run), Path(out)
+    if folder.exists():
+        raise SettingError(f"out={str(out)!r} is there already; a folder is not written over")
+    chosen = FORMATS.find(to, f"to={to!r}")()
+    record, settings = Record.read(directory), settings_of(directory)
+    notes: list[str] = []
+    number, model = model_of(directory, round, notes)
+    held = _heads(record.config["run"], settings, heads)
+    about = {"format": to, "model": settings.model, "image_size": model.image_size}
+    about |= {"mean": _listed(model.mean), "std": _listed(model.std), "run": record.config["run"], "round": number}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        unfinished = Path(temporary) / folder.name
+        unfinished.mkdir()
+        chosen.write(model, settings, unfinished)
+        _check(chosen, model, unfinished, about, to)
+        (unfinished / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+        if held:
+            _write_heads(unfinished / HEADS, held)
+        classes = {task: names for task, (_, names) in held.items()}
+        (unfinished / "README.md").write_text(card(record, number, folder.name, chosen, classes))
+        os.replace(unfinished, folder)
+    return Export(folder, number, tuple(held), tuple(notes))
+
+
+def settings_of(directory: Path) -> Settings:
+    """The settings of a run's directory. SettingError if it is none, or a plugin is not here that it needs."""
+    values = dict(Record.read(directory).settings)
+    return Settings.parse(values | {"run-dir": str(directory), "resume": False})
+
+
+def model_of(directory: Path, round: int | None, notes: list[str]) -> tuple[int, Backbone]:
+    """(round, the model after it) of a run's directory, in evaluation mode. SettingError if it has no such checkpoint.
+
+    notes: what there is to say is appended.
+    """
+    settings = settings_of(directory)
+    model = load_backbone(settings.model, settings.weights)
+    if round == 0:
+        set_trainable(model, settings.trainable)
+        layout = Layout.of(model)
+        return 0, _loaded(model, layout.views(first_base(settings, model, layout, notes.append)))
+    there = [rounds_of(path) for path in checkpoints(directory)]
+    if round is not None and round not in there:
+        raise SettingError(
+            f"round={round}: {directory} has no checkpoint after so many rounds; there are "
+            f"{', '.join(map(str, [0, *there]))}"
+        )
+    path, about, base, _ = whole_checkpoint(directory, notes.append, round or 0)
+    from safetensors import safe_open
+
+    with safe_open(str(path), "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
+    names = [name for name in shapes if name in model.state_dict()]
+    layout = Layout(tuple(names), tuple(shapes[name] for name in names))
+    return int(about["rounds"]), _loaded(model, layout.views(base))
+
+
+def _loaded(model: Backbone, values: dict[str, Tensor]) -> Backbone:
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, value in values.items():
+            state[name].copy_(value)
+    return model.eval()
+
+
+def _listed(values: Tensor) -> list[float]:
+    """Three channels of values in 0..255."""
+    return [float(value) for value in values.flatten().expand(3)]
+
+
+def _check(chosen: Format, model: Backbone, folder: Path, about: dict[str, Any], to: str) -> None:
+    """SettingError unless the library's own loader gives a model with the same features as `model`."""
+    read = chosen.read(folder, about)
+    if read is None:
+        return
+    random = torch.Generator().manual_seed(0)
+    size = model.image_size
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=random)
+    with torch.inference_mode():
+        pixels = model.normalise(images)
+        expected, got = model.vit(pixels), read.eval()(pixels)
+    scale = float(expected.abs().max())
+    if expected.shape != got.shape or not torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * scale):
+        raise SettingError(
+            f"to={to!r}: the library gives other features with these weights than the run's model {about['model']!r}; "
+            "choose another format"
+        )
+
+
+def _heads(
+    run: str, settings: Settings, wanted: Collection[str] | None
+) -> dict[str, tuple[dict[str, Tensor], tuple[str, ...]]]:
+    """Client → (its head's tensors, its classes) of those that this machine keeps of a run."""
+    held = {client: head for client in settings.party_names if (head := ClientState(run, client).head())}
+    if wanted is None:
+        return held
+    if missing := [client for client in wanted if client not in held]:
+        raise SettingError(
+            f"heads={','.join(wanted)!r}: this machine keeps no head of {missing[0]!r}; it keeps "
+            f"{', '.join(held) or 'none of this run'}"
+        )
+    return {client: held[client] for client in wanted}
+
+
+def _write_heads(path: Path, held: dict[str, tuple[dict[str, Tensor], tuple[str, ...]]]) -> None:
+    tensors = {f"{client}.{name}": value for client, (head, _) in held.items() for name, value in head.items()}
+    classes = {client: list(names) for client, (_, names) in held.items()}
+    save_file(tensors, path, {"classes": json.dumps(classes)})
+
+
+def read_heads(path: Path) -> dict[str, tuple[dict[str, Tensor], tuple[str, ...]]]:
+    """What `_write_heads` wrote; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(str(path), "pt") as file:
+        classes = json.loads((file.metadata() or {})["classes"])
+    tensors = load_file(path)
+    return {
+        client: ({name: tensors[f"{client}.{name}"] for name in ("weight", "bias", "scale")}, tuple(names))
+        for client, names in classes.items()
+    }
