@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+from atm_fl.errors import SettingError
 from atm_fl.plugins import Registry
 
 
@@ -42,10 +46,8 @@ class TensorBoard(Sink):
         self._accuracies: dict[tuple[str, int], dict[str, float]] = {}
 
     def line(self, line: Mapping[str, Any]) -> None:
-        prefix = f"{line['kind']}/{line['task']}" if "task" in line else line["kind"]
-        for name, value in line.items():
-            if isinstance(value, (int, float)) and name not in ("round", "time"):
-                self._add(f"{prefix}/{name}", value, line["round"])
+        for name, value in numbers(line).items():
+            self._add(name, value, line["round"])
         for split in ("validation", "test") if line["kind"] == "evaluation" else ():
             if split in line:
                 accuracies = self._accuracies.setdefault((split, line["round"]), {})
@@ -63,3 +65,63 @@ class TensorBoard(Sink):
     def closed(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line by name: kind/task/value, kind/value where it has no task."""
+    prefix = f"{line['kind']}/{line['task']}" if "task" in line else line["kind"]
+    return {
+        f"{prefix}/{name}": value
+        for name, value in line.items()
+        if isinstance(value, (int, float)) and name not in ("round", "time")
+    }
+
+
+def _package(name: str, extra: str) -> Any:
+    """SettingError if the package is not installed."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise SettingError(
+            f"metric-sinks={extra!r} needs the package {error.name!r}; install it with pip install 'atm-fl[{extra}]'"
+        ) from error
+
+
+@sink("wandb")
+class WeightsAndBiases(Sink):
+    """Weights & Biases, by its own package, settings and environment (WANDB_PROJECT, WANDB_MODE=offline, …)."""
+
+    def started(self, directory: Path, settings: Mapping[str, Any], rounds_done: int) -> None:
+        wandb = _package("wandb", "wandb")
+        identity = json.loads((directory / "config.json").read_text())["run"]
+        more = {"name": directory.resolve().name, "id": identity, "resume": "allow", "dir": str(directory)}
+        self._run = wandb.init(config=dict(settings), **more)
+        self._run.define_metric("*", step_metric="round")
+
+    def line(self, line: Mapping[str, Any]) -> None:
+        self._run.log({"round": line["round"], **numbers(line)})
+
+    def closed(self) -> None:
+        self._run.finish()
+
+
+@sink("mlflow")
+class MLflow(Sink):
+    """MLflow, by its own package and environment (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME): a run of its own."""
+
+    def started(self, directory: Path, settings: Mapping[str, Any], rounds_done: int) -> None:
+        mlflow = _package("mlflow", "mlflow")
+        self._client = mlflow.MlflowClient()
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
+        experiment = self._client.get_experiment_by_name(name)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        self._id = self._client.create_run(number, run_name=directory.resolve().name).info.run_id
+        for key, value in settings.items():
+            self._client.log_param(self._id, key, value)
+
+    def line(self, line: Mapping[str, Any]) -> None:
+        for name, value in numbers(line).items():
+            self._client.log_metric(self._id, name.replace(":", "_"), value, step=line["round"])
+
+    def closed(self) -> None:
+        self._client.set_terminated(self._id)

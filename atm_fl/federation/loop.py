@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -31,17 +31,24 @@ def play_round(run: Run, updates: Iterable[tuple[str, Update]]) -> None:
     current.close()
 
 
-def run_loop(settings: Settings, parties: Sequence[Party] | None = None) -> Run:
+def run_loop(
+    settings: Settings, parties: Sequence[Party] | None = None, after_round: Callable[[Run], bool] = lambda run: False
+) -> Run:
     """Run the settings to their end in this process and write the report. Returns the finished run.
 
     parties: those of the settings by default; an experiment may hand over others, in whatever order they are to act.
+    after_round: is called after each round; the run ends when it returns True.
     """
     with told_if_full(Path(settings.run_dir)), closing(Run(settings)) as run:
         named = zip(settings.party_names, settings.task_names, strict=True)
         parties = parties or [Party(settings, task, client=client) for client, task in named]
-        while run.rounds_done < settings.rounds:
+        stopped = False
+        while not (run.over or stopped):
             number = run.rounds_done + 1
             play_round(run, ((party.client, party.train(run.base, number, run.id)) for party in parties))
+            stopped = after_round(run)
+        if stopped and run.rounds_done < settings.rounds:
+            run.record("stop", run.rounds_done, text="a callback ended it")
         for party in parties:
             accuracies = party.evaluate(run.base, ("validation", "test"))
             run.record("evaluation", run.rounds_done, task=party.client, **accuracies, bytes_down=run.bytes_down)

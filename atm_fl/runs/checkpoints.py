@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ def save_checkpoint(
     state: dict[str, Tensor] | None = None,
     kept: int = 2,
     digest: str = "",
-    good: Path | None = None,
+    good: Collection[Path] = (),
 ) -> Path:
     """Write the base after `rounds_done` rounds, atomically, as named tensors; all but the last `kept` go (0: none).
 
     state: the server optimizer's moments and the residual of `codec-down`, flat tensors [n]. digest: the base's, if it
-    is known. good: a checkpoint that stays.
+    is known. good: checkpoints that stay.
     """
     folder = directory / "checkpoint"
     path = folder / f"round-{rounds_done:05d}.safetensors"
@@ -41,7 +41,7 @@ def save_checkpoint(
     with atomic_write(path) as temporary:
         save_vectors(temporary, layout.views(base.cpu()) | moments, {RUN_METADATA: json.dumps(about)})
     past = checkpoints(directory)[:-kept] if kept else []
-    for old in [*(other for other in past if other != good), *folder.glob(".*.safetensors")]:
+    for old in [*(other for other in past if other not in good), *folder.glob(".*.safetensors")]:
         old.unlink()
     return path
 

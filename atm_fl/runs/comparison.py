@@ -38,7 +38,7 @@ class Summary:
     epsilon: float | None
     bytes: float
     state: str
-    """finished, running, or unfinished."""
+    """finished, running, stopped, or unfinished."""
 
     @classmethod
     def of(cls, directory: Path, name: str = "") -> Summary:
@@ -58,7 +58,7 @@ class Summary:
             accuracies,
             max(spent.values(), default=None),
             record.total("tuning", key="bytes_up") + record.total("tuning", "evaluation", key="bytes_down"),
-            "running" if _is_held(directory) else "finished" if done >= settings["rounds"] else "unfinished",
+            "running" if _is_held(directory) else record.state,
         )
 
     @property

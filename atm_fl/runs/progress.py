@@ -64,8 +64,9 @@ def _print_rounds(lines: list[dict[str, Any]], settings: Settings, console: Cons
     """Print every finished round after `printed`, the final evaluation only when it is the `last` look."""
     accuracies = _accuracies(lines, "validation")
     finished = {line["round"]: line for line in lines if line["kind"] == "merge"}
+    ends = {settings.rounds, *(line["round"] for line in lines if line["kind"] == "stop")}
     for number, tasks in sorted(accuracies.items()):
-        complete = number + 1 in finished or (number == settings.rounds and last)
+        complete = number + 1 in finished or (number in ends and last)
         if number <= printed or not complete:
             continue
         name = "start " if number == 0 else f"round {number}/{settings.rounds}"

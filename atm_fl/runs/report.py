@@ -103,8 +103,21 @@ def print_table(directory: Path) -> None:
     console = Console()
     console.print(table)
     console.print(accuracies.caption, highlight=False)
+    if text := best_text(record, directory):
+        console.print(text, highlight=False, markup=False)
     for text in record.epsilon_texts():
         console.print(f"ε so far: {text}", highlight=False, markup=False)
+
+
+def best_text(record: Record, directory: Path) -> str:
+    """The best round on validation and where its model is; empty if fewer than two rounds were measured."""
+    means = record.means("validation")
+    best = best_round(means)
+    if best is None:
+        return ""
+    file = directory / "checkpoint" / f"round-{best:05d}.safetensors"
+    where = f", {file.relative_to(directory)}" if file.exists() else " (the first base)" if best == 0 else ""
+    return f"best round on validation: {best} ({means[best]:.1f} %){where}"
 
 
 def write_report(directory: Path) -> Path:
@@ -157,6 +170,13 @@ class Record:
     def rounds_done(self) -> int:
         """Rounds that ended with a merge."""
         return max(self.merges(), default=0)
+
+    @property
+    def state(self) -> str:
+        """finished, stopped (before the last round: by patience or a callback) or unfinished."""
+        if self.rounds_done >= self.settings["rounds"]:
+            return "finished"
+        return "stopped" if ("stop", self.rounds_done, "") in self.lines else "unfinished"
 
     def merges(self) -> dict[int, dict[str, Any]]:
         """The merge lines by round."""
@@ -313,7 +333,7 @@ def _result(record: Record, references: Mapping[str, Mapping[str, float]]) -> It
 def result_text(record: Record, references: Mapping[str, Mapping[str, float]] | None = None) -> str:
     """A run's result in a sentence or two: the mean, what it is held against, the worst task and the best round."""
     rounds = f"{record.rounds_done} of {record.settings['rounds']} rounds"
-    rounds += "" if record.rounds_done >= record.settings["rounds"] else " (unfinished)"
+    rounds += f" ({record.state})" if record.state != "finished" else ""
     split = _accuracy_table(record).split
     last, accuracies = record.last_accuracies(split)
     if not accuracies:

@@ -17,7 +17,7 @@ import secrets
 import time
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -95,7 +95,8 @@ class Run:
         bytes_down; residual_lost=1 or optimizer_lost=1 if a client began without what its last round had left; of
         private runs epsilon, epsilon_rdp, noise); "merge" (norm, tasks, cosines unless
         secure-aggregation, seconds_merge, seconds, failures; with secure-aggregation seconds_secure, with
-        dp-client-noise epsilon); "warning" (text). Bytes are those of the arrays that travel, or in a plain loop would.
+        dp-client-noise epsilon); "warning" (text); "stop" (text) if a run ends before its last round. Bytes are those
+        of the arrays that travel, or in a plain loop would.
         """
         line = {"kind": kind, "round": round_number, **values, "time": round(time.time() - self._begin, 3)}
         with open(self.directory / "metrics.jsonl", "a") as file:
@@ -116,6 +117,7 @@ class Run:
         Where steps travel, the base moves by what the clients will decode (`Downlink`). All is written to disk before
         anything else happens. RunError if a value is not finite; the checkpoint before it stays.
         """
+        self._tell_collapse()
         step = self.optimizer.step(merged, self.rounds_done + 1)
         if not is_finite(step):
             raise RunError(
@@ -130,17 +132,53 @@ class Run:
             self.directory, self.rounds_done, self.base, self.layout, state, kept, self.digest, self._good()
         )
 
-    def _good(self) -> Path | None:
-        """The checkpoint of those that are there whose base did best: by the median of the tasks' validation accuracy.
+    def _good(self) -> set[Path]:
+        """The checkpoints of those that are there whose base did best on validation: by the tasks' mean, as the table
+        and the report name it, and by their median, which a minority that lies about its own does not decide.
 
-        A minority that lies about its own does not decide it. The later one of equals; None if none is known.
+        Of equals the first by the mean, the last by the median; none if nothing is known.
         """
         known = {rounds_of(path): path for path in checkpoints(self.directory)}
-        scores = {
-            number: median(accuracies.values()) for number, accuracies in self._validations.items() if number in known
+        measured = {n: list(of_task.values()) for n, of_task in sorted(self._validations.items()) if n in known}
+        if not measured:
+            return set()
+        means = {n: fmean(values) for n, values in measured.items()}
+        by_median = max(measured, key=lambda n: (median(measured[n]), n))
+        return {known[max(means, key=means.__getitem__)], known[by_median]}
+
+    @property
+    def over(self) -> bool:
+        """Whether no round is left: all were done, or `patience` has run out."""
+        return self.rounds_done >= self.settings.rounds or self._impatient
+
+    @property
+    def _impatient(self) -> bool:
+        """Whether the best validation accuracy is `patience` or more rounds old."""
+        means = {n: fmean(of_task.values()) for n, of_task in sorted(self._validations.items()) if of_task}
+        patience = self.settings.patience
+        return bool(patience and means) and max(means) - max(means, key=means.__getitem__) >= patience
+
+    def _tell_collapse(self) -> None:
+        """Warn if the base has just fallen below the first one and COLLAPSE below the best, by this round's tasks."""
+        now = self._validations.get(self.rounds_done, {})
+        means = {
+            n: fmean(of_task[task] for task in now)
+            for n, of_task in sorted(self._validations.items())
+            if now and now.keys() <= of_task.keys()
         }
-        best = max(scores, key=lambda number: (scores[number], number), default=0)
-        return known.get(best)
+        if not {0, self.rounds_done} <= means.keys():
+            return
+        best, here = max(means, key=means.__getitem__), means[self.rounds_done]
+        *_, before = [0, *(n for n in means if n < self.rounds_done)]
+        limit = min(means[0], means[best] - COLLAPSE)
+        if here < limit <= means[before]:
+            self.record(
+                "warning",
+                self.rounds_done,
+                text=f"round {self.rounds_done}: the model has collapsed: validation accuracy {100 * here:.1f} %, at "
+                f"the start {100 * means[0]:.1f} %, best in round {best} with {100 * means[best]:.1f} %; try a lower "
+                "learning-rate or scaling",
+            )
 
     @property
     def bytes_down(self) -> int:
@@ -150,6 +188,11 @@ class Run:
     def close(self) -> None:
         """Close the sinks and let others have the directory."""
         try:
+            self._tell_collapse()
+            if self._impatient and self.rounds_done < self.settings.rounds:
+                patience = self.settings.patience
+                text = f"no better validation accuracy in {patience} rounds, as patience={patience} says"
+                self.record("stop", self.rounds_done, text=text)
             for sink in self._sinks:
                 sink.closed()
         finally:
@@ -210,6 +253,8 @@ class Run:
 
 
 SET_ASIDE = "set-aside"
+COLLAPSE = 0.1
+"""Accuracy that a base has lost to the best one when it is said to have collapsed."""
 
 
 def processor() -> str:

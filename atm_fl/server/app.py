@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from logging import INFO, WARNING
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from atm_fl.runs.report import write_report
 from atm_fl.runs.run import Run
 from atm_fl.server import boundary
 from atm_fl.server.grid import LOST, StreamingGrid, await_return
-from atm_fl.server.strategy import AtmStrategy
+from atm_fl.server.strategy import AtmStrategy, RunIsOver
 from atm_fl.settings import Settings
 
 app = ServerApp()
@@ -50,8 +50,9 @@ def serve(grid: Grid, settings: Settings) -> Run:
     grid = StreamingGrid(grid)
     with told_if_full(Path(settings.run_dir)), closing(Run(settings)) as run:
         strategy = AtmStrategy(run, roll_call(grid, settings))
-        if run.rounds_done < settings.rounds:
-            strategy.start(grid, strategy.arrays(), settings.rounds - run.rounds_done, settings.round_timeout)
+        if not run.over:
+            with suppress(RunIsOver):
+                strategy.start(grid, strategy.arrays(), settings.rounds - run.rounds_done, settings.round_timeout)
         else:
             messages = strategy.configure_evaluate(0, strategy.arrays(), ConfigRecord(), grid)
             strategy.aggregate_evaluate(0, grid.send_and_receive(messages, timeout=settings.round_timeout))

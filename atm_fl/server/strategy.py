@@ -25,6 +25,10 @@ WHOLE = codecs.Fp32()
 """The codec of a whole base."""
 
 
+class RunIsOver(Exception):
+    """The setting `patience` has ended the run, whose last evaluation is done, before the last round Flower counts."""
+
+
 class AtmStrategy(Strategy):
     """Send the base, fold the task vectors into the merge as they come, move the base, write the checkpoint.
 
@@ -79,6 +83,8 @@ class AtmStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
+        if self.run.over:
+            raise RunIsOver
         return self._broadcast(grid, arrays, "train", self.run.rounds_done + 1)
 
     def aggregate_train(
@@ -146,12 +152,12 @@ class AtmStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        if self.run.rounds_done < self.run.settings.rounds:
+        if not self.run.over:
             return []
         return self._broadcast(grid, arrays, "evaluate", self.run.rounds_done)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        if self.run.rounds_done < self.run.settings.rounds:
+        if not self.run.over:
             return None
         failures, accuracies = self._unheard(), {}
         for client, reply in self._successes(replies, failures):

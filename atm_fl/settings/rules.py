@@ -93,6 +93,7 @@ def check(settings: Settings) -> None:
         "max_update_norm",
         "test_every",
         "keep_checkpoints",
+        "patience",
         "resume_from",
         "proportion",
         "min_successful",

@@ -94,6 +94,11 @@ class Settings:
         "alone needs it",
     )
     rounds: int = setting(10, "rounds K of tuning and merging", decides=False, section="Rounds")
+    patience: int = setting(
+        0,
+        "rounds without a better mean validation accuracy after which a run ends; 0: never",
+        decides=False,
+    )
     local_epochs: float = setting(
         1.0, "epochs E that a client tunes a round; 1/m: the m-th part of an epoch, the next part in the next round"
     )
