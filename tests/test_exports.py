@@ -17,6 +17,7 @@ import open_clip
 import pytest
 import timm
 import torch
+import yaml
 from conftest import make_folder
 from federation import call, final
 from safetensors.torch import load_file
@@ -248,6 +249,10 @@ class Hub(BaseHTTPRequestHandler):
         host = f"http://{self.headers['host']}"
         if self.headers.get("authorization") != "Bearer right":
             self._answer({"error": "Invalid username or password."}, 401)
+        elif self.path == "/api/validate-yaml":
+            front = yaml.safe_load(json.loads(body)["content"].split("---")[1])
+            wrong = [] if {"library_name", "license", "tags"} <= front.keys() else [{"message": "no front matter"}]
+            self._answer({"errors": wrong, "warnings": []})
         elif self.path == "/api/repos/create":
             type(self).created = json.loads(body)
             self._answer({"url": f"{host}/me/it", "id": "me/it"})
@@ -329,7 +334,7 @@ def test_a_hub_that_refuses_is_one_line_and_the_folder_stays(
 ) -> None:
     export(run.directory, out=tmp_path / "out")
     monkeypatch.setenv("HF_TOKEN", "wrong")
-    with pytest.raises(RunError, match="push-to='hf:me/it': the hub did not take .*which stays here"):
+    with pytest.raises(RunError, match="push-to='hf:me/it': the hub did not take .*which stays here .*401"):
         push(tmp_path / "out", "hf:me/it")
     assert (tmp_path / "out" / "model.safetensors").is_file()
     with pytest.raises(SettingError, match="push-to='me/it': write it as hf:USER/NAME"):

@@ -39,7 +39,7 @@ def export(
 
     if push_to:
         check_target(push_to)
-    chosen = [] if heads == "none" or (heads is None and push_to) else None
+    chosen: list[str] | None = [] if heads == "none" or (heads is None and push_to) else None
     if heads not in (None, "none"):
         chosen = [name.strip() for name in str(heads).split(",")]
     folder = out or Path(f"{run.resolve().name}-{to}")
