@@ -26,6 +26,7 @@ from atm_fl.clients.app import app as client_app
 from atm_fl.clients.app import check_plugins
 from atm_fl.codecs import CODECS
 from atm_fl.errors import RunError, SettingError
+from atm_fl.exports import export
 from atm_fl.federation.loop import run_loop
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import Run
@@ -92,6 +93,14 @@ def test_each_changes_what_a_run_makes_alike_with_and_without_flower(config: dic
         (thing,), value = noted, next(iter(chosen.values()))
         assert repr(str(value).partition(":")[0]) in thing
         assert re.fullmatch(r"\w+\.py [0-9a-f]{16}", noted[thing])
+
+
+@pytest.mark.usefixtures("page")
+def test_an_export_format_is_one_to_export_to(config: dict[str, Any], tmp_path: Path) -> None:
+    made = run_loop(Settings.parse(config | {"rounds": 1}))
+    export(made.directory, "npz", tmp_path / "out")
+    weights = np.load(tmp_path / "out" / "model.npz")
+    assert {f"vit.{name}" for name in weights} == set(made.layout.names)
 
 
 @pytest.mark.usefixtures("page")
