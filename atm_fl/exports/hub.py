@@ -30,7 +30,5 @@ def push(folder: Path, target: str) -> str:
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="atm-fl export")
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise RunError(
-            f"push-to={target!r}: the hub did not take {folder} ({reason}); the folder stays here"
-        ) from error
+        raise RunError(f"push-to={target!r}: the hub did not take {folder}, which stays here ({reason})") from error
     return f"{api.endpoint}/{name}"
