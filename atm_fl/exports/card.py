@@ -81,7 +81,7 @@ def _names(settings: Mapping[str, object]) -> list[str]:
 
 
 def _data(task: str) -> tuple[str, str, str]:
-    if "/" in task or task not in tasks.tasks():
+    if "/" in task or task not in tasks.TASKS:
         return _plain(task.rstrip("/").rpartition("/")[2]), "a party's own folder", "not known to the run"
     entry = tasks.find(task)
     return _plain(task), _plain(entry.source), _plain(entry.licence)
