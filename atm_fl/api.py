@@ -209,12 +209,19 @@ def compare(*runs: Result | str | Path, out: str | Path = "comparison.html") -> 
 
 
 def merge(
-    base: str | Path, files: Sequence[str | Path | Result], out: str | Path, method: str = "mean", **more: Any
+    base: str | Path,
+    files: Sequence[str | Path | Result],
+    out: str | Path,
+    method: str = "mean",
+    scaling: float | None = None,
+    **more: Any,
 ) -> Merged:
     """Merge models that were fine-tuned from `base` into `out`: files, folders, runs; as `atm-fl merge` does.
 
-    method: with its options, as "ties:density=0.1". more: what `merging.checkpoint_files.merge_files` takes besides.
+    method: with its options, as "ties:density=0.1"; scaling: its factor λ, by default its own. more: what
+    `merging.checkpoint_files.merge_files` takes besides.
     """
     choice = read_choice("method", method, MERGES)
     paths = [file.directory if isinstance(file, Result) else Path(file) for file in files]
-    return merge_files(Path(base), paths, Path(out), choice.name, chosen=choice.values, **more)
+    chosen = choice.values | ({} if scaling is None else {"scaling": scaling})
+    return merge_files(Path(base), paths, Path(out), choice.name, chosen=chosen, **more)

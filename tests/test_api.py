@@ -52,7 +52,7 @@ def test_run_is_the_plain_loop_of_the_same_settings(config: dict[str, Any], tmp_
     page = atm_fl.compare(result, again.directory, out=tmp_path / "page.html")
     assert "python" in page.read_text()
     first = result.export("safetensors", tmp_path / "base", round=0).folder / "model.safetensors"
-    atm_fl.merge(first, [result, again], tmp_path / "M.safetensors", "mean:scaling=1.0")
+    atm_fl.merge(first, [result, again], tmp_path / "M.safetensors", "mean", scaling=1.0)
     started = Run(Settings.parse(loop.settings.as_config() | {"start": str(tmp_path / "M.safetensors"),
                                                               "run-dir": str(tmp_path / "next")}))  # fmt: skip
     started.close()
