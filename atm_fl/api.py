@@ -149,9 +149,10 @@ def run(
 
     SettingError before any work if a value cannot work; RunError if the run cannot go on.
     """
-    from atm_fl.federation.loop import run_loop
+    from atm_fl.federation.loop import check_plain, run_loop
 
     chosen = read_settings(settings, overrides)
+    check_plain(chosen)
     folder = Path(chosen.run_dir)
 
     def after_round(_: object) -> bool:

@@ -64,6 +64,8 @@ def test_what_cannot_work_is_said_at_once(config: dict[str, Any], tmp_path: Path
         atm_fl.run(config, roundz=2)
     with pytest.raises(SettingError, match="is not a file of settings"):
         atm_fl.run(tmp_path / "no.toml")
+    with pytest.raises(SettingError, match="round-timeout=1.0: it has no effect with --runtime plain"):
+        atm_fl.run(config, round_timeout=1.0)
     with pytest.raises(RunError, match="is not a run directory"):
         atm_fl.load(tmp_path)
     with pytest.raises(SettingError, match="two runs or more, not 1"):

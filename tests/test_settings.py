@@ -222,6 +222,7 @@ EFFECTS: dict[str, Effect] = {
     "shots": Effect("bits", (1, 2)),
     "start": Effect("bits", ("{started}",)),
     "rounds": Effect("bits", (2,)),
+    "patience": Effect("bits", (1,), {"rounds": 6}, idle="of one round none is too many"),
     "local_epochs": Effect("bits", (2.0, 0.5)),
     "split": Effect("bits"),
     "holdout": Effect("bits", (0.0, 0.5), {"split": "validation"}),

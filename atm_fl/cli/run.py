@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.box import SIMPLE
@@ -16,10 +16,6 @@ from rich.table import Table
 
 from atm_fl.cli.deploy import deploy
 from atm_fl.cli.terminal import Authority, Superlink, app, console, read_config, say, terminated_as_exit
-from atm_fl.errors import SettingError
-
-if TYPE_CHECKING:
-    from atm_fl.settings import Settings
 
 
 class Runtime(StrEnum):
@@ -29,20 +25,6 @@ class Runtime(StrEnum):
     IN_PROCESS = "in-process"
     PLAIN = "plain"
     DEPLOYMENT = "deployment"
-
-
-OF_FLOWER = ("on_failure", "node_timeout", "round_timeout", "max_update_norm", "secure_threshold")
-"""Settings without effect in a plain loop, which has one process and no messages: nobody is late or fails alone."""
-
-
-def _check_plain(settings: Settings) -> None:
-    """SettingError if a setting is not at its default that a plain loop has no use for."""
-    from atm_fl.settings import defaults, kebab
-
-    for name in OF_FLOWER:
-        value = getattr(settings, name)
-        if value != defaults()[kebab(name)]:
-            raise SettingError(f"{kebab(name)}={value!r}: it has no effect with --runtime plain; leave it out")
 
 
 def _print_version(wanted: bool) -> None:
@@ -89,7 +71,9 @@ def run(
 
     settings = read_config(config, override or [], OF_DEPLOYMENT if runtime is Runtime.DEPLOYMENT else {})
     if runtime is Runtime.PLAIN:
-        _check_plain(settings)
+        from atm_fl.federation.loop import check_plain
+
+        check_plain(settings)
     folder = Path(settings.run_dir)
     with terminated_as_exit(), swept_if_failed(folder), told_if_full(folder), ExitStack() as running:
         check_run_dir(settings)

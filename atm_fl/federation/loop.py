@@ -6,13 +6,24 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from atm_fl.errors import RunError
+from atm_fl.errors import RunError, SettingError
 from atm_fl.federation.client import Party, Update
 from atm_fl.federation.server_round import ServerRound
 from atm_fl.runs.directory import told_if_full
 from atm_fl.runs.report import write_report
 from atm_fl.runs.run import Run
-from atm_fl.settings import Settings
+from atm_fl.settings import Settings, defaults, kebab
+
+OF_FLOWER = ("on_failure", "node_timeout", "round_timeout", "max_update_norm", "secure_threshold")
+"""Settings without effect in a plain loop, which has one process and no messages: nobody is late or fails alone."""
+
+
+def check_plain(settings: Settings) -> None:
+    """SettingError if a setting is not at its default that a plain loop has no use for."""
+    for name in OF_FLOWER:
+        value = getattr(settings, name)
+        if value != defaults()[kebab(name)]:
+            raise SettingError(f"{kebab(name)}={value!r}: it has no effect with --runtime plain; leave it out")
 
 
 def play_round(run: Run, updates: Iterable[tuple[str, Update]]) -> None:
