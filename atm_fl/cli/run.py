@@ -16,6 +16,7 @@ from rich.table import Table
 
 from atm_fl.cli.deploy import deploy
 from atm_fl.cli.terminal import Authority, Superlink, app, console, read_config, say, terminated_as_exit
+from atm_fl.errors import SettingError
 
 
 class Runtime(StrEnum):
