@@ -1,4 +1,4 @@
-"""`python -m server.superlink …`: Flower's SuperLink, of which other machines reach no more than they need.
+"""`python -m atm_fl.server.superlink …`: Flower's SuperLink, of which other machines reach no more than they need.
 
 Flower serves three APIs on one port: SuperNodes use the fleet API, which authenticates them; who may use the control
 API can run code of their own on every party and register SuperNodes, and it asks nobody for a key. So that API and
