@@ -13,6 +13,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from timm.models.resnet import BasicBlock, ResNet
 
 from atm_fl import models, plugins, tasks
 from atm_fl.settings import Settings
@@ -23,6 +24,16 @@ from atm_fl.tasks import Source
 def tiny() -> models.Backbone:
     """5 tokens, one block of width 16."""
     return models.Backbone(models.vit(32, 16, 16, 1, 2), 32)
+
+
+@models.backbone("tiny_resnet")
+def tiny_resnet() -> models.Backbone:
+    """Four stages of one block, BatchNorm after every convolution.
+
+    Of 16 channels: with 4, and images in channels-last order, the backward pass of torch 2.14's oneDNN writes past the
+    end of its memory, without any code of this project.
+    """
+    return models.Backbone(ResNet(BasicBlock, (1, 1, 1, 1), channels=(16,) * 4, stem_width=16, num_classes=0), 32)
 
 
 @pytest.fixture(autouse=True)

@@ -34,8 +34,8 @@ def trapped(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that after round 1 scales the patch embedding by a thousand, so that the vectors of round 2 hold it."""
     honest = Run.advance
 
-    def advance(run: Run, merged: torch.Tensor) -> None:
-        honest(run, merged)
+    def advance(run: Run, merged: torch.Tensor, buffers: torch.Tensor | None) -> None:
+        honest(run, merged, buffers)
         if run.rounds_done == 1:
             run.layout.views(run.base)["vit.patch_embed.proj.weight"].mul_(1000)
             run.digest = vectors.digest(run.base)

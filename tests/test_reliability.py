@@ -381,8 +381,8 @@ def test_a_full_disk_ends_the_run_in_one_line_and_loses_no_finished_round(
     config |= {"run-dir": str(small_disk / "run")}
     ballast, advance = small_disk / "ballast", Run.advance
 
-    def fill_after_round_one(run: Run, step: Any) -> None:
-        advance(run, step)
+    def fill_after_round_one(run: Run, *moved: Any) -> None:
+        advance(run, *moved)
         with open(ballast, "wb") as file, suppress(OSError):
             while run.rounds_done == 1:
                 file.write(bytes(4096))

@@ -74,10 +74,10 @@ def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
 
     advance = Run.advance
 
-    def die_after_round_two(run: Run, step: torch.Tensor) -> None:
+    def die_after_round_two(run: Run, *moved: Any) -> None:
         if run.rounds_done == 2:
             raise Killed
-        advance(run, step)
+        advance(run, *moved)
 
     monkeypatch.setattr(Run, "advance", die_after_round_two)
     with pytest.raises(Killed):

@@ -218,6 +218,7 @@ EFFECTS: dict[str, Effect] = {
     "trainable": Effect("bits", ("attention", "last-1", "lora")),
     "lora_rank": Effect("bits", (2,), {"trainable": "lora"}),
     "lora_alpha": Effect("bits", (4.0,), {"trainable": "lora"}),
+    "buffers": Effect("bits", beside={"model": "tiny_resnet"}),
     "head": Effect("bits"),
     "shots": Effect("bits", (1, 2)),
     "start": Effect("bits", ("{started}",)),

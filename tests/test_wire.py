@@ -106,11 +106,11 @@ def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
     class Killed(BaseException):
         pass
 
-    def die_after_round_two(run: Run, step: torch.Tensor) -> None:
+    def die_after_round_two(run: Run, *moved: Any) -> None:
         if run.rounds_done == 2:
             killed.append(run)
             raise Killed
-        advance(run, step)
+        advance(run, *moved)
 
     advance = Run.advance
     monkeypatch.setattr(Run, "advance", die_after_round_two)

@@ -20,6 +20,7 @@ from atm_fl.errors import RunError, SettingError, printable
 from atm_fl.federation.bounds import check_base
 from atm_fl.federation.client import Party
 from atm_fl.federation.client_state import ClientState
+from atm_fl.models.buffers import take_buffers
 from atm_fl.policy import Policy, policy_of
 from atm_fl.privacy.budget import Account
 from atm_fl.settings import Settings
@@ -104,24 +105,27 @@ def received_base(message: Message, party: Party, limit: float = 0.0) -> Tensor 
     message that does not fit this party's model; RunError for a base that moved further than `limit` allows.
     """
     info, model, down = message.content.config_records["info"], party.model, party.settings.codec_down
-    if info["layout"] != model.layout.digest:
-        raise ValueError(f"the server's base has layout {info['layout']!s}, this party's model {model.layout.digest}")
+    layout = model.base_layout
+    if info["layout"] != layout.digest:
+        raise ValueError(f"the server's base has layout {info['layout']!s}, this party's model {layout.digest}")
     digest, before = str(info["base"]), str(info["from"])
     expected = down if before else "fp32"
     if info["codec"] != expected:
         raise ValueError(f"the server's base came by codec {info['codec']!s}, not {expected}")
     contents = {name: array.data for name, array in message.content.array_records["arrays"].items()}
-    arrays = read_arrays(contents, model.layout.size)
+    arrays = read_arrays(contents, layout.size)
     kept = ClientState(str(info["run"]), party.client)
     if not before:
-        base = make_codec(expected).decode(arrays, model.layout)
+        base = make_codec(expected).decode(arrays, layout)
     else:
         stored = kept.base(before)
         base = model.pretrained.clone() if stored is None else stored
-        if len(base) != model.layout.size:
+        if len(base) != layout.size:
             return None
         if arrays:
-            make_codec(expected).add(arrays, model.layout, base)
+            parameters, buffers = base.split([model.layout.size, model.shared_buffers.size])
+            buffers.copy_(take_buffers(arrays, model.shared_buffers))
+            make_codec(expected).add(arrays, model.layout, parameters)
     if vectors.digest(base) != digest:
         if before:
             return None
@@ -163,7 +167,12 @@ def reply(
     """
     metrics = policy_of(context.node_config).told(metrics)
     base = message.content.config_records["info"].get("base", "")
-    info = {"task": party.task, "codec": party.settings.uplink_name, "layout": party.model.layout.digest, "base": base}
+    info = {
+        "task": party.task,
+        "codec": party.settings.uplink_name,
+        "layout": party.model.base_layout.digest,
+        "base": base,
+    }
     content = RecordDict(
         {
             "metrics": MetricRecord(metrics),  # type: ignore[arg-type]
@@ -254,5 +263,7 @@ def evaluate(message: Message, context: Context) -> Message:
     base = received_base(message, party, update_limit(party.settings, context))
     if base is None:
         return reply(message, context, party, {}, needs_base=True)
-    accuracies = party.evaluate(base, ("validation", "test"))
+    info = message.content.config_records["info"]
+    after = party.context(int(info["round"]) + 1, str(info["run"]))  # type: ignore[arg-type]
+    accuracies = party.evaluate(base, ("validation", "test"), after)
     return reply(message, context, party, {f"evaluation.{name}": value for name, value in accuracies.items()})

@@ -334,10 +334,16 @@ def _single(unit: ContestUnit) -> None:
 
 
 def _parties(settings: Settings) -> list[Party]:
-    return [
+    parties = [
         Party(settings, task, client=client)
         for client, task in zip(settings.party_names, settings.task_names, strict=True)
     ]
+    if settings.buffers != "frozen" and parties[0].model.buffers.names:
+        raise SettingError(
+            f"buffers={settings.buffers!r}: one-shot merges are of the vectors alone; with model={settings.model!r} "
+            "choose buffers='frozen'"
+        )
+    return parties
 
 
 def single_vectors(study: Contest, seed: int) -> dict[str, Tensor]:

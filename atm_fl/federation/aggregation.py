@@ -14,6 +14,7 @@ from torch import Tensor
 from atm_fl.codecs import Arrays
 from atm_fl.federation.chain import Chain
 from atm_fl.merging.kinds import fold
+from atm_fl.models.buffers import take_buffers
 from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
 from atm_fl.transforms import Context
@@ -31,22 +32,28 @@ class TaskVectorAggregator:
     """
 
     def __init__(self, run: Run) -> None:
-        self._settings, self._layout = run.settings, run.layout
+        self._settings, self._layout, self._shared_buffers = run.settings, run.layout, run.shared_buffers
         self._chain = Chain(run.settings)
         self._round = run.rounds_done + 1
         self._spill = MappedVectors(run.directory)
         self._images: dict[str, float] = {}
+        self._buffers: dict[str, Tensor] = {}
         self.norms: dict[str, float] = {}
         """Of the vectors that arrived, by client; those that were left out are not there."""
+        self.buffer_norms: dict[str, float] = {}
+        """Of the shared buffers that came with them."""
         self._room: Tensor | None = empty(run.layout.size, run.base)  # costs nothing before it is written to
 
-    def decode(self, client: str, arrays: Arrays) -> Tensor:
-        """The vector that arrived, until the next is decoded. ValueError if it is none."""
-        return self._chain.decode(arrays, self._context(client), self._room)
+    def decode(self, client: str, arrays: Arrays) -> tuple[Tensor, Tensor]:
+        """The vector that arrived, until the next is decoded, and the shared buffers. ValueError if they are none."""
+        buffers = take_buffers(arrays, self._shared_buffers)
+        return self._chain.decode(arrays, self._context(client), self._room), buffers
 
-    def add(self, client: str, vector: Tensor, images: float) -> None:
-        """Keep a decoded vector, which may be changed."""
+    def add(self, client: str, decoded: tuple[Tensor, Tensor], images: float) -> None:
+        """Keep what was decoded, which may be changed."""
+        vector, self._buffers[client] = decoded
         self.norms[client] = l2_norm(vector)
+        self.buffer_norms[client] = l2_norm(self._buffers[client])
         self._spill.add(client, self._chain.bound(vector, self._context(client)))
         self._images[client] = images
 
@@ -56,6 +63,14 @@ class TaskVectorAggregator:
 
     def _context(self, client: str) -> Context:
         return Context(self._settings, self._layout, self._round, self._settings.task_of[client], client)
+
+    def buffers(self) -> Tensor | None:
+        """The shared buffers' mean over the tasks, float32 [b]; None if there are none."""
+        if not self._shared_buffers.size:
+            return None
+        kept = {client: self._buffers[client] for client in self.norms}
+        means = list(by_task(kept, self._images, self._settings).values())
+        return mean(means, [1.0] * len(means))
 
     def merge(self) -> tuple[Tensor, dict[str, Any]]:
         """The merged vector, and what is recorded beside it. Once."""
@@ -78,11 +93,11 @@ class SecureSumAggregator:
     """The sum of a round's vectors and nothing else, in the ring of secure aggregation; they may be masked."""
 
     def __init__(self, run: Run) -> None:
-        self._settings, self._layout = run.settings, run.layout
+        self._settings, self._layout, self._shared_buffers = run.settings, run.layout, run.shared_buffers
         self._chain = Chain(run.settings)
         self._round = run.rounds_done + 1
-        self.words = np.zeros(run.layout.size, WORD)
-        """The sum, [n]."""
+        self.words = np.zeros(run.base_layout.size, WORD)
+        """The sum, [n + b]: of the vectors, and behind them of the shared buffers."""
         self.clients: list[str] = []
         """Whose vectors are in it."""
         self._mean_norm: float | None = None
@@ -90,7 +105,7 @@ class SecureSumAggregator:
     def decode(self, client: str, arrays: Arrays) -> np.ndarray:
         """The words that arrived. ValueError if they are none."""
         assert self._chain.ring
-        return self._chain.ring.words(arrays, self._layout)
+        return self._chain.ring.words(arrays, self._layout + self._shared_buffers)
 
     def add(self, client: str, words: np.ndarray, images: float) -> None:
         """Add what was decoded."""
@@ -99,8 +114,14 @@ class SecureSumAggregator:
 
     def mean_norm(self) -> float:
         """Of the unmasked vectors' mean, which is recorded with the round."""
-        self._mean_norm = l2_norm(self._settings.ring.decode(self.words, 1 / len(self.clients)))
+        words = self.words[: self._layout.size]
+        self._mean_norm = l2_norm(self._settings.ring.decode(words, 1 / len(self.clients)))
         return self._mean_norm
+
+    def buffers(self) -> Tensor | None:
+        """The shared buffers' mean, float32 [b], once the sum is unmasked; None if there are none."""
+        words = self.words[self._layout.size :]
+        return self._settings.ring.decode(words, 1 / len(self.clients)) if len(words) else None
 
     def merge(self) -> tuple[Tensor, dict[str, Any]]:
         """The merged vector, and what is recorded beside it. The sum is unmasked."""
@@ -108,7 +129,8 @@ class SecureSumAggregator:
         settings, count = self._settings, len(self.clients)
         merge, context = settings.make_merge(self._layout, self._round), Context(settings, self._layout, self._round)
         factor = merge.sum_factor(count)
-        total = self._chain.total(settings.ring.decode(self.words, factor), factor, context)
+        words = self.words[: self._layout.size]
+        total = self._chain.total(settings.ring.decode(words, factor), factor, context)
         merged = merge.from_sum(total, count, settings.ring.step * (count / 12) ** 0.5)
         clients = [client for client in settings.party_names if client in self.clients]
         beside = {"tasks": clients, "seconds_merge": time.perf_counter() - begin, **context.numbers}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from atm_fl.codecs import Arrays
 from atm_fl.errors import RunError
+from atm_fl.models.buffers import BUFFERS
 from atm_fl.privacy.client_level import Clip, Noise
 from atm_fl.settings import Settings
 from atm_fl.transforms import Context, Transform, make_transforms
@@ -40,14 +41,22 @@ class Chain:
         self.ring = RingWire(settings.ring) if settings.secure_aggregation else None
         """Instead of the codec, under secure aggregation."""
 
-    def encode(self, vector: Tensor, context: Context) -> Arrays:
-        """Client: a task vector, float32 [n], which may be changed, as it travels. RunError if it can't."""
+    def encode(self, vector: Tensor, context: Context, buffers: Tensor | None = None) -> Arrays:
+        """Client: a task vector, float32 [n], which may be changed, as it travels. RunError if it can't.
+
+        buffers: the shared ones, float32 [b]; they go as they are, but under secure aggregation, behind the vector.
+        """
         for transform in self.chosen:
             vector = _fitting(transform, transform.client(vector, context), context)
         for bound in self.bounds if self.ring else ():
             vector = bound.client(vector, context)
         try:
-            return (self.ring or self.codec).encode(vector, context)
+            if self.ring:
+                return self.ring.encode(vector if buffers is None else torch.cat([vector, buffers]), context)
+            if buffers is None:
+                return self.codec.encode(vector, context)
+            check_finite(buffers)
+            return self.codec.encode(vector, context) | {BUFFERS: buffers.numpy()}
         except ValueError as error:
             raise RunError(
                 f"{context.task}'s task vector of round {context.round_number} has {error}; try a lower learning-rate"

@@ -19,7 +19,7 @@ from atm_fl.federation.shares import random_share, split_up
 from atm_fl.privacy.budget import Account, Budget
 from atm_fl.privacy.disclosure import disclosed
 from atm_fl.seeds import derive_seed
-from atm_fl.settings import Settings
+from atm_fl.settings import Settings, check_model
 from atm_fl.tasks import Dataset, Split
 from atm_fl.training.evaluation import accuracy
 from atm_fl.training.local import State, Tuned, full_gradient
@@ -52,6 +52,7 @@ class Party:
         torch.set_num_threads(settings.threads)
         self.settings, self.chain = settings, Chain(settings)
         self.model = shared_model(settings.of_model())
+        check_model(settings, self.model.module)
         self.data: Dataset = tasks.load(task, self.model.module.image_size, settings.workers)
         self.task = name or self.data.name
         self.client = client or self.task
@@ -60,10 +61,18 @@ class Party:
         source = str(Path(task).resolve()) if "/" in task else task
         self.budget = Budget(settings, self.task, self.tuned_on, account, source, self.client)
 
-    def evaluate(self, base: Tensor, splits: tuple[str, ...]) -> dict[str, float]:
-        """Accuracy of `base`, float32 [n], with this party's head on each of `splits`."""
+    def context(self, round_number: int, run: str = "") -> Context:
+        """What this party has at the start of a round. run: the run's id; without one nothing was kept."""
+        state = ClientState(run, self.client) if run else None
+        return Context(self.settings, self.model.layout, round_number, self.task, self.client, state)
+
+    def evaluate(self, base: Tensor, splits: tuple[str, ...], context: Context | None = None) -> dict[str, float]:
+        """Accuracy of `base`, of the model's `base_layout`, with this party's head on each of `splits`.
+
+        context: of the round that comes next, from which this party has its private buffers.
+        """
         torch.set_num_threads(self.settings.threads)
-        self.model.load(base)
+        self._load(base, context)
         return {
             split: accuracy(self.model.module, self.head, self.splits[split], self.settings.workers) for split in splits
         }
@@ -76,29 +85,38 @@ class Party:
         RunError if the task vector is not finite.
         """
         settings, begin = self.settings, time.perf_counter()
-        evaluation = self.evaluate(base, evaluated_splits(settings, round_number - 1))
+        context = self.context(round_number, run)
+        evaluation = self.evaluate(base, evaluated_splits(settings, round_number - 1), context)
         share = settings.part_taken(self.task, round_number)
         if not share:
             return Update(None, evaluation, {})
-        state = ClientState(run, self.client) if run else None
-        if state:
-            state.save_head(self.head.state(), self.data.classes)
-        context = Context(settings, self.model.layout, round_number, self.task, self.client, state)
+        if run:
+            ClientState(run, self.client).save_head(self.head.state(), self.data.classes)
         numbers, evaluated = context.numbers, time.perf_counter()
         data = self.tuned_on if share == 1 else random_share(self.tuned_on, share, "replay", self.task)[0]
         vector, tuned = self._tune(base, data, context, run)
+        buffers = self.model.flat_buffers()
+        if settings.buffers == "private":
+            context.keep("buffers", self.model.buffers.state())
         numbers |= {"steps": tuned.steps, "images": tuned.images}
         if not settings.secure_aggregation:
             numbers["norm"] = float(vector.norm())
         numbers |= {"seconds_evaluate": evaluated - begin, "seconds_tune": time.perf_counter() - evaluated}
         if settings.alignment:
-            numbers["alignment"] = self._alignment(base, data, vector)
+            numbers["alignment"] = self._alignment(base, data, vector, context)
         begin = time.perf_counter()
-        arrays = self.chain.encode(vector, context)
+        arrays = self.chain.encode(vector, context, buffers)
         numbers["seconds_encode"] = time.perf_counter() - begin
         if settings.private:
             return Update(arrays, disclosed(evaluation), disclosed(numbers))
         return Update(arrays, evaluation, numbers)
+
+    def _load(self, base: Tensor, context: Context | None) -> None:
+        """Load `base` and, of a run with private buffers, this party's own."""
+        private = context.recall("buffers") if context and self.settings.buffers == "private" else {}
+        if context and private is None:
+            context.numbers["buffers_lost"] = 1
+        self.model.load(base, private)
 
     def _tune(self, base: Tensor, data: Split, context: Context, run: str) -> tuple[Tensor, Tuned]:
         """(the task vector, what was done) of the round's local training, which begins at `base`, loaded."""
@@ -139,9 +157,9 @@ class Party:
         context.numbers |= release.numbers
         return vector, tuned
 
-    def _alignment(self, base: Tensor, data: Split, vector: Tensor) -> float:
+    def _alignment(self, base: Tensor, data: Split, vector: Tensor, context: Context) -> float:
         """The cosine of a task vector with minus the full-batch gradient at the base."""
-        self.model.load(base)
+        self._load(base, context)
         gradient = full_gradient(self.model.module, self.head, self.model.flat, data, self.settings.workers).cpu()
         return float(torch.nn.functional.cosine_similarity(vector, -gradient, dim=0))
 

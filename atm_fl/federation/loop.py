@@ -61,7 +61,8 @@ def run_loop(
         if stopped and run.rounds_done < settings.rounds:
             run.record("stop", run.rounds_done, text="a callback ended it")
         for party in parties:
-            accuracies = party.evaluate(run.base, ("validation", "test"))
+            context = party.context(run.rounds_done + 1, run.id)
+            accuracies = party.evaluate(run.base, ("validation", "test"), context)
             run.record("evaluation", run.rounds_done, task=party.client, **accuracies, bytes_down=run.bytes_down)
     write_report(run.directory)
     return run

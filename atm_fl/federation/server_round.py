@@ -13,6 +13,7 @@ from atm_fl.federation.aggregation import SecureSumAggregator, TaskVectorAggrega
 from atm_fl.federation.bounds import too_long
 from atm_fl.federation.client import Update
 from atm_fl.merging.scaling import scale_layers
+from atm_fl.models.buffers import check_buffers
 from atm_fl.runs.run import Run
 from atm_fl.vectors.blocks import l2_norm
 
@@ -42,12 +43,13 @@ class ServerRound:
         held, images = self.run.settings.task_of[client], update.tuning.get("images", 0)
         if self.run.settings.client_tasks.count(held) > 1 and not 0 < images < math.inf:
             raise ValueError(f"images {images!r}, not the positive number that weighs it within {held}")
-        vector = self.vectors.decode(client, update.arrays)
+        bytes_up = size_of(update.arrays)
+        decoded = self.vectors.decode(client, update.arrays)
         costs = {"seconds_decode": time.perf_counter() - begin}
-        costs |= {"bytes_up": size_of(update.arrays), "bytes_down": bytes_down}
+        costs |= {"bytes_up": bytes_up, "bytes_down": bytes_down}
         if client not in self.recorded:
             self._record(client, update, costs)
-        self.vectors.add(client, vector, images)
+        self.vectors.add(client, decoded, images)
 
     def _record(self, client: str, update: Update, costs: dict[str, float]) -> None:
         self.recorded.add(client)
@@ -63,23 +65,36 @@ class ServerRound:
         factor = self.run.settings.proportion
         if not factor or isinstance(self.vectors, SecureSumAggregator):
             return {}
-        return too_long(self.vectors.norms, self.run.usual_norm, l2_norm(self.run.base), factor)
+        parameters, buffers = self._norms()
+        reasons = too_long(self.vectors.norms, self.run.usual_norm, parameters, factor)
+        too_large = too_long(self.vectors.buffer_norms, 0.0, buffers, factor)
+        return {client: f"of its buffers {reason}" for client, reason in too_large.items()} | reasons
+
+    def _norms(self) -> tuple[float, float]:
+        """‖·‖ of the base's entries that are tuned, and of its shared buffers."""
+        size = self.run.layout.size
+        return l2_norm(self.run.base[:size]), l2_norm(self.run.base[size:])
 
     def check_sum(self) -> None:
         """RunError if an unmasked sum, of which no single vector is known, is out of proportion."""
         factor, count = self.run.settings.proportion, len(self.vectors.clients)
-        norms = {"the mean": self.vectors.mean_norm()}
-        if factor and (reason := too_long(norms, self.run.usual_norm, l2_norm(self.run.base), factor)):
-            raise RunError(
-                f"round {self.number}: the sum of {count} vectors is refused, whoever spoiled it: {reason['the mean']}"
-            )
+        norms, (parameters, _) = {"the mean": self.vectors.mean_norm()}, self._norms()
+        refused = f"round {self.number}: the sum of {count} vectors is refused, whoever spoiled it: "
+        if factor and (reason := too_long(norms, self.run.usual_norm, parameters, factor)):
+            raise RunError(refused + reason["the mean"])
+        if (buffers := self.vectors.buffers()) is not None:
+            try:
+                check_buffers(buffers, self.run.shared_buffers)
+            except ValueError as error:
+                raise RunError(f"{refused}{error}") from error
 
     def close(self, failures: dict[str, str] | None = None, costs: dict[str, float] | None = None) -> None:
         """Merge, move the base, write the checkpoint and the round's line, with `costs` in it."""
         settings = self.run.settings
+        buffers = self.vectors.buffers()
         merged, beside = self.vectors.merge()
         merged = scale_layers(merged, self.run.layout, settings.layer_scalings)
         beside |= {"seconds": time.perf_counter() - self._begin, "failures": failures or {}, **(costs or {})}
         self.run.usual_norm = max(self.run.usual_norm, beside.get("usual_norm", 0.0))
         self.run.record("merge", self.number, norm=float(merged.norm()), **beside)
-        self.run.advance(merged)
+        self.run.advance(merged, buffers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from atm_fl import models, vectors
 from atm_fl.errors import SettingError
+from atm_fl.models.buffers import Buffers, measured, shared_buffers
 from atm_fl.models.trainable import Lora, set_trainable
 from atm_fl.privacy.dp_sgd import tune_privately
 from atm_fl.privacy.noise import Noise
@@ -27,12 +30,16 @@ class SharedModel:
     def __init__(self, settings: Settings) -> None:
         self.device = find_device(settings.device)
         self.module = models.load_backbone(settings.model, settings.weights)
-        self.digest = vectors.digest(*vectors.shared_entries(self.module).values())
+        self.digest = vectors.digest(*vectors.shared_entries(self.module).values(), *measured(self.module).values())
         """Of the whole pretrained backbone."""
         set_trainable(self.module, settings.trainable)
         self.layout = vectors.Layout.of(self.module)
-        self.pretrained = self.layout.flatten(self.module)
+        """Of a task vector: the entries that are tuned."""
+        self.shared_buffers = shared_buffers(self.module, settings.buffers)
+        self.base_layout = self.layout + self.shared_buffers
+        self.pretrained = self.base_layout.flatten(self.module)
         self.module.to(self.device)
+        self.buffers = Buffers(self.module)
         self.module.precision = models.PRECISIONS[settings.precision]
         self.module.channels_last = settings.channels_last
         self.flat: nn.Parameter = vectors.bind(self.module, self.layout)
@@ -43,11 +50,24 @@ class SharedModel:
         if settings.compile:
             self.module.vit.compile()
 
-    def load(self, base: Tensor) -> None:
-        """Set the model's shared entries to `base`, float32 [n]."""
-        self.flat.data.copy_(base)
+    def load(self, base: Tensor, private: Mapping[str, Tensor] | None = None) -> None:
+        """Set the model to `base`, float32 [of `base_layout`], and a party's `private` buffers to its own.
+
+        Whatever else another party's passes have left in it is gone. RuntimeError if the base has another size.
+        """
+        parameters, measurements = base.split([self.layout.size, self.shared_buffers.size])
+        self.flat.data.copy_(parameters)
+        self.buffers.reset()
+        self.buffers.load(self.shared_buffers.views(measurements))
+        self.buffers.load(private or {})
         if self.lora:
             self.lora.reset()
+
+    def flat_buffers(self) -> Tensor | None:
+        """The shared buffers as they are now, float32 [b] on the CPU; None if there are none."""
+        state = self.buffers.state()
+        shared = [state[name].reshape(-1) for name in self.shared_buffers.names]
+        return torch.cat(shared) if shared else None
 
     def tune(
         self,
@@ -67,11 +87,21 @@ class SharedModel:
         if self.lora:
             self.lora.reset(derive_seed(seed, "lora"))
         flat = self.lora.flat if self.lora else self.flat
-        if noise is None:
-            tuned = tune(self.module, head, flat, data, settings, seed, epoch_chunk, state)
-        else:
-            tuned = tune_privately(self.module, head, flat, data, settings, noise, state)
-        return (self.lora.vector() if self.lora else task_vector(flat, base.to(self.device))).cpu(), tuned
+        with own_draws(self.device, derive_seed(seed, "passes")):
+            if noise is None:
+                tuned = tune(self.module, head, flat, data, settings, seed, epoch_chunk, state)
+            else:
+                tuned = tune_privately(self.module, head, flat, data, settings, noise, state)
+        before = base[: self.layout.size].to(self.device)
+        return (self.lora.vector() if self.lora else task_vector(flat, before)).cpu(), tuned
+
+
+@contextmanager
+def own_draws(device: torch.device, seed: int) -> Iterator[None]:
+    """What passes draw from torch's own generators in the body (dropout) derives from `seed`, and moves no other's."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def find_device(name: str) -> torch.device:

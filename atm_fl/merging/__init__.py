@@ -65,6 +65,8 @@ class Merge(ABC):
     name: ClassVar[str]
     of_sum: ClassVar[bool] = False
     """Whether it is a function of the vectors' sum and their number alone, where all weights are 1."""
+    robust: ClassVar[bool] = False
+    """Whether it is there to withstand bad vectors."""
     surveys: ClassVar[bool] = False
     """Whether it reads the whole vectors once before it can merge a block; for the progress of merges of files."""
     layout: Layout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ class Median(Elementwise):
     Yin et al. 2018, "Byzantine-robust distributed learning" (arXiv:1803.01498), Algorithm 1, option I.
     """
 
+    robust: ClassVar[bool] = True
+
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
         ordered = sort_rows(stack, scratch[0])
         return ordered[(len(stack) - 1) // 2].add_(ordered[len(stack) // 2]).mul_(0.5)
@@ -31,6 +34,7 @@ class TrimmedMean(Elementwise):
     Yin et al. 2018 (arXiv:1803.01498), Algorithm 1, option II.
     """
 
+    robust: ClassVar[bool] = True
     trim: float = option(0.2, "fraction of the tasks left out at either end", ge=0, lt=0.5)
 
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
@@ -52,6 +56,7 @@ class GeometricMedian(LinearCombination):
     from the mean.
     """
 
+    robust: ClassVar[bool] = True
     smoothing: float = option(1e-6, "least distance (ν), relative to the mean norm", gt=0)
 
     def coefficients(self, tasks: Sequence[str], products: Tensor) -> Tensor:
@@ -81,6 +86,7 @@ class MultiKrum(LinearCombination):
     scores: the task whose name comes first. It needs T ≥ 2 f + 3.
     """
 
+    robust: ClassVar[bool] = True
     f: int = option(1, "vectors that may be bad", ge=0)
 
     def min_tasks(self) -> int:

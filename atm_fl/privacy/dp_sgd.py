@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from atm_fl.models.buffers import train_mode
 from atm_fl.privacy.noise import Noise, add_noise
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
@@ -90,7 +91,7 @@ def tune_privately(
     rate, steps = sampling_rate(len(data), settings), steps_per_round(len(data), settings)
     start = flat.detach().clone() if settings.proximal else None
     assert flat.grad is not None
-    model.train()
+    train_mode(model, frozen=settings.buffers == "frozen")
     for _ in range(steps):
         chosen = torch.from_numpy(random.random(len(data)) < rate).nonzero().flatten()
         flat.grad.zero_()

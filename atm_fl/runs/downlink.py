@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from atm_fl.codecs import Arrays
+from atm_fl.models.buffers import BUFFERS
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.vectors import Layout
@@ -22,8 +23,19 @@ class Downlink:
         self.residual: Tensor | None = None
         """What the encoding of that step lost, float32 [n], if `codec-down` has error feedback."""
 
-    def move(self, base: Tensor, step: Tensor, round_number: int) -> None:
-        """base ← base + the round's step, both float32 [n], as the clients will decode it; `step` may be changed."""
+    def move(self, base: Tensor, step: Tensor, round_number: int, buffers: Tensor | None = None) -> None:
+        """base ← base + the round's step, both float32 [n], as the clients will decode it; `step` may be changed.
+
+        buffers: what is behind the base's n entries from now on, float32 [b]; it travels beside the step as it is.
+        """
+        parameters = base[: self._layout.size]
+        if buffers is not None:
+            base[self._layout.size :] = buffers
+        self._step(parameters, step, round_number)
+        if buffers is not None and self.delta is not None:
+            self.delta[BUFFERS] = buffers.numpy()
+
+    def _step(self, base: Tensor, step: Tensor, round_number: int) -> None:
         codec = self._codec
         if codec is None:
             base.add_(step)

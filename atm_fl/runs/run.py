@@ -29,13 +29,14 @@ from atm_fl.errors import RunError
 from atm_fl.files import atomic_write
 from atm_fl.merging.scaling import check_layer_scaling
 from atm_fl.models import load_backbone
+from atm_fl.models.buffers import shared_buffers
 from atm_fl.models.trainable import set_trainable
 from atm_fl.runs.checkpoints import checkpoints, load_checkpoint, rounds_of, save_checkpoint
 from atm_fl.runs.directory import check_run_dir, lock, noted_plugins
 from atm_fl.runs.downlink import Downlink
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.start import first_base
-from atm_fl.settings import Settings
+from atm_fl.settings import Settings, check_model
 from atm_fl.sinks import SINKS
 from atm_fl.vectors.finite import is_finite
 
@@ -53,23 +54,27 @@ class Run:
         check_run_dir(settings)
         backbone = load_backbone(settings.model, settings.weights)
         set_trainable(backbone, settings.trainable)
+        check_model(settings, backbone)
         self.layout = vectors.Layout.of(backbone)
+        """Of a task vector [n]: the entries that are tuned."""
+        self.shared_buffers = shared_buffers(backbone, settings.buffers)
+        self.base_layout = self.layout + self.shared_buffers
         self.base: Tensor
-        """The current base model, float32 [n]."""
+        """The current base model, float32 [n + b]."""
         self.rounds_done = 0
         self.downlink = Downlink(settings, self.layout)
         self.optimizer = settings.make_server_optimizer()
         check_layer_scaling(settings.layer_scalings, self.layout)
         self._begin = time.time()
         self._lock = lock(self.directory)
-        warnings: list[str] = list(backbone.notes)
+        warnings: list[str] = list(getattr(backbone, "notes", ()))
         if settings.resume:
-            checkpoint = load_checkpoint(self.directory, self.layout, warnings.append, settings.resume_from)
+            checkpoint = load_checkpoint(self.directory, self.base_layout, warnings.append, settings.resume_from)
             self.rounds_done, self.base, state = checkpoint
             self.downlink.residual = state.pop("residual", None)
             self.optimizer.state = state
         else:
-            self.base = first_base(settings, backbone, self.layout, warnings.append)
+            self.base = first_base(settings, backbone, self.base_layout, warnings.append)
         self.digest = vectors.digest(self.base)
         """Of the base."""
         self.id = self._known_id() or secrets.token_hex(8)
@@ -92,8 +97,8 @@ class Run:
 
         kind "evaluation" (task, validation, test; bytes_down if nothing else was asked of the client): accuracy of the
         base after `round_number` rounds; "tuning" (task, loss, steps, images, norm, alignment, seconds_…, bytes_up,
-        bytes_down; residual_lost=1 or optimizer_lost=1 if a client began without what its last round had left; of
-        private runs epsilon, epsilon_rdp, noise); "merge" (norm, tasks, cosines unless
+        bytes_down; residual_lost=1, optimizer_lost=1 or buffers_lost=1 if a client began without what its last round
+        had left; of private runs epsilon, epsilon_rdp, noise); "merge" (norm, tasks, cosines unless
         secure-aggregation, seconds_merge, seconds, failures; with secure-aggregation seconds_secure, with
         dp-client-noise epsilon); "warning" (text); "stop" (text) if a run ends before its last round. Bytes are those
         of the arrays that travel, or in a plain loop would.
@@ -111,9 +116,10 @@ class Run:
         if line["kind"] == "evaluation" and isinstance(accuracy, (int, float)):
             self._validations.setdefault(line["round"], {})[str(line.get("task"))] = accuracy
 
-    def advance(self, merged: Tensor) -> None:
+    def advance(self, merged: Tensor, buffers: Tensor | None = None) -> None:
         """End a round: base ← base + what the server optimizer makes of `merged`, float32 [n], which may be changed.
 
+        buffers: the shared ones' new values, float32 [b]; no optimizer has a say in them.
         Where steps travel, the base moves by what the clients will decode (`Downlink`). All is written to disk before
         anything else happens. RunError if a value is not finite; the checkpoint before it stays.
         """
@@ -123,13 +129,13 @@ class Run:
             raise RunError(
                 f"round {self.rounds_done + 1}: the step is not finite; try a lower learning-rate or scaling"
             )
-        self.downlink.move(self.base, step, self.rounds_done + 1)
+        self.downlink.move(self.base, step, self.rounds_done + 1, buffers)
         self.digest = vectors.digest(self.base)
         self.rounds_done += 1
         state = self.optimizer.state | ({} if self.downlink.residual is None else {"residual": self.downlink.residual})
         kept = self.settings.keep_checkpoints
         save_checkpoint(
-            self.directory, self.rounds_done, self.base, self.layout, state, kept, self.digest, self._good()
+            self.directory, self.rounds_done, self.base, self.base_layout, state, kept, self.digest, self._good()
         )
 
     def _good(self) -> set[Path]:
@@ -209,8 +215,8 @@ class Run:
             "settings": self.settings.decisive(),
             "rounds": self.settings.rounds,
             **({"plugins": plugins} if (plugins := noted_plugins(self.settings)) else {}),
-            "layout": self.layout.digest,
-            "elements": self.layout.size,
+            "layout": self.base_layout.digest,
+            "elements": self.base_layout.size,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "machine": {"processor": processor(), "cores": torch.multiprocessing.cpu_count()},
         }

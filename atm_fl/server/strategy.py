@@ -78,7 +78,7 @@ class AtmStrategy(Strategy):
     def arrays(self) -> ArrayRecord:
         """What travels so that clients know the current base: the base itself or the step to it."""
         delta = self.run.downlink.delta
-        return _record(WHOLE.encode(self.run.base, self.run.layout) if delta is None else delta)
+        return _record(WHOLE.encode(self.run.base, self.run.base_layout) if delta is None else delta)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -107,7 +107,7 @@ class AtmStrategy(Strategy):
         splits = evaluated_splits(self.run.settings, current.number - 1)
         for client, reply in self._successes(replies, failures):
             try:
-                update = boundary.update(reply, self.run.layout.size, client in takers, splits)
+                update = boundary.update(reply, self.run.base_layout.size, client in takers, splits)
                 boundary.forget(reply)
                 current.add(client, update, self._bytes_down(client))
             except ValueError as error:
@@ -206,7 +206,7 @@ class AtmStrategy(Strategy):
         """One message to each of `nodes`; `before` is the digest of the base that a step starts from."""
         settings, (_, kind, round_number) = self.run.settings, self._sent
         info = {"round": round_number, "run": self.run.id, "codec": settings.codec_down if before else WHOLE.name}
-        info |= {"layout": self.run.layout.digest, "base": self._digest, "from": before}
+        info |= {"layout": self.run.base_layout.digest, "base": self._digest, "from": before}
         messages = []
         for node in nodes:
             content = RecordDict({"arrays": arrays, "info": ConfigRecord(info)})  # type: ignore[arg-type]
@@ -245,7 +245,7 @@ class AtmStrategy(Strategy):
             if not (due := [*asking, *online]):
                 return
             self._asked |= {self.nodes[node] for node in due}
-            whole = _record(WHOLE.encode(self.run.base, self.run.layout))
+            whole = _record(WHOLE.encode(self.run.base, self.run.base_layout))
             left = max(0.0, self._deadline - time.monotonic())
             replies = self._sent[0].send_and_receive(self._messages(due, whole), timeout=left)
 
@@ -273,7 +273,7 @@ class AtmStrategy(Strategy):
     def _successes(self, replies: Iterable[Message], failures: dict[str, str]) -> Iterator[tuple[str, Message]]:
         """(client, reply) of the replies that belong; the others' reasons go into `failures`."""
         codec = self.run.settings.uplink_name
-        expected = {"codec": codec, "layout": self.run.layout.digest, "base": self._digest, "needs-base": False}
+        expected = {"codec": codec, "layout": self.run.base_layout.digest, "base": self._digest, "needs-base": False}
         for reply in self._answers(replies):
             client = self.nodes[reply.metadata.src_node_id]
             if reply.has_error():

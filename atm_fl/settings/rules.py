@@ -8,11 +8,13 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from atm_fl import models, tasks
 from atm_fl.errors import SettingError
 from atm_fl.merging import find_merge, merges_of_sum
 from atm_fl.merging.scaling import check_task_scaling
+from atm_fl.models.buffers import measured, mixing
 from atm_fl.models.trainable import check_trainable
 from atm_fl.settings.participation import check_participation
 from atm_fl.settings.text import kebab
@@ -274,3 +276,35 @@ def fewest_tasks(settings: Settings) -> int:
     if empty:
         raise SettingError(f"participation={settings.participation!r}: no task takes part in round {empty}")
     return min(counts.values())
+
+
+def check_model(settings: Settings, module: nn.Module) -> None:
+    """SettingError for what the settings cannot be with the model that they name, once it is loaded."""
+    rule, named, mixes = settings.buffers, f"model={settings.model!r}", "mixes the records of a batch"
+    frozen = rule == "frozen"
+    if rule != "mean" and not measured(module):
+        raise SettingError(f"buffers={rule!r}: {named} has no such buffers; leave it at 'mean'")
+    if settings.private and (layer := next(mixing(module, frozen), None)):
+        fix = "choose buffers='frozen' or" if next(mixing(module, True), None) is None else "choose"
+        raise SettingError(
+            f"privacy={settings.privacy!r}: the BatchNorm {layer!r} of {named} {mixes}, and no record's gradient is "
+            f"its own; {fix} another model"
+        )
+    if frozen or not measured(module):
+        return
+    if settings.private:
+        raise SettingError(f"privacy={settings.privacy!r}: {named} measures its records; choose buffers='frozen'")
+    if settings.gradient_checkpointing:
+        raise SettingError(
+            f"gradient-checkpointing=true: {named} would measure every batch twice; choose buffers='frozen'"
+        )
+    if rule == "mean" and settings.dp_client_clip:
+        raise SettingError(
+            f"dp-client-clip={settings.dp_client_clip:g}: the buffers of {named} would travel beside what is clipped; "
+            "choose buffers='frozen' or 'private'"
+        )
+    if rule == "mean" and (merge := find_merge(settings.merge_choice.name)).robust:
+        raise SettingError(
+            f"merge={merge.name!r}: a bad party would have the mean of the buffers of {named}; choose buffers='frozen' "
+            "or 'private'"
+        )

@@ -15,6 +15,7 @@ from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.merging import Merge, make_merge
 from atm_fl.merging.scaling import read_factors
 from atm_fl.merging.server_optimizer import SERVER_OPTIMIZERS, ServerOptimizer
+from atm_fl.models.buffers import RULES as BUFFERS
 from atm_fl.optimizers import OPTIMIZERS
 from atm_fl.options import Choice, read_choice
 from atm_fl.plugins import Plugin, Registry
@@ -86,6 +87,13 @@ class Settings:
     trainable: str = setting("all", "what is tuned and merged: all, attention, last-K (blocks), lora")
     lora_rank: int = setting(8, "the rank r of lora")
     lora_alpha: float = setting(16.0, "its α: updates are α / r times B A")
+    buffers: str = setting(
+        "mean",
+        "what becomes of BatchNorm's running statistics: a base has the mean of the parties' own; private: each party "
+        "keeps its own; frozen: the pretrained ones stay",
+        later=True,
+        choices=BUFFERS,
+    )
     head: str = setting("prototypes", "how a party makes its head", choices=models.HEADS)
     shots: int = setting(5, "images a class behind a prototype")
     start: str = setting(
@@ -281,7 +289,7 @@ class Settings:
 
     def of_model(self) -> Settings:
         """These settings with all at their defaults but those that make the model; equal ones can share it."""
-        kept = ["model", "weights", "trainable", "lora_rank", "lora_alpha", "device", "precision"]
+        kept = ["model", "weights", "trainable", "lora_rank", "lora_alpha", "buffers", "device", "precision"]
         kept += ["gradient_checkpointing", "channels_last", "compile"]
         return Settings(**{name: getattr(self, name) for name in kept})
 

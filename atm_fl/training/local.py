@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atm_fl.models import EVALUATION_BATCH
+from atm_fl.models.buffers import train_mode
 from atm_fl.optimizers import OPTIMIZERS
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
@@ -65,7 +66,7 @@ def tune(
     assert flat.grad is not None
     start = flat.detach().clone() if settings.proximal else None
     steps, seen, order, total = 0, 0, torch.empty(0), 0.0
-    model.train()
+    train_mode(model, frozen=settings.buffers == "frozen")
     for _ in range(max(1, round(settings.local_epochs))):
         order = (
             torch.randperm(len(data), generator=random)

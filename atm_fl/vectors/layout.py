@@ -30,6 +30,10 @@ class Layout:
         shared = shared_entries(module)
         return cls(tuple(shared), tuple(tuple(parameter.shape) for parameter in shared.values()))
 
+    def __add__(self, other: Layout) -> Layout:
+        """This layout's entries with another's behind them."""
+        return Layout(self.names + other.names, self.shapes + other.shapes)
+
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Elements of each entry."""
@@ -56,9 +60,9 @@ class Layout:
         return {name: entry.view(shape) for name, entry, shape in zip(self.names, parts, self.shapes, strict=True)}
 
     def flatten(self, module: nn.Module) -> Tensor:
-        """A copy of the module's shared entries as one flat tensor [n], in their own dtype."""
-        shared = shared_entries(module)
-        return torch.cat([shared[name].detach().reshape(-1) for name in self.names])
+        """A copy of the module's entries as one flat tensor [n], in their own dtype."""
+        entries = {**shared_entries(module), **dict(module.named_buffers())}
+        return torch.cat([entries[name].detach().reshape(-1) for name in self.names])
 
 
 def bind(module: nn.Module, layout: Layout) -> nn.Parameter:
@@ -86,3 +90,13 @@ def digest(*parts: Tensor) -> str:
 def shared_entries(module: nn.Module) -> dict[str, nn.Parameter]:
     """A module's trainable floating-point parameters by name, in the module's order."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()}
+
+
+def float_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The floating-point buffers of a module's state dict by name, in its order."""
+    kept = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, owner in module.named_modules()
+        for name in owner._buffers.keys() - owner._non_persistent_buffers_set
+    }
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept and buffer.is_floating_point()}
