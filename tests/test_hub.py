@@ -123,7 +123,7 @@ def test_a_run_with_a_clip_and_zero_shot_heads(clip_config: dict[str, Any]) -> N
     [
         ({"model": "open_clip/ViT-B-17"}, "model='open_clip/ViT-B-17' is unknown; did you mean"),
         ({"model": "open_clip/ViT-B-16", "weights": "openia"}, "open_clip has no such weights of ViT-B-16.*openai"),
-        ({"model": "timm/resnet18"}, "model='timm/resnet18' is no ViT of timm's"),
+        ({"model": "timm/resnet17"}, "model='timm/resnet17' is unknown; did you mean"),
         ({"model": "timm/vit_tiny_patch16_224", "weights": "here.pt"}, "weights='here.pt': it takes pretrained"),
         ({"model": "hub/vit"}, "model='hub/vit' is unknown"),
         ({"weights": "random"}, "model='tiny' has weights of its own"),

@@ -48,7 +48,7 @@ class SharedModel:
         if settings.gradient_checkpointing:
             self.module.vit.set_grad_checkpointing(True)
         if settings.compile:
-            self.module.vit.compile()
+            getattr(self.module, "vit", self.module).compile()
 
     def load(self, base: Tensor, private: Mapping[str, Tensor] | None = None) -> None:
         """Set the model to `base`, float32 [of `base_layout`], and a party's `private` buffers to its own.

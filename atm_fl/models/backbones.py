@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,20 @@ from atm_fl.tasks.photos import package_dir
 EVALUATION_BATCH = 256
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What a backbone's passes may be autocast to."""
+
+
+class Encoder(Protocol):
+    """What a run tunes and merges: a `torch.nn.Module` that offers this. `Backbone` makes one of a network for images.
+
+    All that it knows is in its parameters and buffers, under names that are the same in every process. A pass depends
+    on them, its input and torch's random numbers alone.
+    """
+
+    image_size: int
+    """Pixels to which a task's images are brought where they are not kept at a size of their own."""
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Features float32 [k, d] of k records, whose first axis they are: of images uint8 [k, 3, h, w]."""
 
 
 class Backbone(nn.Module):

@@ -1,6 +1,6 @@
 """Backbones by name from open_clip and timm, and the zero-shot heads of CLIP's text tower.
 
-`model = "open_clip/ViT-B-16"` is the image tower of a CLIP, `model = "timm/vit_small_patch16_224"` a ViT of timm's.
+`model = "open_clip/ViT-B-16"` is the image tower of a CLIP, `model = "timm/vit_small_patch16_224"` a model of timm's.
 `weights` says which: "pretrained" (CLIP: OpenAI's where there are any), one of open_clip's tags ("laion2b_s34b_b88k"),
 a file, or "random" (drawn from a fixed seed, so that server and clients hold the same; for tests). Tags are downloaded
 by the two libraries, once, into Hugging Face's cache; no download was ever run by this project's tests.
@@ -24,11 +24,11 @@ RANDOM, PRETRAINED = "random", "pretrained"
 def clip_weights(name: str, weights: str) -> str | None:
     """What open_clip takes as `pretrained`: a tag, or None for random weights and those of a file, which we read.
 
-    SettingError if open_clip has no image tower `name` that is a ViT, or no weights `weights` for it.
+    SettingError if open_clip has no model `name`, or no weights `weights` for it.
     """
     import open_clip
 
-    known = [model for model in open_clip.list_models() if model.startswith("ViT-")]
+    known = open_clip.list_models()
     if name not in known:
         raise SettingError(f"model='open_clip/{name}' is unknown{did_you_mean(name, known)}")
     if weights == RANDOM or is_path(weights):
@@ -67,7 +67,8 @@ def clip_tower(name: str, weights: str) -> Backbone:
     A file may have the whole CLIP or the tower alone.
     """
     visual = load_clip(name, weights).visual
-    made = Backbone(visual, visual.image_size[0], visual.image_mean, visual.image_std)
+    size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
+    made = Backbone(visual, size, visual.image_mean, visual.image_std)
     if is_path(weights):
         made.notes += load_weights(made, weights)
     return made
@@ -104,12 +105,12 @@ def zero_shot_head(source: HeadSource) -> Head:
 
 
 def check_timm(name: str, weights: str) -> None:
-    """SettingError if timm has no `VisionTransformer` called `name`, or `weights` is none of what `timm_vit` takes."""
+    """SettingError if timm has no model `name`, or `weights` is none of what `timm_encoder` takes."""
     import timm
 
-    known = timm.list_models("*", module="vision_transformer")
+    known = timm.list_models()
     if name.partition(".")[0] not in known:
-        raise SettingError(f"model='timm/{name}' is no ViT of timm's{did_you_mean(name, known)}")
+        raise SettingError(f"model='timm/{name}' is unknown{did_you_mean(name, known)}")
     if weights not in (RANDOM, PRETRAINED) and not is_path(weights):
         raise SettingError(
             f"weights={weights!r}: it takes {PRETRAINED}, {RANDOM} or a file (other weights of timm's are models of "
@@ -118,8 +119,8 @@ def check_timm(name: str, weights: str) -> None:
 
 
 @family("timm", check=check_timm)
-def timm_vit(name: str, weights: str) -> Backbone:
-    """A ViT of timm's without its classifier; features are what the classifier would get. A file's is dropped."""
+def timm_encoder(name: str, weights: str) -> Backbone:
+    """A model of timm's without its classifier; features are what the classifier would get. A file's is dropped."""
     import timm
     from timm.data import resolve_model_data_config
 

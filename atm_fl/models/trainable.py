@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 
 import torch
+from timm.models._manipulate import group_with_matcher
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from atm_fl.errors import SettingError
 from atm_fl.vectors import Layout, bind
 
-BLOCK = re.compile(r"\b(?:res)?blocks\.(\d+)\.")
 AFTER = re.compile(r"^vit\.(norm|fc_norm|ln_post|proj|attn_pool)\b")
-"""What comes after the last block in timm's and open_clip's ViTs."""
+"""What comes after the last block in timm's and open_clip's ViTs, in whatever order they hold it."""
 
 
 def check_trainable(trainable: str) -> None:
@@ -41,20 +43,67 @@ def set_trainable(module: nn.Module, trainable: str) -> None:
     """
     check_trainable(trainable)
     names = dict(module.named_parameters())
-    depth = 1 + max((int(match[1]) for name in names if (match := BLOCK.search(name))), default=-1)
+    level = levels(module)
+    depth = max(level.values()) - 1
     last = int(trainable.removeprefix("last-")) if trainable.startswith("last-") else 0
     if last > depth:
         raise SettingError(f"trainable={trainable!r}: the backbone has {depth} blocks")
+    attention = tuple(name for name, part in module.named_modules() if type(part).__name__.endswith("Attention"))
     for name, parameter in names.items():
-        block = BLOCK.search(name)
+        block = 1 <= level[name] <= depth
         wanted = {
             "all": True,
-            "attention": block is not None and ".attn." in name,
-            "lora": block is not None and parameter.dim() == 2,
-        }.get(trainable, int(block[1]) >= depth - last if block else AFTER.search(name) is not None)
+            "attention": block and (".attn." in name or name.startswith(tuple(f"{part}." for part in attention))),
+            "lora": block and parameter.dim() == 2 and name.endswith("weight"),
+        }.get(trainable, level[name] > depth - last)
         parameter.requires_grad_(wanted)
     if not any(parameter.requires_grad for parameter in names.values()):
         raise SettingError(f"trainable={trainable!r}: this backbone has no such entries")
+
+
+def levels(module: nn.Module) -> dict[str, int]:
+    """How deep each entry is: 0 before the first block, its block's number from 1 on, and behind the last one more.
+
+    Blocks are those that timm groups the entries of a model of its own in (`group_matcher`). In a ViT, and in a model
+    of anyone else, they are the members of the outermost lists and sequences whose members are all of one class, in the
+    order of the module; what lies between two belongs to the one after it.
+    """
+    for prefix, part in module.named_modules():
+        if hasattr(part, "group_matcher") and not isinstance(part, VisionTransformer):
+            return _timm_levels(module, prefix, part)
+    blocks = list(_blocks(module))
+    place = {name: number for number, (name, _) in enumerate(module.named_modules())}
+
+    def level(name: str) -> int:
+        inside = [number for number, block in enumerate(blocks, 1) if name.startswith(f"{block}.")]
+        passed = sum(place[block] < place[name.rpartition(".")[0]] for block in blocks)
+        if inside or not (AFTER.match(name) or passed == len(blocks)):
+            return inside[0] if inside else passed + 1 if passed else 0
+        return len(blocks) + 1
+
+    return {name: level(name) for name, _ in module.named_parameters()}
+
+
+def _blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    """The names of a module's blocks."""
+    children = list(module.named_children())
+    kinds = {type(child) for _, child in children}
+    grown = [child for _, child in children if next(child.parameters(), None) is not None]
+    alike = isinstance(module, (nn.ModuleList, nn.Sequential)) and len(kinds) == 1 and len(grown) == len(children)
+    if alike and (len(children) > 1 or next(children[0][1].children(), None) is not None):
+        yield from (f"{prefix}{name}" for name, _ in children)
+        return
+    for name, child in children:
+        yield from _blocks(child, f"{prefix}{name}.")
+
+
+def _timm_levels(module: nn.Module, prefix: str, part: nn.Module) -> dict[str, int]:
+    """`levels` by the groups of a timm model that is `part` of the module; what matches none is behind the blocks."""
+    start = f"{prefix}." if prefix else ""
+    unmatched, matcher = "\0", part.group_matcher(coarse=False)
+    groups = group_with_matcher(iter([*part.named_parameters(), (unmatched, None)]), matcher, reverse=True)
+    behind = groups[unmatched]
+    return {name: groups.get(name.removeprefix(start), behind) for name, _ in module.named_parameters()}
 
 
 class LoraUpdate(nn.Module):

@@ -280,6 +280,11 @@ def fewest_tasks(settings: Settings) -> int:
 
 def check_model(settings: Settings, module: nn.Module) -> None:
     """SettingError for what the settings cannot be with the model that they name, once it is loaded."""
+    for name in ("precision", "channels_last", "gradient_checkpointing"):
+        if getattr(settings, name) != getattr(type(settings)(), name) and not isinstance(module, models.Backbone):
+            raise SettingError(
+                f"{kebab(name)}={getattr(settings, name)!r}: model={settings.model!r} is no Backbone, which does that"
+            )
     rule, named, mixes = settings.buffers, f"model={settings.model!r}", "mixes the records of a batch"
     frozen = rule == "frozen"
     if rule != "mean" and not measured(module):
