@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from timm.models._manipulate import group_with_matcher
@@ -25,6 +26,8 @@ from torch.nn.utils import parametrize
 from atm_fl.errors import SettingError
 from atm_fl.vectors import Layout, bind
 
+BLOCK = re.compile(r"\b(?:res)?blocks\.(\d+)\.")
+"""The blocks of timm's and open_clip's ViTs."""
 AFTER = re.compile(r"^vit\.(norm|fc_norm|ln_post|proj|attn_pool)\b")
 """What comes after the last block in timm's and open_clip's ViTs, in whatever order they hold it."""
 
@@ -97,7 +100,7 @@ def _blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:
         yield from _blocks(child, f"{prefix}{name}.")
 
 
-def _timm_levels(module: nn.Module, prefix: str, part: nn.Module) -> dict[str, int]:
+def _timm_levels(module: nn.Module, prefix: str, part: Any) -> dict[str, int]:
     """`levels` by the groups of a timm model that is `part` of the module; what matches none is behind the blocks."""
     start = f"{prefix}." if prefix else ""
     unmatched, matcher = "\0", part.group_matcher(coarse=False)
