@@ -35,7 +35,7 @@ def test_the_last_block_of_a_timm_model_is_the_one_that_timm_says(name: str) -> 
     depth, last = TIMM[name]
     with torch.device("meta"):
         model = Backbone(timm.create_model(name, num_classes=0), 224)
-    assert max(levels(model).values()) - 1 in (depth, depth + 1)  # the way down to Swin's last stage counts as one
+    assert levels(model)[1] in (depth, depth + 1)  # the way down to Swin's last stage counts as one
     set_trainable(model, "last-1")
     names = Layout.of(model).names
     assert {part for part in last if any(name.startswith(f"vit.{part}.") for name in names)} == last
@@ -47,7 +47,7 @@ def test_blocks_of_open_clips_resnet_are_its_bottlenecks() -> None:
     with torch.device("meta"):
         tower = open_clip.create_model("RN50", device="meta").visual
     model = Backbone(tower, 224)
-    assert max(levels(model).values()) - 1 == 3 + 4 + 6 + 3
+    assert levels(model)[1] == 3 + 4 + 6 + 3
     set_trainable(model, "last-1")
     assert {name.split(".")[1] for name in Layout.of(model).names} == {"layer4", "attnpool"}
 
@@ -67,7 +67,8 @@ def test_blocks_of_anyones_model_are_its_outermost_list_of_equals() -> None:
             self.out = nn.Linear(4, 2)
 
     model = Own()
-    level = levels(model)
+    level, depth = levels(model)
+    assert depth == 3
     assert [level[name] for name in ("table.weight", "layers.0.mlp.1.bias", "layers.2.mlp.0.weight", "out.bias")] == [
         0,
         1,

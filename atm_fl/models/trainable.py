@@ -46,8 +46,7 @@ def set_trainable(module: nn.Module, trainable: str) -> None:
     """
     check_trainable(trainable)
     names = dict(module.named_parameters())
-    level = levels(module)
-    depth = max(level.values()) - 1
+    level, depth = levels(module)
     last = int(trainable.removeprefix("last-")) if trainable.startswith("last-") else 0
     if last > depth:
         raise SettingError(f"trainable={trainable!r}: the backbone has {depth} blocks")
@@ -64,8 +63,8 @@ def set_trainable(module: nn.Module, trainable: str) -> None:
         raise SettingError(f"trainable={trainable!r}: this backbone has no such entries")
 
 
-def levels(module: nn.Module) -> dict[str, int]:
-    """How deep each entry is: 0 before the first block, its block's number from 1 on, and behind the last one more.
+def levels(module: nn.Module) -> tuple[dict[str, int], int]:
+    """How deep each entry is, and the number of blocks: 0 before the first, its block's number, behind the last more.
 
     Blocks are those that timm groups the entries of a model of its own in (`group_matcher`). In a ViT, and in a model
     of anyone else, they are the members of the outermost lists and sequences whose members are all of one class, in the
@@ -84,7 +83,7 @@ def levels(module: nn.Module) -> dict[str, int]:
             return inside[0] if inside else passed + 1 if passed else 0
         return len(blocks) + 1
 
-    return {name: level(name) for name, _ in module.named_parameters()}
+    return {name: level(name) for name, _ in module.named_parameters()}, len(blocks)
 
 
 def _blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:
@@ -100,13 +99,13 @@ def _blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:
         yield from _blocks(child, f"{prefix}{name}.")
 
 
-def _timm_levels(module: nn.Module, prefix: str, part: Any) -> dict[str, int]:
+def _timm_levels(module: nn.Module, prefix: str, part: Any) -> tuple[dict[str, int], int]:
     """`levels` by the groups of a timm model that is `part` of the module; what matches none is behind the blocks."""
     start = f"{prefix}." if prefix else ""
     unmatched, matcher = "\0", part.group_matcher(coarse=False)
     groups = group_with_matcher(iter([*part.named_parameters(), (unmatched, None)]), matcher, reverse=True)
     behind = groups[unmatched]
-    return {name: groups.get(name.removeprefix(start), behind) for name, _ in module.named_parameters()}
+    return {name: groups.get(name.removeprefix(start), behind) for name, _ in module.named_parameters()}, behind - 1
 
 
 class LoraUpdate(nn.Module):
