@@ -1,4 +1,4 @@
-"""Tasks: image classification data sets, one registry, fixed splits.
+"""Tasks: classification data sets of images or texts, one registry, fixed splits.
 
 Embedded tasks come with pip packages: a source is a function that returns every image it has; this module resizes,
 removes duplicates, splits and caches. Published data sets are read from disk as they are: see `published.py`. To add an
@@ -8,7 +8,8 @@ embedded task put one small file beside this one::
     def flowers() -> Source:
         return Source(images, labels, classes)
 
-Every module of this package is imported when the registry is first asked, so the file is all it takes.
+Every module of this package is imported when the registry is first asked, so the file is all it takes. Text tasks are
+in texts.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -41,10 +43,10 @@ SPLIT_SEED = 0
 
 @dataclass(frozen=True)
 class Split:
-    """Images and their labels, int64 [n].
+    """Images or texts and their labels, int64 [n].
 
-    images: uint8 [n, 3, h, w] in memory (or [n, 1, h, w], grey), or files that are decoded when a batch is taken. Both
-    are read through `batches`, and chosen from by `take`.
+    images: uint8 [n, 3, h, w] in memory (or [n, 1, h, w], grey), files that are decoded when a batch is taken, or texts
+    as int32 [n, l] (texts.py). All are read through `batches`, and chosen from by `take`.
     """
 
     images: Tensor | ImageFiles
@@ -68,6 +70,8 @@ class Split:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images uint8 [k, 3, h, w] and labels int64 [k] of the items in `order`, all by default; the last may be less.
 
+        Of texts int32 [k, l], l the longest of the batch.
+
         Files are decoded by `workers` processes ahead of the reader, with 0 in this one; the batches are the same.
         SettingError names the file that is not an image.
         """
@@ -78,7 +82,7 @@ class Split:
     def parts(self, parts: Sequence[Tensor], workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """`batches` of the items of each of `parts`, int64 [k] on the labels' device."""
         if isinstance(self.images, Tensor):
-            pixels: Iterator[Tensor] = (self.images[chunk].expand(-1, 3, -1, -1) for chunk in parts)
+            pixels: Iterator[Tensor] = (_batch(self.images[chunk]) for chunk in parts)
         else:
             pixels = decode_batches(self.images, [chunk.cpu() for chunk in parts], workers)
         yield from zip(pixels, (self.labels[chunk] for chunk in parts), strict=True)
@@ -88,6 +92,13 @@ class Split:
         """Short hashes of images and labels. Equal ones mean equal data; of files names and sizes are hashed."""
         images = vectors.digest(self.images) if isinstance(self.images, Tensor) else self.images.digest
         return images, vectors.digest(self.labels)
+
+
+def _batch(items: Tensor) -> Tensor:
+    """Grey images [k, 1, h, w] as [k, 3, h, w]; texts [k, l] without the columns in which all have ended."""
+    if items.ndim == 2:
+        return items[:, : max(1, int((items > 0).sum(1).max()))]
+    return items.expand(-1, 3, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -132,6 +143,16 @@ class Source:
     groups: Sequence[int] | np.ndarray | None = None
 
 
+class Tokenizer(Protocol):
+    """What turns texts into a model's tokens; a model that reads text has one as its attribute `tokenizer`."""
+
+    key: str
+    """Says what it makes of a text: tokenizers of one key do the same."""
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text's tokens, with the model's marks of beginning and end, cut at the model's length."""
+
+
 @dataclass(frozen=True)
 class Task(ABC):
     """A registered task: where its images come from and under which licence."""
@@ -141,8 +162,11 @@ class Task(ABC):
     source: str
 
     @abstractmethod
-    def load(self, size: int) -> Dataset:
-        """The task's data; images that are not kept at a size of their own are brought to `size` pixels."""
+    def load(self, size: int, *, tokenizer: Tokenizer | None = None) -> Dataset:
+        """The task's data; images that are not kept at a size of their own are brought to `size` pixels.
+
+        tokenizer: the model's, None if it reads no texts. SettingError if the model does not read what the task is of.
+        """
 
 
 @dataclass(frozen=True)
@@ -151,7 +175,7 @@ class Embedded(Task):
 
     build: Callable[[], Source]
 
-    def load(self, size: int) -> Dataset:
+    def load(self, size: int, *, tokenizer: Tokenizer | None = None) -> Dataset:
         """The first call builds the data (seconds) and caches them under `cache_dir()`; `size` is the backbone's."""
         module = inspect.getsource(inspect.getmodule(self.build))  # type: ignore[arg-type]
         recipe = f"{module}{inspect.getsource(split_source)}{CAP, SPLIT_SEED}"
@@ -188,16 +212,21 @@ def check(name: str) -> None:
         find(name)
 
 
-def load(name: str, size: int = IMAGE_SIZE, workers: int = 0) -> Dataset:
-    """The data of a task, a registered one or (with a slash in its name) a folder, its images brought to `size`.
+def load(name: str, size: int = IMAGE_SIZE, workers: int = 0, tokenizer: Tokenizer | None = None) -> Dataset:
+    """The data of a task: a registered one or, with a slash in its name, a folder or file.
 
-    workers: threads that decode a folder, with 0 this one.
+    size: what images are brought to, 0 for a model that reads none; tokenizer: None for one that reads no texts. workers: threads that decode
+    a folder, with 0 this one. SettingError if the model does not read what the task is of.
     """
-    if "/" in name:
-        from atm_fl.tasks.folder import load_folder
+    from atm_fl.tasks.folder import load_folder
+    from atm_fl.tasks.texts import TextTask, is_text, load_texts
 
-        return load_folder(Path(name), size, workers)
-    return find(name).load(size)
+    path = Path(name)
+    if "/" in name and is_text(path):
+        return load_texts(path, tokenizer)
+    if not size and not ("/" not in name and isinstance(find(name), TextTask)):
+        raise SettingError(f"task {name!r} is of images, which the model does not read; take one that does")
+    return load_folder(path, size, workers) if "/" in name else find(name).load(size, tokenizer=tokenizer)
 
 
 def cache_dir() -> Path:

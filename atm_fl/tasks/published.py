@@ -33,7 +33,7 @@ import torch
 
 from atm_fl.errors import RunError, SettingError
 from atm_fl.files import atomic_write
-from atm_fl.tasks import TASKS, Dataset, Split, Task, find, prompts
+from atm_fl.tasks import TASKS, Dataset, Split, Task, Tokenizer, find, prompts
 from atm_fl.tasks.images import ImageFiles
 from atm_fl.tasks.pictures import read_picture
 
@@ -87,7 +87,7 @@ class Published(Task):
         """Whether the data set is in `root`, by default `data_root()`; it is not looked into."""
         return ((root or data_root()) / self.where).exists()
 
-    def load(self, size: int, root: Path | None = None) -> Dataset:
+    def load(self, size: int, root: Path | None = None, *, tokenizer: Tokenizer | None = None) -> Dataset:
         """The data in `root`, by default `data_root()`. Large or varied images stay in their files until a batch needs
         them and then have `size` pixels; small ones of one size are memory-mapped at that size.
 
