@@ -6,8 +6,8 @@
 A line a text: {"text", "label", "split"}, split "train" or "test". Texts are cut at 400 characters and told apart by
 their letters (the same twice: the first stays; the same under two labels: neither does). They are split by *source*:
 all of one package, mail sender, speech or chapter are on one side. At most 24 labels, the largest, and 2,000 texts a
-split, evenly over the labels, chosen by digest, so that the input's order does not matter. pretraining/README.md names sources
-and licences.
+split, evenly over the labels, chosen by digest, so that the input's order does not matter. pretraining/README.md
+names sources and licences.
 """
 
 from __future__ import annotations

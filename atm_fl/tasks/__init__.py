@@ -215,8 +215,8 @@ def check(name: str) -> None:
 def load(name: str, size: int = IMAGE_SIZE, workers: int = 0, tokenizer: Tokenizer | None = None) -> Dataset:
     """The data of a task: a registered one or, with a slash in its name, a folder or file.
 
-    size: what images are brought to, 0 for a model that reads none; tokenizer: None for one that reads no texts. workers: threads that decode
-    a folder, with 0 this one. SettingError if the model does not read what the task is of.
+    size: what images are brought to, 0 for a model that reads none; tokenizer: None for one that reads no texts.
+    workers: threads that decode a folder, with 0 this one. SettingError if the model does not read what the task is of.
     """
     from atm_fl.tasks.folder import load_folder
     from atm_fl.tasks.texts import TextTask, is_text, load_texts
