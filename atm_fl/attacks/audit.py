@@ -129,7 +129,7 @@ def shared_noise(settings: Settings, task: str) -> dict[str, float]:
     settings = replace(settings, dp_policy="warn")  # of a target ε each release takes the whole
     party = Party(settings, task)
     records, base = party.tuned_on, party.model.pretrained
-    if not isinstance(records.images, Tensor):
+    if not isinstance(records.images, Tensor) or records.images.ndim != 4:
         raise SettingError("the audit needs a task whose images are in memory: an embedded one or a folder")
     other = Split(255 - records.images[:1], records.labels[:1])
     rest = records.take(slice(1, None))

@@ -113,7 +113,7 @@ def stamp(images: Tensor) -> Tensor:
 
 def poisoned(data: Split) -> Split:
     """The data with every second image stamped and labelled `TARGET`."""
-    if not isinstance(data.images, Tensor):
+    if not isinstance(data.images, Tensor) or data.images.ndim != 4:
         raise SettingError("--attack backdoor needs a task whose images are in memory: an embedded one or a folder")
     images, labels = data.images.clone(), data.labels.clone()
     images[::2], labels[::2] = stamp(images[::2]), TARGET

@@ -443,7 +443,7 @@ def _curve(folder: Path, elements: int = 0) -> dict[int, dict[str, Any]]:
 def _operations(model: str, weights: str) -> int:
     """FLOPs of tuning on one image."""
     backbone = load_backbone(model, weights)
-    return operations(backbone, torch.zeros(1, 3, backbone.image_size, backbone.image_size))[1]
+    return operations(backbone, backbone.example())[1]
 
 
 def results(study: Contest) -> dict[str, Any]:

@@ -53,7 +53,9 @@ class Party:
         self.settings, self.chain = settings, Chain(settings)
         self.model = shared_model(settings.of_model())
         check_model(settings, self.model.module)
-        self.data: Dataset = tasks.load(task, self.model.module.image_size, settings.workers)
+        self.data: Dataset = tasks.load(
+            task, self.model.module.image_size, settings.workers, self.model.module.tokenizer
+        )
         self.task = name or self.data.name
         self.client = client or self.task
         self.head = kept_head(settings, self.data, self.model, self.task)

@@ -46,9 +46,13 @@ class SharedModel:
         lora = settings.trainable == "lora"
         self.lora = Lora(self.module, self.layout, settings.lora_rank, settings.lora_alpha) if lora else None
         if settings.gradient_checkpointing:
-            self.module.vit.set_grad_checkpointing(True)
+            self.module.checkpoint_gradients()
         if settings.compile:
+<<<<<<< HEAD
             getattr(self.module, "vit", self.module).compile()
+=======
+            self.module.compile_passes()
+>>>>>>> a04e3d8 (Text encoders: minilm, transformers/NAME; what a model is)
 
     def load(self, base: Tensor, private: Mapping[str, Tensor] | None = None) -> None:
         """Set the model to `base`, float32 [of `base_layout`], and a party's `private` buffers to its own.

@@ -1,14 +1,14 @@
 """Backbones and heads.
 
-A backbone is a timm `VisionTransformer` that maps images to one feature vector; all backbones are the same module code
-with other sizes and weights. A head belongs to a task, is made once from the pretrained features, and stays frozen.
+A model is an `Encoder`: it maps images or texts to one feature vector each. `Backbone` is a timm `VisionTransformer`; all
+embedded ones are the same module code with other sizes and weights. A head belongs to a task, is made once from the pretrained features, and stays frozen.
 
-To add a backbone, register a function that returns a `Backbone`::
+To add a model, register a function that returns an `Encoder`::
 
     @backbone("my_vit")
-    def my_vit() -> Backbone: ...
+    def my_vit() -> Encoder: ...
 
-Those of open_clip and timm go by their own names: see hubs.py.
+Those of open_clip, timm and transformers go by their own names: see hubs.py and texts.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from atm_fl.errors import SettingError, did_you_mean
-from atm_fl.models import hubs  # noqa: F401 (registers open_clip and timm)
+from atm_fl.models import hubs, texts  # noqa: F401 (they register open_clip and timm, and transformers)
 from atm_fl.models.backbones import (
     BACKBONES,
     EVALUATION_BATCH,
@@ -87,7 +87,7 @@ def backbones() -> list[str]:
     return sorted(BACKBONES)
 
 
-def _family(name: str) -> tuple[Callable[[str, str], Backbone], Callable[[str, str], object]] | None:
+def _family(name: str) -> tuple[Callable[[str, str], Encoder], Callable[[str, str], object]] | None:
     return FAMILIES.get(name.partition("/")[0]) if "/" in name else None
 
 
@@ -104,7 +104,7 @@ def check_backbone(name: str, weights: str = "pretrained") -> None:
         )
 
 
-def load_backbone(name: str, weights: str = "pretrained") -> Backbone:
+def load_backbone(name: str, weights: str = "pretrained") -> Encoder:
     """The backbone `name`, in evaluation mode; open_clip's and timm's with the `weights` that hubs.py explains."""
     check_backbone(name, weights)
     # A ViT draws its initial weights before ours are loaded: without the fork each client's draws would be disturbed.

@@ -1,4 +1,4 @@
-"""Backbones: timm `VisionTransformer`s of many sizes and weights, by name."""
+"""What a model is, and backbones by name: timm `VisionTransformer`s of many sizes and weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from atm_fl.errors import SettingError
 from atm_fl.plugins import Registry
+from atm_fl.tasks import Tokenizer
 from atm_fl.tasks.photos import package_dir
 
 EVALUATION_BATCH = 256
@@ -48,11 +49,6 @@ class Backbone(nn.Module):
         super().__init__()
         self.vit = vit
         self.image_size = image_size
-        self.precision = torch.float32
-        """What the ViT's passes are autocast to; features are float32 (or the ViT's own dtype) whatever it is."""
-        self.channels_last = False
-        self.notes: list[str] = []
-        """What is to be said of how its weights were read, a sentence each."""
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).view(1, -1, 1, 1) * 255, False)
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).view(1, -1, 1, 1) * 255, False)
 
@@ -73,19 +69,25 @@ class Backbone(nn.Module):
         with torch.autocast(pixels.device.type, self.precision, enabled=self.precision != torch.float32):
             return self.vit(pixels).to(pixels.dtype)
 
+    def checkpoint_gradients(self) -> None:
+        self.vit.set_grad_checkpointing(True)
 
-BACKBONES: Registry[Callable[[], Backbone]] = Registry("model")
-FAMILIES: Registry[tuple[Callable[[str, str], Backbone], Callable[[str, str], object]]] = Registry("model library")
+    def compile_passes(self) -> None:
+        self.vit.compile()
 
 
-def backbone(name: str) -> Callable[[Callable[[], Backbone]], Callable[[], Backbone]]:
+BACKBONES: Registry[Callable[[], Encoder]] = Registry("model")
+FAMILIES: Registry[tuple[Callable[[str, str], Encoder], Callable[[str, str], object]]] = Registry("model library")
+
+
+def backbone(name: str) -> Callable[[Callable[[], Encoder]], Callable[[], Encoder]]:
     """Register the decorated function as the maker of the backbone `name`."""
     return BACKBONES.register(name)
 
 
 def family(
     library: str, check: Callable[[str, str], object]
-) -> Callable[[Callable[[str, str], Backbone]], Callable[[str, str], Backbone]]:
+) -> Callable[[Callable[[str, str], Encoder]], Callable[[str, str], Encoder]]:
     """Register the decorated function of (name, weights) as the maker of all backbones `library`/name.
 
     check: raises SettingError, without loading anything, if there is no such backbone or there are no such weights.

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atm_fl.models.backbones import EVALUATION_BATCH, Backbone
+from atm_fl.models.backbones import EVALUATION_BATCH, Encoder
 from atm_fl.plugins import Registry
-from atm_fl.tasks import Split
+from atm_fl.tasks import Split, Tokenizer
+from atm_fl.tasks.texts import tokenise
 
 LOGIT_SCALE = 20.0
 """Fixed scale of the cosine logits; CLIP's learned one is 100, for features that lie closer together."""
@@ -49,7 +50,7 @@ class HeadSource:
     each class's sentences; shots: the setting; seed: of what is drawn at random; workers: processes that decode images.
     """
 
-    backbone: Backbone
+    backbone: Encoder
     data: Split
     classes: tuple[str, ...]
     prompts: Sequence[Sequence[str]]
@@ -70,12 +71,12 @@ def head(name: str) -> Callable[[MakeHead], MakeHead]:
 
 
 @torch.inference_mode()
-def features(model: Backbone, data: Split, workers: int = 0) -> Tensor:
+def features(model: Encoder, data: Split, workers: int = 0) -> Tensor:
     """Features [n, d] of the images of `data`, in batches, on the CPU; `workers` processes decode image files."""
     return torch.cat([model(images) for images, _ in data.batches(None, EVALUATION_BATCH, workers)]).cpu()
 
 
-def prototypes(model: Backbone, data: Split, classes: int, shots: int, seed: int) -> Head:
+def prototypes(model: Encoder, data: Split, classes: int, shots: int, seed: int) -> Head:
     """A head whose weights are the normalised class means of the normalised features of `shots` images a class.
 
     The images are drawn from `data` by `seed`; classes with fewer images give all they have.
@@ -90,7 +91,7 @@ def prototypes(model: Backbone, data: Split, classes: int, shots: int, seed: int
     return Head(weight, -LOGIT_SCALE * (weight @ centre))
 
 
-def linear_probe(model: Backbone, data: Split, classes: int, workers: int = 0) -> Head:
+def linear_probe(model: Encoder, data: Split, classes: int, workers: int = 0) -> Head:
     """A head fitted to the normalised features of all of `data` by logistic regression (scikit-learn, C = 1)."""
     from sklearn.linear_model import LogisticRegression
 
@@ -100,6 +101,14 @@ def linear_probe(model: Backbone, data: Split, classes: int, workers: int = 0) -
     if classes == 2:  # scikit-learn returns one row for two classes
         weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
     return Head(weight, bias)
+
+
+@torch.inference_mode()
+def described(model: Encoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[str]]) -> Head:
+    """A head whose weights are the normalised means, over a class's sentences, of the sentences' normalised features."""
+    weights = [functional.normalize(model(tokenise(texts, tokenizer)).cpu(), dim=-1).mean(0) for texts in prompts]
+    weight = functional.normalize(torch.stack(weights), dim=-1)
+    return Head(weight, torch.zeros(len(weight)))
 
 
 @head("prototypes")

@@ -15,7 +15,7 @@ import torch
 
 from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.models.backbones import Backbone, family
-from atm_fl.models.heads import Head, HeadSource, head
+from atm_fl.models.heads import Head, HeadSource, described, head
 from atm_fl.models.loading import is_path, load_weights
 
 RANDOM, PRETRAINED = "random", "pretrained"
@@ -56,7 +56,7 @@ def load_clip(name: str, weights: str) -> Any:
         try:
             model = open_clip.create_model(name, pretrained=chosen, force_quick_gelu=quick).eval()
         except (RuntimeError, OSError) as error:
-            raise _not_here(f"open_clip/{name}", weights, error) from error
+            raise not_here(f"open_clip/{name}", weights, error) from error
     return model
 
 
@@ -100,7 +100,9 @@ def zero_shot(name: str, weights: str, prompts: Sequence[Sequence[str]]) -> Head
 
 @head("zero-shot")
 def zero_shot_head(source: HeadSource) -> Head:
-    """CLIP's text tower on the class names; no image is looked at."""
+    """What reads texts on the class names: CLIP's text tower, or the model itself. No item of the data is looked at."""
+    if source.backbone.tokenizer:
+        return described(source.backbone, source.backbone.tokenizer, source.prompts)
     return zero_shot(source.model, source.weights, source.prompts)
 
 
@@ -127,7 +129,7 @@ def timm_encoder(name: str, weights: str) -> Backbone:
     try:
         model = timm.create_model(name, pretrained=weights == PRETRAINED, num_classes=0)
     except (RuntimeError, OSError, ValueError) as error:
-        raise _not_here(f"timm/{name}", weights, error) from error
+        raise not_here(f"timm/{name}", weights, error) from error
     config = resolve_model_data_config(model)
     made = Backbone(model, config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
     if is_path(weights):
@@ -135,7 +137,8 @@ def timm_encoder(name: str, weights: str) -> Backbone:
     return made
 
 
-def _not_here(name: str, weights: str, error: Exception) -> SettingError:
+def not_here(name: str, weights: str, error: Exception) -> SettingError:
+    """What to say of weights that a library could not load."""
     reason = " ".join(str(error).split())[:200]
     return SettingError(
         f"model={name!r}: the weights {weights!r} could not be loaded here ({reason}); fetch them once on a machine "

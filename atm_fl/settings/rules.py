@@ -143,7 +143,7 @@ def check(settings: Settings) -> None:
         raise SettingError(f"device={settings.device!r} is no device; it takes auto, cpu, cuda, cuda:1, …") from None
     models.check_backbone(settings.model, settings.weights)
     check_trainable(settings.trainable)
-    if settings.head == "zero-shot" and not settings.model.startswith("open_clip/"):
+    if settings.head == "zero-shot" and not settings.model.startswith(("open_clip/", "transformers/", "minilm")):
         raise SettingError(
             f"head='zero-shot': model={settings.model!r} has no text tower; choose prototypes or an open_clip model"
         )

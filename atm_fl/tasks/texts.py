@@ -160,12 +160,7 @@ def text_task(
     name: str, *, licence: str, source: str, templates: tuple[str, ...] = TEMPLATES
 ) -> Callable[[Callable[[], Rows]], Callable[[], Rows]]:
     """Register the decorated function, which returns all rows, as the text task `name`."""
-
-    def register(build: Callable[[], Rows]) -> Callable[[], Rows]:
-        add(TextTask(name, licence, source, build, templates))
-        return build
-
-    return register
+    return TASKS.register(name, lambda build: TextTask(name, licence, source, build, templates))
 
 
 def _needed(tokenizer: Tokenizer | None, task: str) -> Tokenizer:
