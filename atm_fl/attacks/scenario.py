@@ -170,11 +170,7 @@ def victims(scenario: Scenario, base: Tensor | None = None) -> Iterator[Victim]:
     shared = party.model
     base = shared.pretrained if base is None else base
     # The attacker's own copy; the party's is one flat tensor that tuning changes.
-    model = models.load_backbone(settings.model, settings.weights)
-    if not isinstance(model, models.Backbone):
-        raise SettingError(
-            f"model={settings.model!r}: images are looked for in the vectors of a model that reads images"
-        )
+    model = models.load_image_backbone(settings.model, settings.weights)
     set_trainable(model, settings.trainable)
     head = party.head if scenario.head_known else random_head(party.head, settings.seed)
     random = torch.Generator().manual_seed(derive_seed(settings.seed, "victims", party.task))

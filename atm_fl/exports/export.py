@@ -18,7 +18,7 @@ from atm_fl.errors import SettingError
 from atm_fl.exports.card import card
 from atm_fl.exports.formats import FORMATS, Format
 from atm_fl.federation.client_state import ClientState
-from atm_fl.models import Backbone, load_backbone
+from atm_fl.models import Backbone, load_image_backbone
 from atm_fl.models.trainable import set_trainable
 from atm_fl.runs.checkpoints import rounds_of, whole_checkpoint
 from atm_fl.runs.report import Record
@@ -91,7 +91,7 @@ def model_of(directory: Path, round: int | None, notes: list[str]) -> tuple[int,
     notes: what there is to say is appended.
     """
     settings = settings_of(directory)
-    model = load_backbone(settings.model, settings.weights)
+    model = load_image_backbone(settings.model, settings.weights)
     if round == 0:
         set_trainable(model, settings.trainable)
         layout = Layout.of(model)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from atm_fl.errors import SettingError
-from atm_fl.models import Backbone, load_backbone, load_weights
+from atm_fl.models import Backbone, load_image_backbone, load_weights
 from atm_fl.models.hubs import load_clip
 from atm_fl.models.loading import is_path
 from atm_fl.models.transformers_names import Place, place
@@ -74,7 +74,7 @@ class Safetensors(Format):
         save_file(entries(model), folder / WEIGHTS, {"format": "pt"})
 
     def read(self, folder: Path, about: dict[str, Any]) -> nn.Module:
-        return load_backbone(about["model"], str((folder / WEIGHTS).resolve())).vit
+        return load_image_backbone(about["model"], str((folder / WEIGHTS).resolve())).vit
 
 
 @export_format("task-vector")
@@ -85,7 +85,7 @@ class TaskVector(Format):
     loads = 'from safetensors.torch import load_file\n\nvector = load_file("FOLDER/task_vector.safetensors")'
 
     def write(self, model: Backbone, settings: Settings, folder: Path) -> None:
-        before = entries(load_backbone(settings.model, settings.weights))
+        before = entries(load_image_backbone(settings.model, settings.weights))
         vector = {name: after - before[name] for name, after in entries(model).items() if after.is_floating_point()}
         save_file(vector, folder / "task_vector.safetensors", {"format": "pt"})
 

@@ -1,7 +1,8 @@
 """Backbones and heads.
 
-A model is an `Encoder`: it maps images or texts to one feature vector each. `Backbone` is a timm `VisionTransformer`; all
-embedded ones are the same module code with other sizes and weights. A head belongs to a task, is made once from the pretrained features, and stays frozen.
+A model is an `Encoder`: it maps images or texts to one feature vector each. `Backbone` is a timm `VisionTransformer`; the
+embedded ones are the same module code with other sizes and weights. A head belongs to a task, is made once from the
+pretrained features, and stays frozen.
 
 To add a model, register a function that returns an `Encoder`::
 
@@ -74,6 +75,7 @@ __all__ = [
     "linear_probe",
     "linear_probe_head",
     "load_backbone",
+    "load_image_backbone",
     "prototype_head",
     "prototypes",
     "untrained_vit_micro",
@@ -115,3 +117,11 @@ def load_backbone(name: str, weights: str = "pretrained") -> Encoder:
         if not family and weights != "pretrained":
             made.notes += load_weights(made, weights)
         return made.eval()
+
+
+def load_image_backbone(name: str, weights: str = "pretrained") -> Backbone:
+    """`load_backbone` where only a `Backbone` will do. SettingError if the model is another kind of encoder."""
+    model = load_backbone(name, weights)
+    if not isinstance(model, Backbone):
+        raise SettingError(f"model={name!r} reads no images, or not as a ViT; that is not built for it yet")
+    return model

@@ -105,7 +105,7 @@ def linear_probe(model: Encoder, data: Split, classes: int, workers: int = 0) ->
 
 @torch.inference_mode()
 def described(model: Encoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[str]]) -> Head:
-    """A head whose weights are the normalised means, over a class's sentences, of the sentences' normalised features."""
+    """A head whose weights are the normalised means of the normalised features of each class's sentences."""
     weights = [functional.normalize(model(tokenise(texts, tokenizer)).cpu(), dim=-1).mean(0) for texts in prompts]
     weight = functional.normalize(torch.stack(weights), dim=-1)
     return Head(weight, torch.zeros(len(weight)))
