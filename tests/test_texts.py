@@ -193,9 +193,7 @@ def test_a_model_that_does_not_read_what_a_task_is_of_is_refused(tmp_path: Path)
         tasks.load("digits", 0, tokenizer=Letters())
 
 
-@pytest.mark.parametrize(
-    "name", sorted(name for name, task in tasks.tasks().items() if isinstance(task, texts.TextTask))
-)
+@pytest.mark.parametrize("name", sorted(name for name, task in tasks.TASKS.items() if isinstance(task, texts.TextTask)))
 def test_an_embedded_text_task_has_enough_texts_none_twice_and_every_label_everywhere(name: str) -> None:
     rows = texts.packaged(name)
     everything = [text for split in tasks.SPLITS for text in rows.texts[split]]

@@ -58,12 +58,17 @@ class TextEncoder(Encoder):
         self.causal = causal
 
     def forward(self, texts: Tensor) -> Tensor:
+        texts = texts.to(self.encoder.device)
         there = texts > 0
         ids = torch.where(there, texts - 1, 0).long()
-        device = self.encoder.device
-        ids, there = ids.to(device), there.to(device)
-        with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
-            hidden = self.encoder(input_ids=ids, attention_mask=there.long()).last_hidden_state
+        # Of all pairs of tokens at once: what transformers makes of less asks for values, which vmap has none of. The
+        # first token is always seen, also of a text without any.
+        width = torch.arange(texts.shape[1], device=texts.device)
+        seen = (there | (width == 0))[:, None, None, :].expand(-1, 1, len(width), -1)
+        if self.causal:
+            seen = seen & (width[None, :] <= width[:, None])
+        with torch.autocast(texts.device.type, self.precision, enabled=self.precision != torch.float32):
+            hidden = self.encoder(input_ids=ids, attention_mask=seen).last_hidden_state
         hidden = hidden.to(self.encoder.dtype)
         if self.causal:
             last = (there.sum(1) - 1).clamp_min(0)
@@ -75,7 +80,7 @@ class TextEncoder(Encoder):
         return torch.ones(1, TOKENS, dtype=torch.int32)
 
     def checkpoint_gradients(self) -> None:
-        self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def compile_passes(self) -> None:
         self.encoder.compile()
