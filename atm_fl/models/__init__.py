@@ -1,6 +1,6 @@
 """Backbones and heads.
 
-A model is an `Encoder`: it maps images or texts to one feature vector each. `Backbone` is a timm `VisionTransformer`; the
+A model is an `Encoder`: it maps images or texts to one feature vector each. `Backbone` is a timm VisionTransformer; the
 embedded ones are the same module code with other sizes and weights. A head belongs to a task, is made once from the
 pretrained features, and stays frozen.
 
