@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: install demo test check docs
+.PHONY: install demo demo-text test check docs
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
@@ -17,6 +17,12 @@ $(VENV)/installed: pyproject.toml
 demo: install
 	rm -rf $(RUN)
 	$(BIN)/atm-fl run configs/demo.toml -c run-dir=$(RUN)
+
+# The same with four parties of texts and MiniLM, about ten minutes on one core.
+demo-text: install
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[text]'
+	rm -rf runs/demo_text
+	$(BIN)/atm-fl run configs/demo_text.toml
 
 # Lint, types, who may import whom, and the fast tests; `make test PYTEST="-m slow -n 0"` for the slow ones.
 test: check

@@ -29,6 +29,7 @@ def tasks(
     """List the tasks with their sources and licences, or check one for leaks (exit status 1 if there are any)."""
     from atm_fl import tasks as registry
     from atm_fl.tasks.published import Published, data_root
+    from atm_fl.tasks.texts import UNREAD
 
     if context.invoked_subcommand:
         return
@@ -48,7 +49,7 @@ def tasks(
             rows.append([name, *numbers, source.licence, source.source])
         if not markdown and (there == "embedded" or (build and there == "yes")):
             try:
-                data = registry.load(name)
+                data = registry.load(name, tokenizer=UNREAD)
             except SettingError as error:  # a package that is not installed
                 table.add_row(escape(name), escape(str(error)))
                 continue

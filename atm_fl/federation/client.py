@@ -54,7 +54,7 @@ class Party:
         self.model = shared_model(settings.of_model())
         check_model(settings, self.model.module)
         self.data: Dataset = tasks.load(
-            task, self.model.module.image_size, settings.workers, self.model.module.tokenizer
+            task, self.model.module.image_size, settings.workers, getattr(self.model.module, "tokenizer", None)
         )
         self.task = name or self.data.name
         self.client = client or self.task

@@ -40,19 +40,19 @@ class SharedModel:
         self.pretrained = self.base_layout.flatten(self.module)
         self.module.to(self.device)
         self.buffers = Buffers(self.module)
-        self.module.precision = models.PRECISIONS[settings.precision]
-        self.module.channels_last = settings.channels_last
+        for name, value in (
+            ("precision", models.PRECISIONS[settings.precision]),
+            ("channels_last", settings.channels_last),
+        ):
+            if hasattr(self.module, name):  # `check_model` refuses what a model has not
+                setattr(self.module, name, value)
         self.flat: nn.Parameter = vectors.bind(self.module, self.layout)
         lora = settings.trainable == "lora"
         self.lora = Lora(self.module, self.layout, settings.lora_rank, settings.lora_alpha) if lora else None
         if settings.gradient_checkpointing:
             self.module.checkpoint_gradients()
         if settings.compile:
-<<<<<<< HEAD
-            getattr(self.module, "vit", self.module).compile()
-=======
-            self.module.compile_passes()
->>>>>>> a04e3d8 (Text encoders: minilm, transformers/NAME; what a model is)
+            getattr(self.module, "compile_passes", self.module.compile)()
 
     def load(self, base: Tensor, private: Mapping[str, Tensor] | None = None) -> None:
         """Set the model to `base`, float32 [of `base_layout`], and a party's `private` buffers to its own.

@@ -15,6 +15,7 @@ Those of open_clip, timm and transformers go by their own names: see hubs.py and
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -89,7 +90,7 @@ def backbones() -> list[str]:
     return sorted(BACKBONES)
 
 
-def _family(name: str) -> tuple[Callable[[str, str], Encoder], Callable[[str, str], object]] | None:
+def _family(name: str) -> tuple[Callable[[str, str], Any], Callable[[str, str], object]] | None:
     return FAMILIES.get(name.partition("/")[0]) if "/" in name else None
 
 
@@ -106,8 +107,8 @@ def check_backbone(name: str, weights: str = "pretrained") -> None:
         )
 
 
-def load_backbone(name: str, weights: str = "pretrained") -> Encoder:
-    """The backbone `name`, in evaluation mode; open_clip's and timm's with the `weights` that hubs.py explains."""
+def load_backbone(name: str, weights: str = "pretrained") -> Any:
+    """The `Encoder` called `name`, in evaluation mode; those of libraries with the `weights` that hubs.py explains."""
     check_backbone(name, weights)
     # A ViT draws its initial weights before ours are loaded: without the fork each client's draws would be disturbed.
     with torch.random.fork_rng(devices=[]):

@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from atm_fl.errors import SettingError
 from atm_fl.plugins import Registry
-from atm_fl.tasks import Tokenizer
 from atm_fl.tasks.photos import package_dir
 
 EVALUATION_BATCH = 256
@@ -29,7 +28,10 @@ class Encoder(Protocol):
     """
 
     image_size: int
-    """Pixels to which a task's images are brought where they are not kept at a size of their own."""
+    """Pixels to which a task's images are brought where they are not kept at a size of their own; 0: it reads none.
+
+    A model that reads texts has a `tokenizer` (`tasks.Tokenizer`) and gets them as int32 [k, l] (`tasks/texts.py`).
+    """
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Features float32 [k, d] of k records, whose first axis they are: of images uint8 [k, 3, h, w]."""
@@ -49,6 +51,11 @@ class Backbone(nn.Module):
         super().__init__()
         self.vit = vit
         self.image_size = image_size
+        self.precision = torch.float32
+        """What the ViT's passes are autocast to; features are float32 (or the ViT's own dtype) whatever it is."""
+        self.channels_last = False
+        self.notes: list[str] = []
+        """What is to be said of how its weights were read, a sentence each."""
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).view(1, -1, 1, 1) * 255, False)
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).view(1, -1, 1, 1) * 255, False)
 
@@ -69,25 +76,31 @@ class Backbone(nn.Module):
         with torch.autocast(pixels.device.type, self.precision, enabled=self.precision != torch.float32):
             return self.vit(pixels).to(pixels.dtype)
 
+    def example(self) -> Tensor:
+        """An input of one image, float32 [1, 3, s, s]."""
+        return torch.zeros(1, 3, self.image_size, self.image_size)
+
     def checkpoint_gradients(self) -> None:
+        """Compute each block's activations again on the way back instead of keeping them."""
         self.vit.set_grad_checkpointing(True)
 
     def compile_passes(self) -> None:
+        """Compile the ViT with torch.compile when it is first used."""
         self.vit.compile()
 
 
-BACKBONES: Registry[Callable[[], Encoder]] = Registry("model")
-FAMILIES: Registry[tuple[Callable[[str, str], Encoder], Callable[[str, str], object]]] = Registry("model library")
+BACKBONES: Registry[Callable[[], Any]] = Registry("model")
+FAMILIES: Registry[tuple[Callable[[str, str], Any], Callable[[str, str], object]]] = Registry("model library")
 
 
-def backbone(name: str) -> Callable[[Callable[[], Encoder]], Callable[[], Encoder]]:
+def backbone(name: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
     """Register the decorated function as the maker of the backbone `name`."""
     return BACKBONES.register(name)
 
 
 def family(
     library: str, check: Callable[[str, str], object]
-) -> Callable[[Callable[[str, str], Encoder]], Callable[[str, str], Encoder]]:
+) -> Callable[[Callable[[str, str], Any]], Callable[[str, str], Any]]:
     """Register the decorated function of (name, weights) as the maker of all backbones `library`/name.
 
     check: raises SettingError, without loading anything, if there is no such backbone or there are no such weights.

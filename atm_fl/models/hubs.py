@@ -101,8 +101,9 @@ def zero_shot(name: str, weights: str, prompts: Sequence[Sequence[str]]) -> Head
 @head("zero-shot")
 def zero_shot_head(source: HeadSource) -> Head:
     """What reads texts on the class names: CLIP's text tower, or the model itself. No item of the data is looked at."""
-    if source.backbone.tokenizer:
-        return described(source.backbone, source.backbone.tokenizer, source.prompts)
+    tokenizer = getattr(source.backbone, "tokenizer", None)
+    if tokenizer:
+        return described(source.backbone, tokenizer, source.prompts)
     return zero_shot(source.model, source.weights, source.prompts)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from atm_fl.errors import SettingError
-from atm_fl.models.backbones import Encoder, backbone, family
+from atm_fl.models.backbones import backbone, family
 from atm_fl.models.hubs import PRETRAINED, RANDOM, not_here
 
 TOKENS = 64
@@ -45,17 +45,21 @@ class TransformersTokenizer:
         return tokens
 
 
-class TextEncoder(Encoder):
+class TextEncoder(nn.Module):
     """Texts int32 [n, l] (`tasks/texts.py`) → features float32 [n, d].
 
-    causal: whether a token sees only what is before it.
+    causal: whether a token sees only what is before it. precision: what its passes are autocast to.
     """
+
+    image_size = 0
 
     def __init__(self, encoder: nn.Module, tokenizer: TransformersTokenizer, causal: bool = False) -> None:
         super().__init__()
         self.encoder: Any = encoder
         self.tokenizer = tokenizer
         self.causal = causal
+        self.precision = torch.float32
+        self.notes: list[str] = []
 
     def forward(self, texts: Tensor) -> Tensor:
         texts = texts.to(self.encoder.device)
@@ -77,12 +81,15 @@ class TextEncoder(Encoder):
         return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
 
     def example(self) -> Tensor:
+        """An input of one text as long as texts are, int32 [1, l]."""
         return torch.ones(1, TOKENS, dtype=torch.int32)
 
     def checkpoint_gradients(self) -> None:
+        """Compute each block's activations again on the way back instead of keeping them."""
         self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def compile_passes(self) -> None:
+        """Compile the encoder with torch.compile when it is first used."""
         self.encoder.compile()
 
 

@@ -280,8 +280,13 @@ def fewest_tasks(settings: Settings) -> int:
 
 def check_model(settings: Settings, module: nn.Module) -> None:
     """SettingError for what the settings cannot be with the model that they name, once it is loaded."""
-    for name in ("precision", "channels_last", "gradient_checkpointing"):
-        if getattr(settings, name) != getattr(type(settings)(), name) and not isinstance(module, models.Backbone):
+    needs = {
+        "precision": "precision",
+        "channels_last": "channels_last",
+        "gradient_checkpointing": "checkpoint_gradients",
+    }
+    for name, needed in needs.items():
+        if getattr(settings, name) != getattr(type(settings)(), name) and not hasattr(module, needed):
             raise SettingError(
                 f"{kebab(name)}={getattr(settings, name)!r}: model={settings.model!r} is no Backbone, which does that"
             )

@@ -44,6 +44,17 @@ TEMPLATES = ("This text is about {}.",)
 DESCRIPTION = "task.toml"
 
 
+class _Unread:
+    key = "unread"
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[0] for _ in texts]
+
+
+UNREAD: Tokenizer = _Unread()
+"""For who counts texts and reads none."""
+
+
 @dataclass
 class Rows:
     """Texts and their labels by split, as they are in the files; a split that is not given apart is empty."""
@@ -135,7 +146,7 @@ def tokenise(texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:
     path = cache_dir() / "texts" / f"{content.hexdigest()[:24]}.npy"
     if not path.exists():
         tokens = tokenizer(texts)
-        table = np.zeros((len(tokens), max(map(len, tokens))), np.int32)
+        table = np.zeros((len(tokens), max(1, *map(len, tokens))), np.int32)
         for row, of_text in zip(table, tokens, strict=True):
             row[: len(of_text)] = np.asarray(of_text) + 1
         with atomic_write(path, private=True) as temporary, temporary.open("wb") as file:
