@@ -7,7 +7,7 @@ import itertools
 import math
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -964,10 +964,12 @@ def test_a_task_cannot_be_added_twice_to_a_joint_merge() -> None:
 
 
 @pytest.fixture
-def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def _registry() -> Iterator[None]:
     """What a test registers is gone afterwards."""
-    merges()
-    monkeypatch.setattr(merging, "MERGES", dict(merging.MERGES))
+    before = set(merges())
+    yield
+    for name in set(merging.MERGES) - before:
+        del merging.MERGES[name]
 
 
 IMPORTS = """

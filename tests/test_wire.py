@@ -87,11 +87,12 @@ def test_bytes_both_ways_are_those_of_the_arrays(config: dict[str, Any], up: str
     assert [line["bytes_down"] for line in last] == [run.bytes_down] * 3
 
 
-def test_fp32_sends_the_whole_base_and_keeps_nothing_on_disk(settings: Settings) -> None:
+def test_fp32_sends_the_whole_base_and_keeps_the_head_alone_on_disk(settings: Settings) -> None:
     run = in_process(settings)
     assert run.downlink.delta is None
     assert {line["bytes_down"] for line in lines(run, "tuning")} == {4 * run.layout.size}
-    assert not (tasks.cache_dir() / "runs" / run.id).exists()
+    kept = (tasks.cache_dir() / "runs" / run.id).glob("*/*")
+    assert [path.name for path in kept] == ["head.safetensors"] * 3
 
 
 @pytest.mark.parametrize(("up", "down"), [(SPARSE, "fp32"), ("fp32", "int8"), (SPARSE, SPARSE), ("int4", "low-rank:2")])
@@ -303,7 +304,8 @@ def test_a_run_that_starts_from_another_model_sends_it(config: dict[str, Any]) -
 def test_a_finished_run_leaves_no_base_on_the_clients_disks(config: dict[str, Any]) -> None:
     run = in_process(Settings.parse({**config, "codec-down": "int8", "codec-up": SPARSE}))
     left = sorted(path.name for path in (tasks.cache_dir() / "runs" / run.id).glob("*/*"))
-    assert left == sorted(f"residual-0000{number}.safetensors" for number in (1, 2, 3) for _ in range(3))
+    residuals = [f"residual-0000{number}.safetensors" for number in (1, 2, 3) for _ in range(3)]
+    assert left == ["head.safetensors"] * 3 + residuals
 
 
 def test_the_base_moves_by_what_clients_decode_and_the_residual_is_in_the_checkpoint(config: dict[str, Any]) -> None:
