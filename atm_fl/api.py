@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from atm_fl.errors import SettingError
-from atm_fl.files import packaged
 from atm_fl.merging import MERGES
 from atm_fl.merging.checkpoint_files import Merged, merge_files
 from atm_fl.options import read_choice
@@ -19,7 +17,7 @@ from atm_fl.runs.comparison import write_comparison
 from atm_fl.runs.directory import swept_if_failed
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.report import Record, best_round, result_text, write_report
-from atm_fl.settings import Settings, defaults
+from atm_fl.settings import Settings, defaults, read_toml
 
 if TYPE_CHECKING:
     from atm_fl.exports import Export, Predictor
@@ -167,16 +165,7 @@ def run(
 
 def read_settings(settings: str | Path | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> Settings:
     """Settings of a file or of values, with others over them. SettingError if one cannot work."""
-    if settings is None or isinstance(settings, Mapping):
-        values = dict(settings or {})
-    else:
-        path = packaged(Path(settings))
-        if not path.is_file():
-            raise SettingError(f"{path} is not a file of settings; the configurations are in configs/")
-        try:
-            values = tomllib.loads(path.read_text())
-        except tomllib.TOMLDecodeError as error:
-            raise SettingError(f"{path} is not valid TOML: {error}") from error
+    values = read_toml(Path(settings)) if isinstance(settings, str | Path) else dict(settings or {})
     values = {key.replace("_", "-"): value for key, value in [*values.items(), *overrides.items()]}
     known = defaults()
     return Settings.parse({key: str(value) if isinstance(value, Path) else _fitting(value, known.get(key))

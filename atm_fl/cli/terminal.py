@@ -77,15 +77,9 @@ def read_config(path: Path, overrides: list[str], defaults: dict[str, Any] | Non
     defaults: values of keys that are in neither, where they are not the settings' own.
     """
     from atm_fl.models.loading import is_path
-    from atm_fl.settings import Settings
+    from atm_fl.settings import Settings, read_toml
 
-    path = packaged(path)
-    if not path.is_file():
-        raise SettingError(f"{path} is not a file; the configurations are in configs/")
-    try:
-        values = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise SettingError(f"{path} is not valid TOML: {error}") from error
+    values, path = read_toml(path), packaged(path)
     if isinstance(values.get("rows"), dict):
         from atm_fl.experiments import command_for
 

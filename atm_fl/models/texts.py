@@ -7,8 +7,8 @@ seed, after the configuration that a name has. All need the extra atm-fl[text]. 
 transformers, once, into its cache; no download was ever run by this project's tests.
 
 Features are, as Sentence-BERT has it (Reimers & Gurevych 2019, arXiv:1908.10084), the mean of the last layer's outputs
-over a text's tokens; of decoders, that of its last token, which alone has seen the whole text. Dropout is off: it would
-draw from a stream that the parties of a process share.
+over a text's tokens; of decoders, that of its last token, which alone has seen the whole text. Dropout is off, as
+it is in timm's ViTs.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from atm_fl.settings.rules import OF_DEPLOYMENT, check_model
 from atm_fl.settings.schema import Settings, defaults, sections, setting, stored
 from atm_fl.settings.spelling import OldSpelling, modern
-from atm_fl.settings.text import kebab, typed
+from atm_fl.settings.text import kebab, read_toml, typed
 
 __all__ = [
     "OF_DEPLOYMENT",
@@ -13,6 +13,7 @@ __all__ = [
     "defaults",
     "kebab",
     "modern",
+    "read_toml",
     "sections",
     "setting",
     "stored",

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
 from typing import Any
 
 from atm_fl.errors import SettingError
+from atm_fl.files import packaged
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a file of settings says: `path`, or a configuration of this package. SettingError if it can't be read."""
+    path = packaged(path)
+    if not path.is_file():
+        raise SettingError(f"{path} is not a file of settings; the configurations are in configs/")
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise SettingError(f"{path} is not valid TOML: {error}") from error
 
 
 def kebab(name: str) -> str:

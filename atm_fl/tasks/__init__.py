@@ -222,11 +222,12 @@ def load(name: str, size: int = IMAGE_SIZE, workers: int = 0, tokenizer: Tokeniz
     from atm_fl.tasks.texts import TextTask, is_text, load_texts
 
     path = Path(name)
-    if "/" in name and is_text(path):
-        return load_texts(path, tokenizer)
-    if not size and not ("/" not in name and isinstance(find(name), TextTask)):
+    of_texts = is_text(path) if "/" in name else isinstance(find(name), TextTask)
+    if not size and not of_texts:
         raise SettingError(f"task {name!r} is of images, which the model does not read; take one that does")
-    return load_folder(path, size, workers) if "/" in name else find(name).load(size, tokenizer=tokenizer)
+    if "/" not in name:
+        return find(name).load(size, tokenizer=tokenizer)
+    return load_texts(path, tokenizer) if of_texts else load_folder(path, size, workers)
 
 
 def cache_dir() -> Path:

@@ -21,6 +21,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from gzip import open as open_gzip
@@ -261,17 +262,15 @@ def _parquet(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise SettingError(f"{file} cannot be read: {error}") from error
 
 
-class _named:
-    """Turns what goes wrong in a file of lines into a SettingError that names it."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError | csv.Error | OSError | EOFError) and not isinstance(error, SettingError):
-            raise SettingError(f"{self.file} cannot be read: {error}") from error
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """What goes wrong in a file of lines becomes a SettingError that names it."""
+    try:
+        yield
+    except SettingError:
+        raise
+    except (ValueError, csv.Error, OSError, EOFError) as error:
+        raise SettingError(f"{file} cannot be read: {error}") from error
 
 
 def _read_folders(root: Path, rows: Rows) -> None:
