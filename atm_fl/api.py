@@ -96,24 +96,25 @@ class Result:
         """What the run has warned of."""
         return [line["text"] for line in self.metrics if line["kind"] == "warning"]
 
-    def model(self, round: int | None = None) -> Backbone:
+    def model(self, round: int | None = None, party: str | None = None) -> Backbone:
         """The shared model, images uint8 [n, 3, h, w] → features [n, d], after a round whose checkpoint is there.
 
-        By default the newest; 0 is the first base.
+        By default the newest; 0 is the first base. party: whose private entries are in it: see `atm_fl.exports.export`.
         """
-        from atm_fl.exports.export import model_of
+        from atm_fl.exports.export import model_of, owner_of, settings_of
 
         notes: list[str] = []
-        found = model_of(self.directory, round, notes)[1]
+        owner = owner_of(self._record.config["run"], settings_of(self.directory), party)
+        found = model_of(self.directory, round, notes, owner)[1]
         for note in notes:
             warnings.warn(note, stacklevel=2)
         return found
 
-    def state_dict(self, round: int | None = None) -> dict[str, Tensor]:
+    def state_dict(self, round: int | None = None, party: str | None = None) -> dict[str, Tensor]:
         """The entries of `model`, by the names of the library that it comes from."""
         from atm_fl.exports.formats import entries
 
-        return entries(self.model(round))
+        return entries(self.model(round, party))
 
     def export(
         self,
@@ -121,11 +122,12 @@ class Result:
         out: str | Path = "export",
         round: int | None = None,
         heads: Collection[str] | None = None,
+        party: str | None = None,
     ) -> Export:
         """Write the model for other libraries: see `atm_fl.exports.export`."""
         from atm_fl.exports import export
 
-        return export(self.directory, to, out, round, heads)
+        return export(self.directory, to, out, round, heads, party)
 
     def report(self) -> Path:
         """Write report.html and accuracy.png; returns the page's path."""

@@ -21,6 +21,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from atm_fl.errors import RunError, SettingError, did_you_mean
+from atm_fl.models.trainable import items
 from atm_fl.settings import Settings, kebab
 from atm_fl.tables import markdown
 
@@ -189,7 +190,7 @@ _BROKEN: dict[str, Callable[[Any, Settings, str], str]] = {
     "splits": lambda value, run, task: "" if run.split in value else f"the run tunes on split={run.split!r}",
     "models": lambda value, run, task: "" if _named(value, run.model) else f"the run has model={run.model!r}",
     "trainable": lambda value, run, task: (
-        "" if _named(value, run.trainable) else f"the run has trainable={run.trainable!r}"
+        "" if all(_named(value, item) for item in items(run.trainable)) else f"the run has trainable={run.trainable!r}"
     ),
     "privacy": lambda value, run, task: (
         "" if value == "none" or run.privacy == value else f"the run has privacy={run.privacy!r}"
@@ -209,7 +210,7 @@ _BROKEN: dict[str, Callable[[Any, Settings, str], str]] = {
     ),
     "clip": lambda value, run, task: (
         f"the run has privacy={run.privacy!r}, which clips no record's"
-        if not run.private
+        if not run.dp_sgd
         else ""
         if run.dp_clip <= value
         else f"the run has dp-clip={run.dp_clip:g}"

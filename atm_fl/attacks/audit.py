@@ -83,7 +83,7 @@ def audit(settings: Settings, task: str, canaries: int, guesses: int, silent: bo
     silent: switch the noise off behind the accountant's back, which the audit must find out. SettingError for settings
     without a finite ε, or more canaries than the task has records.
     """
-    if not settings.private or not (settings.dp_noise or settings.dp_epsilon):
+    if not settings.dp_sgd or not (settings.dp_noise or settings.dp_epsilon):
         raise SettingError("the audit needs a claim: set privacy='dp-sgd' and dp-epsilon or dp-noise")
     if not 2 <= guesses <= canaries:
         raise SettingError(f"--guesses {guesses}: it must be at least 2 and at most --canaries {canaries}")
@@ -124,7 +124,7 @@ def shared_noise(settings: Settings, task: str) -> dict[str, float]:
     same records again, whose release must be the one of before. Everything else is equal: the run, the client, the
     round, the base, the settings, the ledger. SettingError for settings without noise.
     """
-    if not settings.private or not (settings.dp_noise or settings.dp_epsilon):
+    if not settings.dp_sgd or not (settings.dp_noise or settings.dp_epsilon):
         raise SettingError("the audit needs a claim: set privacy='dp-sgd' and dp-epsilon or dp-noise")
     settings = replace(settings, dp_policy="warn")  # of a target ε each release takes the whole
     party = Party(settings, task)
@@ -174,7 +174,7 @@ def _gradients(party: Party, data: Split) -> Tensor:
     """Clipped gradients of each record at the loaded base, float32 [k, n] on the CPU."""
     model, gradients = party.model, []
     for images, labels in data.batches(batch_size=PART):
-        of_images = record_gradients(model.module, party.head, model.layout, model.flat, images, labels)
+        of_images = record_gradients(model.module, party.head, model.layout, model.shared, images, labels)
         gradients.append((of_images * clip_factors(of_images, party.settings.dp_clip)[:, None]).cpu())
     return torch.cat(gradients) if gradients else torch.zeros(0, model.layout.size)
 

@@ -310,6 +310,11 @@ def study(
         raise SettingError(f"--task {task}: it is not in tasks={settings.tasks!r}")
     if count < 4:
         raise SettingError(f"--models {count}: it must be at least 4")
+    if settings.private:
+        raise SettingError(
+            f"private={settings.private!r}: the attack asks a whole model, and what is seen of this one lacks a "
+            "party's own entries; leave it out"
+        )
     if settings.start != "pretrained":
         raise SettingError(f"start={settings.start!r}: the attack follows runs from the pretrained weights only")
     about = {"settings": settings.decisive(), "rounds": settings.rounds, "task": task, "members": members}

@@ -307,6 +307,11 @@ def check(settings: Settings, attack: str, attackers: Sequence[str]) -> None:
     for name in ("participation", "fraction"):
         if getattr(settings, name) != getattr(Settings, name):
             raise SettingError(f"{name}={getattr(settings, name)}: an attack is measured with all tasks in every round")
+    if settings.private:
+        raise SettingError(
+            f"private={settings.private!r}: what is measured is the merged model, which is none without a party's own "
+            "entries; leave it out"
+        )
     if settings.transforms:
         raise SettingError(f"transforms={settings.transforms!r}: attacks forge what travels; leave them out")
 

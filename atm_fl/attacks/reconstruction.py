@@ -107,7 +107,7 @@ def gradient_of(seen: Observation, head: Head, pixels: Tensor, labels: Tensor) -
     flat = seen.base.clone().requires_grad_()
     loss = functional.cross_entropy(head(seen.features(flat, pixels)), labels)
     (gradient,) = torch.autograd.grad(loss, flat, create_graph=True)
-    bound = settings.dp_clip if settings.private else settings.clip_norm or math.inf
+    bound = settings.dp_clip if settings.dp_sgd else settings.clip_norm or math.inf
     return gradient * (bound / gradient.norm()).clamp_max(1.0)
 
 

@@ -85,6 +85,8 @@ class Scenario:
         settings = self.settings
         if settings.secure_aggregation:
             raise SettingError("secure-aggregation=true: the server sees no single vector that could be attacked")
+        if settings.private:
+            raise SettingError(f"private={settings.private!r}: the attacks know whole models alone; leave it out")
         if settings.transforms:
             raise SettingError(f"transforms={settings.transforms!r}: the attacks know none; leave them out")
         if settings.dp_epsilon:
@@ -93,21 +95,21 @@ class Scenario:
             raise SettingError(f"optimizer={self.settings.optimizer!r}: the attacks know adamw and sgd alone")
         if self.attack == "dlg" and settings.optimizer != "sgd":
             raise SettingError("attack='dlg' reads a gradient off the vector: optimizer='sgd', or another attack")
-        if self.attack == "simulation" and (settings.private or settings.trainable == "lora"):
+        if self.attack == "simulation" and (settings.dp_sgd or settings.trainable == "lora"):
             raise SettingError("attack='simulation' knows neither dp-sgd nor lora; choose 'inverting'")
 
     @property
     def steps(self) -> int:
         """Optimizer steps behind a vector."""
         settings = self.settings
-        if settings.private:
+        if settings.dp_sgd:
             return steps_per_round(self.images, settings)
         return max(1, round(settings.local_epochs)) * math.ceil(self.images / settings.batch_size)
 
     @property
     def epsilon(self) -> float | None:
         """ε of the one vector for each of its images at `dp-delta`; None without DP-SGD, infinite without its noise."""
-        if not self.settings.private:
+        if not self.settings.dp_sgd:
             return None
         spent = Spent(sampling_rate(self.images, self.settings), self.settings.dp_noise, self.steps)
         return epsilon([spent], self.settings.dp_delta)
@@ -180,7 +182,7 @@ def victims(scenario: Scenario, base: Tensor | None = None) -> Iterator[Victim]:
         seed = derive_seed(settings.seed, "tune", party.task, 1)  # as Party.train in round 1; the server can derive it
         # Of this measurement alone, so that it can be repeated: a real party's key is nobody's to derive.
         key = derive_key("not the attacker's", settings.seed, number)
-        noise = Noise(settings.dp_noise, key) if settings.private else None
+        noise = Noise(settings.dp_noise, key) if settings.dp_sgd else None
         shared.load(base)
         vector, _ = shared.tune(base, party.head, data, settings, seed, noise=noise)
         codec = settings.uplink

@@ -31,6 +31,13 @@ def export(
             "default: all that this machine keeps, with --push-to none"
         ),
     ] = None,
+    party: Annotated[
+        str | None,
+        typer.Option(
+            help="of a run with private entries: the client whose own go into the model, or none for the pretrained "
+            "ones; default: the only one of which this machine keeps some"
+        ),
+    ] = None,
     push_to: Annotated[str, typer.Option(help="also upload it: hf:USER/NAME")] = "",
 ) -> None:
     """Write a run's model as a folder that another library loads, with a model card made from the run."""
@@ -43,7 +50,7 @@ def export(
     if heads not in (None, "none"):
         chosen = [name.strip() for name in str(heads).split(",")]
     folder = out or Path(f"{run.resolve().name}-{to}")
-    made = exports.export(run, to, folder, round, chosen)
+    made = exports.export(run, to, folder, round, chosen, party)
     for note in made.notes:
         say(f"warning: {note}")
     held = f"heads of {', '.join(made.heads)}" if made.heads else "no heads"

@@ -133,6 +133,11 @@ class Contest:
                         f"row {row.name!r}: secure-aggregation=true leaves no single vector to merge; "
                         f"it goes with rows of kind atm"
                     )
+                if row.kind in ("single", "one-shot", "ph-atm") and settings.private:
+                    raise SettingError(
+                        f"row {row.name!r}: private={settings.private!r} goes with rows of kind atm and joint: a model "
+                        "tuned alone shares nothing, and one merged model stands without its parties' entries"
+                    )
                 over = [number for number in (*row.report, *row.select) if not 0 < number <= settings.rounds]
                 if over:
                     raise SettingError(f"row {row.name!r}: it has {settings.rounds} rounds, so none is {over[0]}")
@@ -143,9 +148,12 @@ class Contest:
             ):
                 if not any((row.name, row.kind) == (name, kind) for row in study.rows):
                     raise SettingError(f"landscape: {key}={name!r} is no row of kind {kind}")
-            kept = ContestUnit(study, study.row("atm", study.landscape.row), study.seeds[0]).settings().keep_checkpoints
-            if kept:
-                raise SettingError(f"landscape: row={study.landscape.row!r} must have keep-checkpoints = 0, not {kept}")
+            drawn = ContestUnit(study, study.row("atm", study.landscape.row), study.seeds[0]).settings()
+            for key, value, wanted in (("keep-checkpoints", drawn.keep_checkpoints, 0), ("private", drawn.private, "")):
+                if value != wanted:
+                    raise SettingError(
+                        f"landscape: row={study.landscape.row!r} must have {key} = {wanted!r}, not {value!r}"
+                    )
         return study
 
     @property
@@ -455,8 +463,8 @@ def results(study: Contest) -> dict[str, Any]:
     for row in study.rows:
         for name, stop in [(row.name, 0)] if not row.report else [(f"{row.name}, {n} rounds", n) for n in row.report]:
             of_row = _row_results(study, row, stop, elements)
-            rows.append({"name": name, "kind": row.kind, **of_row})
-        if row.kind == "single":
+            rows.append({"name": name, "kind": row.kind, "model": _kind_of_model(study, row), **of_row})
+        if row.kind == "single" and row == study.row("single"):
             rows.insert(0, _pretrained(study, row))
         if row.kind == "atm":
             choice = best_choice(study, row) if row.tune else {}
@@ -481,6 +489,14 @@ def results(study: Contest) -> dict[str, Any]:
     }
 
 
+def _kind_of_model(study: Contest, row: ContestRow) -> str:
+    """What a row's model is, if it is neither one for all tasks nor a whole one for each."""
+    settings = ContestUnit(study, row, study.seeds[0]).parse()
+    if row.kind == "single" and settings.trainable != Settings.parse(study.settings).trainable:
+        return "the pretrained trunk, own entries a task"
+    return "one trunk, own entries a task" if settings.private else ""
+
+
 def _row_results(study: Contest, row: ContestRow, stop: int, elements: int) -> dict[str, Any]:
     """A row's numbers: of the round `stop`, 0 for the last or the selected one."""
     tuned: dict[str, Choice] = {}
@@ -496,7 +512,8 @@ def _row_results(study: Contest, row: ContestRow, stop: int, elements: int) -> d
             tuned[str(seed)] = choice | ({"rounds": number} if row.select else {})
         else:
             made = json.loads((unit.folder / "results.json").read_text())
-            single = json.loads((ContestUnit(study, study.row("single"), seed).folder / "results.json").read_text())
+            alone = unit if row.kind == "single" else ContestUnit(study, study.row("single"), seed)
+            single = json.loads((alone.folder / "results.json").read_text())
             tuned[str(seed)] = made["choice"] if row.kind == "one-shot" else {}
             seeds[str(seed)] = _flat_results(unit, made, single, elements)
     settings = ContestUnit(study, row, study.seeds[0], choice).parse()

@@ -105,7 +105,7 @@ class _RowResults:
 
     name: str
     label: str
-    """The name, and in brackets which part of the contest it covers if that is not all."""
+    """The name, and in brackets which part of the contest it covers if that is not all, and another kind of model."""
     kind: str
     whole: bool
     """Whether it has every task, so that its mean compares with the others'."""
@@ -152,7 +152,8 @@ class _ContestResults:
             if not present:
                 continue
             measured = {task for run in present.values() for task in run["test"]}
-            notes = [
+            notes = [row["model"]] if row.get("model") else []
+            notes += [
                 f"{count} of {whole} {what}"
                 for count, whole, what in ((len(present), len(seeds), "seeds"), (len(measured), len(tasks), "tasks"))
                 if count < whole

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from atm_fl.errors import SettingError
 from atm_fl.federation.client import Party, evaluated_splits
+from atm_fl.federation.client_state import ClientState
 from atm_fl.federation.shared_model import own_draws
 from atm_fl.models.buffers import train_mode
 from atm_fl.runs.run import Run
@@ -24,9 +25,10 @@ from atm_fl.training.local import make_optimizer
 def run_joint(settings: Settings) -> None:
     """Tune the pretrained model on the union of the tasks' splits for `rounds` epochs, with one optimizer throughout.
 
-    A batch is drawn from all tasks' images; each image goes through its own task's frozen head. The run directory is an
-    ordinary one, an epoch a round, with the single "task" joint in its tuning lines. It cannot resume, since the
-    optimizer's state is not kept: what is there begins anew.
+    A batch is drawn from all tasks' images; each image goes through its own task's frozen head and, with `private`,
+    through its own task's private entries, all of which the one optimizer tunes beside the shared ones. The run
+    directory is an ordinary one, an epoch a round, with the single "task" joint in its tuning lines. It cannot resume,
+    since the optimizer's state is not kept: what is there begins anew.
     """
     if settings.buffers == "private":
         raise SettingError("buffers='private': a joint model has no parties; choose 'mean' or 'frozen'")
@@ -36,14 +38,19 @@ def run_joint(settings: Settings) -> None:
     sizes = [len(party.tuned_on) for party in parties]
     owner = torch.repeat_interleave(torch.arange(len(parties)), torch.tensor(sizes))
     place = torch.cat([torch.arange(size) for size in sizes])
-    optimizer, flat = make_optimizer(model.flat, settings), model.flat
-    assert flat.grad is not None
+    size, flat = model.layout.size, model.flat
+    model.load(model.pretrained)
+    everything, own = _with_all_private(flat, size, len(parties))
+    assert everything.grad is not None
+    optimizer = make_optimizer(everything, settings)
     with closing(Run(settings)) as run:
         for epoch in range(1, settings.rounds + 1):
             for party in parties:
                 if splits := evaluated_splits(settings, epoch - 1):
-                    run.record("evaluation", epoch - 1, task=party.task, **party.evaluate(run.base, splits))
+                    known = party.context(epoch, run.id)
+                    run.record("evaluation", epoch - 1, task=party.task, **party.evaluate(run.base, splits, known))
             model.load(run.base)
+            everything.data[:size] = flat.data[:size]
             random = torch.Generator().manual_seed(derive_seed(settings.seed, "joint", epoch))
             begin, total = time.perf_counter(), 0.0
             train_mode(model.module, frozen=settings.buffers == "frozen")
@@ -57,23 +64,32 @@ def run_joint(settings: Settings) -> None:
             ]
             with own_draws(model.device, derive_seed(settings.seed, "joint passes", epoch)):
                 for step, batch in enumerate(batches):
-                    flat.grad.zero_()
+                    everything.grad.zero_()
                     present = [number for number, parts in enumerate(held) if len(parts[step])]
-                    taken = [next(readers[number]) for number in present]
-                    features = model.module(torch.cat([images for images, _ in taken]))
-                    parts = features.split([len(labels) for _, labels in taken])
-                    loss = sum(
-                        functional.cross_entropy(heads[number](features_of_party), labels, reduction="sum")
-                        for number, features_of_party, (_, labels) in zip(present, parts, taken, strict=True)
-                    )
-                    assert isinstance(loss, torch.Tensor)
-                    (loss / len(batch)).backward()
+                    # Of models that differ in their private entries each makes its own pass.
+                    for together in [[number] for number in present] if own else [present]:
+                        if own:
+                            _enter(flat, size, everything, own[together[0]])
+                        taken = [next(readers[number]) for number in together]
+                        features = model.module(torch.cat([images for images, _ in taken]))
+                        parts = features.split([len(labels) for _, labels in taken])
+                        loss = sum(
+                            functional.cross_entropy(heads[number](features_of_party), labels, reduction="sum")
+                            for number, features_of_party, (_, labels) in zip(together, parts, taken, strict=True)
+                        )
+                        assert isinstance(loss, torch.Tensor)
+                        (loss / len(batch)).backward()
+                        if own:
+                            _leave(flat, size, everything, own[together[0]])
+                        total += loss.item()
                     if settings.clip_norm:
-                        nn.utils.clip_grad_norm_(flat, settings.clip_norm)
+                        nn.utils.clip_grad_norm_(everything, settings.clip_norm)
                     optimizer.step()
-                    total += loss.item()
             model.module.eval()
-            vector = flat.detach().cpu() - run.base[: run.layout.size]
+            vector = everything.detach()[:size].cpu() - run.base[:size]
+            for party, part in zip(parties, own, strict=False):
+                entries = model.private.views(everything.detach()[part].cpu())
+                party.context(epoch, run.id).keep("private", {name: entry.clone() for name, entry in entries.items()})
             run.record(
                 "tuning",
                 epoch,
@@ -86,6 +102,35 @@ def run_joint(settings: Settings) -> None:
             )
             run.advance(vector, model.flat_buffers())
         for party in parties:
-            run.record(
-                "evaluation", run.rounds_done, task=party.task, **party.evaluate(run.base, ("validation", "test"))
-            )
+            known = party.context(run.rounds_done + 1, run.id)
+            accuracies = party.evaluate(run.base, ("validation", "test"), known)
+            run.record("evaluation", run.rounds_done, task=party.task, **accuracies)
+        ClientState.forget(run.id)
+
+
+def _with_all_private(flat: nn.Parameter, size: int, parties: int) -> tuple[nn.Parameter, list[slice]]:
+    """(one parameter of the `size` shared elements and of every party's private ones, where each party's are).
+
+    Without private ones it is `flat` itself, and they are nowhere.
+    """
+    private = len(flat) - size
+    if not private:
+        return flat, []
+    whole = nn.Parameter(torch.cat([flat.detach()[:size], *[flat.detach()[size:]] * parties]))
+    whole.grad = torch.zeros_like(whole)
+    return whole, [slice(size + number * private, size + (number + 1) * private) for number in range(parties)]
+
+
+def _enter(flat: nn.Parameter, size: int, everything: nn.Parameter, own: slice) -> None:
+    """Make the model, whose entries are `flat`, one party's."""
+    assert flat.grad is not None
+    flat.data[:size], flat.data[size:] = everything.data[:size], everything.data[own]
+    flat.grad.zero_()
+
+
+def _leave(flat: nn.Parameter, size: int, everything: nn.Parameter, own: slice) -> None:
+    """Take one party's gradients over."""
+    assert flat.grad is not None
+    assert everything.grad is not None
+    everything.grad[:size] += flat.grad[:size]
+    everything.grad[own] = flat.grad[size:]

@@ -15,8 +15,13 @@ from atm_fl.tables import markdown
 NOT_SHOWN = ("run-dir", "resume", "resume-from", "tasks", "metric-sinks")
 
 
-def card(record: Record, number: int, name: str, format: Format, classes: Mapping[str, Sequence[str]]) -> str:
-    """README.md of an export of the model after round `number`. classes: of the heads that are in it, by client."""
+def card(
+    record: Record, number: int, name: str, format: Format, classes: Mapping[str, Sequence[str]], owner: str = ""
+) -> str:
+    """README.md of an export of the model after round `number`. classes: of the heads that are in it, by client.
+
+    owner: the client whose private entries are in it; "" for none.
+    """
     settings = record.settings
     return "\n".join(
         [
@@ -43,6 +48,7 @@ def card(record: Record, number: int, name: str, format: Format, classes: Mappin
             f"`{_plain(settings['model'])}` with weights `{_plain(settings['weights'])}`, started from "
             f"`{_plain(settings['start'])}`; tuned: `{_plain(settings['trainable'])}`.",
             "",
+            *_private(settings.get("private", ""), owner),
             "## Accuracy",
             "",
             *_accuracies(record, number),
@@ -55,7 +61,7 @@ def card(record: Record, number: int, name: str, format: Format, classes: Mappin
             "",
             "## Privacy",
             "",
-            *(_privacy(record)),
+            *(_privacy(record, owner)),
             "",
             "## How it was made",
             "",
@@ -109,11 +115,19 @@ def _percent(value: float | None, factor: float = 100) -> str:
     return "–" if value is None else f"{factor * value:.1f}"
 
 
-def _privacy(record: Record) -> Iterable[str]:
+def _private(private: str, owner: str) -> Iterable[str]:
+    if not private:
+        return []
+    whose = f"{_plain(owner)}'s own, which it has sent to nobody" if owner else "the pretrained model's"
+    return [f"Each party has entries of its own, `{_plain(private)}`; in this model they are {whose}.", ""]
+
+
+def _privacy(record: Record, owner: str) -> Iterable[str]:
     spent = record.epsilon_texts()
     if not spent:
         return ["No differential privacy: the weights may tell of single records of the data."]
-    return [f"Spent by the whole run: ε {_plain(text)}." for text in spent]
+    own = f" It does not cover the entries that are {_plain(owner)}'s own." if owner else ""
+    return [f"Spent by the whole run: ε {_plain(text)}.{own}" for text in spent]
 
 
 def _changed(settings: Mapping[str, object]) -> list[tuple[str, object]]:

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from atm_fl.errors import SettingError
+from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.exports.card import card
 from atm_fl.exports.formats import FORMATS, Format
 from atm_fl.federation.client_state import ClientState
 from atm_fl.models import Backbone, load_image_backbone
-from atm_fl.models.trainable import set_trainable
+from atm_fl.models.trainable import set_trainable, shared_and_private
 from atm_fl.runs.checkpoints import rounds_of, whole_checkpoint
 from atm_fl.runs.report import Record
 from atm_fl.runs.start import first_base
@@ -29,6 +29,8 @@ from atm_fl.vectors.model_files import checkpoints
 
 ABOUT = "atm-fl.json"
 HEADS = "heads.safetensors"
+LAST = 10**5
+"""A round after every other: what is kept in five digits."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Export:
 
 def export(
     run: str | Path, to: str = "safetensors", out: str | Path = "export", round: int | None = None,
-    heads: Collection[str] | None = None,
+    heads: Collection[str] | None = None, party: str | None = None,
 ) -> Export:  # fmt: skip
     """Write the model of a run's directory to the new folder `out`, as the format `to`, with its model card.
 
@@ -51,8 +53,12 @@ def export(
     machine keeps, go into the folder; by default all that it keeps. They are made of private data: hand on a folder
     with heads only as their parties would.
 
-    SettingError if there is no such run, round, format or head, if `out` is there already, or if the library has no
-    such model: what was written is loaded again by it, and has to give the same features.
+    party: of a run with `private` entries, the client whose own go into the model, and whose head alone can; by default
+    the only one of which this machine keeps some, "none" for the pretrained ones. They are as private as heads, and no
+    DP-SGD covers them.
+
+    SettingError if there is no such run, round, format, head or party, if `out` is there already, or if the library has
+    no such model: what was written is loaded again by it, and has to give the same features.
     """
     directory, folder = Path(run), Path(out)
     if folder.exists():
@@ -60,8 +66,9 @@ def export(
     chosen = FORMATS.find(to, f"to={to!r}")()
     record, settings = Record.read(directory), settings_of(directory)
     notes: list[str] = []
-    number, model = model_of(directory, round, notes)
-    held = _heads(record.config["run"], settings, heads)
+    owner = owner_of(record.config["run"], settings, party)
+    number, model = model_of(directory, round, notes, owner)
+    held = _heads(record.config["run"], settings, heads, owner)
     about = {"format": to, "model": settings.model, "image_size": model.image_size}
     about |= {"mean": _listed(model.mean), "std": _listed(model.std), "run": record.config["run"], "round": number}
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +81,7 @@ def export(
         if held:
             _write_heads(unfinished / HEADS, held)
         classes = {task: names for task, (_, names) in held.items()}
-        (unfinished / "README.md").write_text(card(record, number, folder.name, chosen, classes))
+        (unfinished / "README.md").write_text(card(record, number, folder.name, chosen, classes, owner))
         os.replace(unfinished, folder)
     return Export(folder, number, tuple(held), tuple(notes))
 
@@ -85,16 +92,52 @@ def settings_of(directory: Path) -> Settings:
     return Settings.parse(values | {"run-dir": str(directory), "resume": False})
 
 
-def model_of(directory: Path, round: int | None, notes: list[str]) -> tuple[int, Backbone]:
+def owner_of(run: str, settings: Settings, party: str | None) -> str:
+    """The client whose private entries make the model whole; "" for the pretrained ones, or where none are private.
+
+    SettingError if the run has no such client, or if it is to be named and is not.
+    """
+    if not settings.private:
+        if party not in (None, "none"):
+            raise SettingError(f"party={party!r}: the run has no private entries; leave it out")
+        return ""
+    if party not in (None, "none", *settings.party_names):
+        raise SettingError(f"party={party!r} is not of this run{did_you_mean(str(party), settings.party_names)}")
+    if party is not None:
+        return "" if party == "none" else party
+    kept = [client for client in settings.party_names if ClientState(run, client).last("private", LAST)]
+    if len(kept) > 1:
+        raise SettingError(
+            f"party: private={settings.private!r} makes each party's model its own, and this machine keeps those of "
+            f"{', '.join(kept)}; name one, or none for the pretrained entries"
+        )
+    return kept[0] if kept else ""
+
+
+def _own_entries(run: str, settings: Settings, owner: str, rounds: int) -> dict[str, Tensor]:
+    """A party's private entries after so many rounds; none before its first. SettingError if they are not there."""
+    kept = ClientState(run, owner).last("private", rounds + 1)
+    began = any(settings.part_taken(settings.task_of[owner], number) for number in range(1, rounds + 1))
+    if kept is None and began:
+        raise SettingError(
+            f"party={owner!r}: this machine keeps no private entries of it after {rounds} rounds; it keeps those of as "
+            "many of the last rounds as keep-checkpoints says, and of three at least"
+        )
+    return kept or {}
+
+
+def model_of(directory: Path, round: int | None, notes: list[str], owner: str = "") -> tuple[int, Backbone]:
     """(round, the model after it) of a run's directory, in evaluation mode. SettingError if it has no such checkpoint.
 
-    notes: what there is to say is appended.
+    notes: what there is to say is appended. owner: see `owner_of`.
     """
-    settings = settings_of(directory)
+    settings, run = settings_of(directory), Record.read(directory).config["run"]
     model = load_image_backbone(settings.model, settings.weights)
+    if settings.private and not owner:
+        notes.append(f"private={settings.private!r}: these entries are the pretrained model's, no party's own")
     if round == 0:
         set_trainable(model, settings.trainable)
-        layout = Layout.of(model)
+        layout, _ = shared_and_private(model, settings.private)
         return 0, _loaded(model, layout.views(first_base(settings, model, layout, notes.append)))
     there = [rounds_of(path) for path in checkpoints(directory)]
     if round is not None and round not in there:
@@ -109,7 +152,9 @@ def model_of(directory: Path, round: int | None, notes: list[str]) -> tuple[int,
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
     names = [name for name in shapes if name in model.state_dict()]
     layout = Layout(tuple(names), tuple(shapes[name] for name in names))
-    return int(about["rounds"]), _loaded(model, layout.views(base))
+    number = int(about["rounds"])
+    own = _own_entries(run, settings, owner, number) if owner else {}
+    return number, _loaded(model, layout.views(base) | own)
 
 
 def _loaded(model: Backbone, values: dict[str, Tensor]) -> Backbone:
@@ -145,10 +190,17 @@ def _check(chosen: Format, model: Backbone, folder: Path, about: dict[str, Any],
 
 
 def _heads(
-    run: str, settings: Settings, wanted: Collection[str] | None
+    run: str, settings: Settings, wanted: Collection[str] | None, owner: str
 ) -> dict[str, tuple[dict[str, Tensor], tuple[str, ...]]]:
     """Client → (its head's tensors, its classes) of those that this machine keeps of a run."""
     held = {client: head for client in settings.party_names if (head := ClientState(run, client).head())}
+    if settings.private:
+        if wanted and (other := [client for client in wanted if client != owner]):
+            raise SettingError(
+                f"heads={','.join(wanted)!r}: {other[0]}'s goes with its own private entries; choose "
+                f"party={other[0]!r} and its head alone"
+            )
+        held = {client: head for client, head in held.items() if client == owner}
     if wanted is None:
         return held
     if missing := [client for client in wanted if client not in held]:

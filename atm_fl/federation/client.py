@@ -11,6 +11,7 @@ from torch import Tensor
 
 from atm_fl import tasks
 from atm_fl.codecs import Arrays
+from atm_fl.errors import RunError
 from atm_fl.federation.chain import Chain
 from atm_fl.federation.client_state import ClientState
 from atm_fl.federation.heads import kept_head
@@ -69,12 +70,24 @@ class Party:
         return Context(self.settings, self.model.layout, round_number, self.task, self.client, state)
 
     def evaluate(self, base: Tensor, splits: tuple[str, ...], context: Context | None = None) -> dict[str, float]:
-        """Accuracy of `base`, of the model's `base_layout`, with this party's head on each of `splits`.
+        """Accuracy, as this party tells it, of `base`, of the model's `base_layout`, with its head on each of `splits`.
 
-        context: of the round that comes next, from which this party has its private buffers.
+        context: of the round that comes next, from which this party has its private entries and buffers. Under DP-SGD
+        private entries are tuned without noise, so that an accuracy with them would tell of the records that they were
+        tuned on: then the accuracies are those with the pretrained ones, which follow from the base alone, and those of
+        the party's own model stay on its disk (`Context.note`).
         """
         torch.set_num_threads(self.settings.threads)
-        self._load(base, context)
+        if not (self.settings.dp_sgd and self.settings.private):
+            self._load(base, context)
+            return self._accuracies(splits)
+        if context and splits:
+            self._load(base, context)
+            context.note(self._accuracies(splits))
+        self.model.load(base)
+        return self._accuracies(splits)
+
+    def _accuracies(self, splits: tuple[str, ...]) -> dict[str, float]:
         return {
             split: accuracy(self.model.module, self.head, self.splits[split], self.settings.workers) for split in splits
         }
@@ -98,6 +111,8 @@ class Party:
         data = self.tuned_on if share == 1 else random_share(self.tuned_on, share, "replay", self.task)[0]
         vector, tuned = self._tune(base, data, context, run)
         buffers = self.model.flat_buffers()
+        if settings.private:
+            self._keep_private(base, data, context)
         if settings.buffers == "private":
             context.keep("buffers", self.model.buffers.state())
         numbers |= {"steps": tuned.steps, "images": tuned.images}
@@ -109,27 +124,56 @@ class Party:
         begin = time.perf_counter()
         arrays = self.chain.encode(vector, context, buffers)
         numbers["seconds_encode"] = time.perf_counter() - begin
-        if settings.private:
+        if settings.dp_sgd:
             return Update(arrays, disclosed(evaluation), disclosed(numbers))
         return Update(arrays, evaluation, numbers)
 
     def _load(self, base: Tensor, context: Context | None) -> None:
-        """Load `base` and, of a run with private buffers, this party's own."""
-        private = context.recall("buffers") if context and self.settings.buffers == "private" else {}
-        if context and private is None:
-            context.numbers["buffers_lost"] = 1
+        """Load `base` and, where the run has them, this party's own entries and buffers."""
+        private: dict[str, Tensor] = {}
+        for kind, wanted in (("private", self.settings.private), ("buffers", self.settings.buffers == "private")):
+            kept = context.recall(kind) if context and wanted else {}
+            if context and kept is None:
+                context.numbers[f"{kind}_lost"] = 1
+            private |= kept or {}
         self.model.load(base, private)
+
+    def _keep_private(self, base: Tensor, data: Split, context: Context) -> None:
+        """Keep the private entries, which were tuned with the vector; by DP-SGD they were not, and are tuned now.
+
+        RunError if they are not finite. Under DP-SGD that would tell of records: then those of before stay.
+        """
+        state: State = {}
+        before: dict[str, Tensor] = {}
+        if self.settings.dp_sgd:
+            self._load(base, context)
+            before = self.model.private_entries()
+            if self.settings.keep_optimizer:
+                state = context.recall("own_optimizer") or {}
+            seed, chunk = self._seed_and_chunk(context)
+            loss = self.model.tune_private(self.head, data, self.settings, seed, chunk, state).loss
+            context.note({"loss": loss})
+        entries = self.model.private_entries()
+        if not all(bool(entry.isfinite().all()) for entry in entries.values()):
+            if not before:
+                raise RunError(
+                    f"{self.task}'s private entries of round {context.round_number} are not finite; try a lower "
+                    "learning-rate"
+                )
+            entries, state = before, {}
+        context.keep("private", entries, as_checkpoints=True)
+        if state:
+            context.keep("own_optimizer", state)
 
     def _tune(self, base: Tensor, data: Split, context: Context, run: str) -> tuple[Tensor, Tuned]:
         """(the task vector, what was done) of the round's local training, which begins at `base`, loaded."""
         settings = self.settings
-        epoch, chunk = divmod(context.round_number - 1, settings.chunks_per_epoch)
-        seed = derive_seed(settings.seed, "tune", self.task, epoch * settings.chunks_per_epoch + 1)
+        seed, chunk = self._seed_and_chunk(context)
         kept = context.recall("optimizer") if settings.keep_optimizer else {}
         if kept is None:
             context.numbers["optimizer_lost"] = 1
         state = kept or {}
-        if settings.private:
+        if settings.dp_sgd:
             vector, tuned = self._tune_privately(base, data, context, run, seed, state)
         else:
             if run:
@@ -139,6 +183,12 @@ class Party:
         if settings.keep_optimizer:
             context.keep("optimizer", state)
         return vector, tuned
+
+    def _seed_and_chunk(self, context: Context) -> tuple[int, int]:
+        """(the seed of a round's order of images, which part of the epoch it is)."""
+        epoch, chunk = divmod(context.round_number - 1, self.settings.chunks_per_epoch)
+        first = epoch * self.settings.chunks_per_epoch + 1
+        return derive_seed(self.settings.seed, "tune", self.task, first), chunk
 
     def _tune_privately(
         self, base: Tensor, data: Split, context: Context, run: str, seed: int, state: State
@@ -163,7 +213,7 @@ class Party:
         """The cosine of a task vector with minus the full-batch gradient at the base."""
         self._load(base, context)
         gradient = full_gradient(self.model.module, self.head, self.model.flat, data, self.settings.workers).cpu()
-        return float(torch.nn.functional.cosine_similarity(vector, -gradient, dim=0))
+        return float(torch.nn.functional.cosine_similarity(vector, -gradient[: len(vector)], dim=0))
 
 
 def evaluated_splits(settings: Settings, rounds_done: int) -> tuple[str, ...]:

@@ -3,6 +3,9 @@
     $ATM_FL_CACHE/runs/<run>/<task>/base.safetensors             the base it was last sent: of steps and max-update-norm
                                     residual-00007.safetensors   what the encoding of round 7's task vector lost
                                     optimizer-00007.safetensors  the optimizer's state after round 7 (keep-optimizer)
+                                    buffers-00007.safetensors    its own buffers after round 7 (buffers=private)
+                                    private-00007.safetensors    its own entries after round 7 (private)
+                                    measured.json                accuracies that it may not tell (private and dp-sgd)
                                     head.safetensors             its head in this run, with its classes: for exports
                                     secret.json                  of a round's secure aggregation, until it is over
 
@@ -79,13 +82,33 @@ class ClientState:
         stored = _load(before[-1]) if before else None
         return stored[1] if stored and _digest(stored[1]) == stored[0]["digest"] else None
 
-    def save(self, kind: str, tensors: dict[str, Tensor], round_number: int) -> None:
-        """Keep a round's "residual" or "optimizer", float32; all but the last few go, and what a resumed run left."""
+    def save(self, kind: str, tensors: dict[str, Tensor], round_number: int, checkpoints: int = 1) -> None:
+        """Keep a round's "residual" or "optimizer", float32; all but the last few go, and what a resumed run left.
+
+        Those of the run's last `checkpoints` stay, 0: of all.
+        """
         _save(self.folder / f"{kind}-{round_number:05d}.safetensors", tensors, {"digest": _digest(tensors)})
         known = self._files(kind)
-        kept = [path for path in known if _round(path) <= round_number][-KEPT_ROUNDS:]
+        rounds = max(KEPT_ROUNDS, checkpoints + 1) if checkpoints else 0
+        kept = [path for path in known if _round(path) <= round_number][-rounds:]
         for path in set(known) - set(kept):
             path.unlink()
+
+    def note(self, rounds: int, numbers: dict[str, float]) -> None:
+        """Add numbers to what is written down, for the owner's eyes only, of the model after so many rounds."""
+        known = self.noted()
+        known[rounds] = known.get(rounds, {}) | numbers
+        with atomic_write(self.folder / "measured.json", private=True) as temporary:
+            temporary.write_text(json.dumps({str(number): known[number] for number in sorted(known)}, indent=1))
+
+    def noted(self) -> dict[int, dict[str, float]]:
+        """Rounds done → numbers, of what was written down."""
+        try:
+            return {
+                int(number): told for number, told in json.loads((self.folder / "measured.json").read_text()).items()
+            }
+        except (OSError, ValueError):
+            return {}
 
     def save_head(self, head: dict[str, Tensor], classes: tuple[str, ...]) -> None:
         """Keep the head's tensors, by name, with the names of its classes, for its owner's eyes only."""

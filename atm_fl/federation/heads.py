@@ -25,7 +25,7 @@ def kept_head(settings: Settings, data: Dataset, model: SharedModel, task: str) 
     The model is left with its pretrained weights if the head is made here.
     """
     # A head out of the records that are tuned on would tell of them in every gradient, past any accountant.
-    source = data.validation if settings.private and settings.split == "train" else data.train
+    source = data.validation if settings.dp_sgd and settings.split == "train" else data.train
     seed = derive_seed(settings.seed, "head", task)
     made_by = [inspect.getsource(made) for made in (models.Head, models.prototypes, models.linear_probe, zero_shot)]
     if not isinstance(source.images, Tensor):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from atm_fl import tasks
 from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.federation.client_state import ClientState
 from atm_fl.federation.heads import kept_head
 from atm_fl.federation.shared_model import shared_model
 from atm_fl.files import atomic_write
@@ -73,8 +74,17 @@ def write_party_page(directory: Path, client: str, data: str = "") -> Path:
     dataset = replace(tasks.load(source, model.module.image_size, settings.workers), name=settings.task_of[client])
     head = kept_head(settings, dataset, model, dataset.name)
     warnings: list[str] = []
-    rounds, base, _ = load_checkpoint(directory, model.layout, warnings.append)
-    model.load(base)
+    rounds, base, _ = load_checkpoint(directory, model.base_layout, warnings.append)
+    state = ClientState(record.config["run"], client)
+    own: dict[str, Tensor] = {}
+    for kind, wanted in (("private", settings.private), ("buffers", settings.buffers == "private")):
+        kept = state.last(kind, rounds + 1) if wanted else {}
+        if kept is None:
+            warnings.append(
+                f"This machine keeps no {kind} of {client}'s after {rounds} rounds; pretrained ones are shown."
+            )
+        own |= kept or {}
+    model.load(base, own)
     examples, mistakes, right = _answers(model.module, head, dataset, settings.workers)
     count = len(dataset.test)
     counted = f"{right} of {count} test pictures of {client} ({100 * right / count:.1f} %)"

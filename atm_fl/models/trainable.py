@@ -1,5 +1,8 @@
 """Which entries of a backbone are tuned, merged and sent: all, the attention, the last blocks, or low-rank updates.
 
+Of those that are tuned some may be `private`: each party keeps its own, from round to round, and what is merged and
+sent is the rest (FedPer, Arivazhagan et al. 2019, arXiv:1912.00818; FedRep, Collins et al. 2021, arXiv:2102.07078).
+
 `trainable = "lora"` (Hu et al. 2022, arXiv:2106.09685): W = W₀ + (α / r) B A for every weight matrix of the blocks, of
 which a client tunes B and A only. What it returns is the dense difference Δ = (α / r) B A, so that merges mean what
 they say: the mean of the Δₜ = Bₜ Aₜ, not the product of the means of B and A. B and A start anew every round (B = 0, so
@@ -15,6 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -26,41 +30,89 @@ from torch.nn.utils import parametrize
 from atm_fl.errors import SettingError
 from atm_fl.vectors import Layout, bind
 
+LAST = r"last-([1-9]\d*)"
 BLOCK = re.compile(r"\b(?:res)?blocks\.(\d+)\.")
 """The blocks of timm's and open_clip's ViTs."""
 AFTER = re.compile(r"^vit\.(norm|fc_norm|ln_post|proj|attn_pool)\b")
 """What comes after the last block in timm's and open_clip's ViTs, in whatever order they hold it."""
 
 
-def check_trainable(trainable: str) -> None:
-    """SettingError if `trainable` is none of all, attention, lora, last-1, last-2, …"""
-    if trainable not in ("all", "attention", "lora") and not re.fullmatch(r"last-[1-9]\d*", trainable):
-        raise SettingError(f"trainable={trainable!r}: it takes all, attention, lora, or last-K for the last K blocks")
+def items(text: str) -> tuple[str, ...]:
+    """What a list with commas names."""
+    return tuple(item.strip() for item in text.split(",")) if text.strip() else ()
+
+
+def check_trainable(trainable: str, private: str = "") -> None:
+    """SettingError if an item of one of the settings is none of all, attention, last-1, last-2, …, lora (of trainable,
+    alone), a name with a dot, or a pattern."""
+    for name, text in (("trainable", trainable), ("private", private)):
+        words = ("all", "attention", "lora") if name == "trainable" else ("all", "attention")
+        wrong = (item for item in items(text) if item not in words and not re.fullmatch(rf"{LAST}|.*[.*?[].*", item))
+        if (name == "trainable" and not items(text)) or next(wrong, None) is not None:
+            raise SettingError(
+                f"{name}={text!r}: it takes {', '.join(words)}, or last-K for the last K blocks, or names of entries "
+                "and patterns as '*norm*'; several with commas"
+            )
+    if "lora" in items(trainable) and trainable != "lora":
+        raise SettingError(f"trainable={trainable!r}: lora goes with nothing beside it; choose trainable='lora'")
 
 
 def set_trainable(module: nn.Module, trainable: str) -> None:
     """Freeze all entries of a backbone but those that are tuned: `Layout.of` then has them alone.
 
     last-K: the last K blocks and what comes after them. lora: the matrices that get a low-rank update. SettingError if
-    nothing is left, or the backbone has fewer blocks.
+    an item of the list names nothing, or the backbone has fewer blocks.
     """
     check_trainable(trainable)
-    names = dict(module.named_parameters())
+    chosen = named_entries(module, "trainable", trainable)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in chosen)
+
+
+def shared_and_private(module: nn.Module, private: str) -> tuple[Layout, Layout]:
+    """The layouts of what is tuned and shared, and of what is tuned and stays with each party: the setting `private`.
+
+    Of a module whose entries `set_trainable` has frozen. SettingError if an item of the list names nothing that is
+    tuned, or if nothing is left to share.
+    """
+    tuned = Layout.of(module)
+    chosen = named_entries(module, "private", private, frozenset(tuned.names))
+    if tuned.names and chosen.issuperset(tuned.names):
+        raise SettingError(
+            f"private={private!r}: that is all that is tuned, and nothing is left to merge; name less of it"
+        )
+    return tuned.without(chosen), tuned.only(chosen)
+
+
+def named_entries(module: nn.Module, setting: str, text: str, among: frozenset[str] | None = None) -> frozenset[str]:
+    """The entries of a backbone that a list names, of those in `among` or of all. SettingError, naming the setting, if
+    an item names none of them, or more blocks than there are."""
+    shapes = {name: p.dim() for name, p in module.named_parameters() if among is None or name in among}
     level, depth = levels(module)
-    last = int(trainable.removeprefix("last-")) if trainable.startswith("last-") else 0
-    if last > depth:
-        raise SettingError(f"trainable={trainable!r}: the backbone has {depth} blocks")
-    attention = tuple(name for name, part in module.named_modules() if type(part).__name__.endswith("Attention"))
-    for name, parameter in names.items():
+    attention = tuple(f"{name}." for name, part in module.named_modules() if type(part).__name__.endswith("Attention"))
+
+    def meant(item: str, name: str) -> bool:
         block = 1 <= level[name] <= depth
-        wanted = {
-            "all": True,
-            "attention": block and (".attn." in name or name.startswith(tuple(f"{part}." for part in attention))),
-            "lora": block and parameter.dim() == 2 and name.endswith("weight"),
-        }.get(trainable, level[name] > depth - last)
-        parameter.requires_grad_(wanted)
-    if not any(parameter.requires_grad for parameter in names.values()):
-        raise SettingError(f"trainable={trainable!r}: this backbone has no such entries")
+        if item == "all":
+            return True
+        if item == "attention":
+            return block and (".attn." in name or name.startswith(attention))
+        if item == "lora":
+            return block and shapes[name] == 2 and name.endswith("weight")
+        if last := re.fullmatch(LAST, item):
+            return level[name] > depth - int(last[1])
+        return fnmatchcase(name, item)
+
+    found: set[str] = set()
+    for item in items(text):
+        if (last := re.fullmatch(LAST, item)) and int(last[1]) > depth:
+            raise SettingError(f"{setting}={text!r}: the backbone has {depth} blocks")
+        of_item = {name for name in shapes if meant(item, name)}
+        if not of_item:
+            which = "no such entries" if among is None else f"nothing that is tuned by the name {item!r}"
+            raise SettingError(f"{setting}={text!r}: this backbone has {which}")
+        found |= of_item
+    return frozenset(found)
 
 
 def levels(module: nn.Module) -> tuple[dict[str, int], int]:

@@ -73,9 +73,9 @@ class Budget:
             rounds = sum(settings.part_taken(task, number) > 0 for number in range(1, settings.rounds + 1))
             self.noise = calibrate(settings.dp_epsilon, settings.dp_delta, self._rate, self._steps * rounds)
         self._source, self._data = source or task, data
-        self._digests = data.digests if settings.private else ()
+        self._digests = data.digests if settings.dp_sgd else ()
         self.ledger = Ledger(account.ledgers / "ledger.sqlite" if account.ledgers else ledger_path())
-        if settings.private and (older := self.ledger.path.parent / f"{_digest(*self._digests)}.json").exists():
+        if settings.dp_sgd and (older := self.ledger.path.parent / f"{_digest(*self._digests)}.json").exists():
             with self.ledger.transaction() as file:
                 ledger.take_over(file, older, self.holding)
 

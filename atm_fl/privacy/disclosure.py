@@ -9,10 +9,13 @@ DISCLOSED = {
     "steps": "follows from the settings and the number of records",
     "images": "the expected number of images, not the drawn one: follows from the settings and the number of records",
     "norm": "of the noised vector, which is sent anyway",
-    "validation": "accuracy on records that are not tuned on; they are not covered by ε",
-    "test": "accuracy on records that are not tuned on; they are not covered by ε",
+    "validation": "accuracy on records that are not tuned on, with the pretrained values of private entries; they are "
+    "not covered by ε",
+    "test": "accuracy on records that are not tuned on, with the pretrained values of private entries; they are not "
+    "covered by ε",
     "residual_lost": "whether a file of the party was lost",
     "optimizer_lost": "whether a file of the party was lost",
+    "private_lost": "whether a file of the party was lost",
     "seconds_evaluate": "time on validation and test records",
     "seconds_encode": "time on the noised vector",
     "seconds_receive": "time on the base",

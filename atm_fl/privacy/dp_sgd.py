@@ -52,7 +52,8 @@ def record_gradients(
 
     gradient: Callable[..., Tensor] = torch.func.grad(loss)
     each = torch.func.vmap(gradient, in_dims=(None, 0, 0), randomness="different")
-    with sdpa_kernel(SDPBackend.MATH):  # vmap would take the fused kernels' records one by one
+    # vmap would take the fused kernels' records one by one; what is not in `layout` needs no gradient.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         return each(flat.detach(), images, labels)
 
 
@@ -75,18 +76,20 @@ def tune_privately(
     model: nn.Module,
     head: nn.Module,
     flat: nn.Parameter,
+    layout: Layout,
     data: Split,
     settings: Settings,
     noise: Noise,
     state: State | None = None,
 ) -> Tuned:
-    """Tune `model`, whose entries are bound to `flat`, in place with DP-SGD, whose random numbers are all `noise`'s.
+    """Tune `model`, whose entries of `layout` are bound to `flat`, in place with DP-SGD, whose random numbers are all
+    `noise`'s. All other entries stay as they are.
 
     A batch goes through the model in parts of batch-size / accumulate records, whose gradients take that many vectors
     of memory. `images` of the result is the expected number, and its loss is NaN: the real ones would tell of records.
     state: as `training.local.tune` takes and leaves it; it is made of noised gradients, and costs no privacy.
     """
-    optimizer, layout = make_optimizer(flat, settings, state), Layout.of(model)
+    optimizer = make_optimizer(flat, settings, state)
     random = noise.generator()
     rate, steps = sampling_rate(len(data), settings), steps_per_round(len(data), settings)
     start = flat.detach().clone() if settings.proximal else None

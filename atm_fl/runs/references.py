@@ -35,6 +35,8 @@ def find_references(directory: Path, settings: Mapping[str, Any]) -> dict[str, d
             if any(_value(theirs, key) != _value(settings, key) for key in SHARED):
                 continue
             kind, accuracies = _single(config.parent) or _joint(config.parent) or ("", {})
+            if kind == "joint" and _value(theirs, "private") != _value(settings, "private"):
+                continue  # another kind of model
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RunError):
             continue
         if kind and accuracies["validation"] > means["validation"].get(kind, -1.0):

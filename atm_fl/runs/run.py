@@ -30,7 +30,7 @@ from atm_fl.files import atomic_write
 from atm_fl.merging.scaling import check_layer_scaling
 from atm_fl.models import load_backbone
 from atm_fl.models.buffers import shared_buffers
-from atm_fl.models.trainable import set_trainable
+from atm_fl.models.trainable import set_trainable, shared_and_private
 from atm_fl.runs.checkpoints import checkpoints, load_checkpoint, rounds_of, save_checkpoint
 from atm_fl.runs.directory import check_run_dir, lock, noted_plugins
 from atm_fl.runs.downlink import Downlink
@@ -55,8 +55,8 @@ class Run:
         backbone = load_backbone(settings.model, settings.weights)
         set_trainable(backbone, settings.trainable)
         check_model(settings, backbone)
-        self.layout = vectors.Layout.of(backbone)
-        """Of a task vector [n]: the entries that are tuned."""
+        self.layout, _ = shared_and_private(backbone, settings.private)
+        """Of a task vector [n]: the entries that are tuned and merged."""
         self.shared_buffers = shared_buffers(backbone, settings.buffers)
         self.base_layout = self.layout + self.shared_buffers
         self.base: Tensor
@@ -97,8 +97,8 @@ class Run:
 
         kind "evaluation" (task, validation, test; bytes_down if nothing else was asked of the client): accuracy of the
         base after `round_number` rounds; "tuning" (task, loss, steps, images, norm, alignment, seconds_…, bytes_up,
-        bytes_down; residual_lost=1, optimizer_lost=1 or buffers_lost=1 if a client began without what its last round
-        had left; of private runs epsilon, epsilon_rdp, noise); "merge" (norm, tasks, cosines unless
+        bytes_down; residual_lost=1, optimizer_lost=1, buffers_lost=1 or private_lost=1 if a client began without what
+        its last round had left; with DP-SGD epsilon, epsilon_rdp, noise); "merge" (norm, tasks, cosines unless
         secure-aggregation, seconds_merge, seconds, failures; with secure-aggregation seconds_secure, with
         dp-client-noise epsilon); "warning" (text); "stop" (text) if a run ends before its last round. Bytes are those
         of the arrays that travel, or in a plain loop would.

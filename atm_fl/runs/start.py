@@ -73,8 +73,10 @@ def _check_frozen(settings: Settings, found: Fitted, state: dict[str, Tensor], l
         if name not in tuned and not torch.equal(state[name].to(tensor.dtype), tensor)
     ]
     if other:
+        kept = f"or private={settings.private!r} keeps at the parties " if settings.private else ""
+        fix = "private=''" if settings.private else "trainable='all'"
         raise SettingError(
             f"start={settings.start!r}: {len(other)} entries that trainable={settings.trainable!r} does not tune "
-            f"differ from the pretrained model's, which every party has: {few(other)}; give all parties the file "
-            "as weights, or choose trainable='all'"
+            f"{kept}differ from the pretrained model's, which every party has: {few(other)}; give all parties the file "
+            f"as weights, or choose {fix}"
         )

@@ -44,14 +44,14 @@ NEEDS: dict[str, tuple[str, Callable[[Settings], bool]]] = {
         lambda run: max(1, round(run.fraction * len(set(run.client_tasks)))) < len(set(run.client_tasks)),
     ),
     "momentum": ("optimizer='sgd'", lambda run: run.optimizer != "adamw"),
-    "clip_norm": ("privacy='none'; with dp-sgd it is dp-clip", lambda run: not run.private),
+    "clip_norm": ("privacy='none'; with dp-sgd it is dp-clip", lambda run: not run.dp_sgd),
     "dp_epsilon": ("privacy='dp-sgd'", lambda run: run.privacy == "dp-sgd"),
     "dp_noise": ("privacy='dp-sgd'", lambda run: run.privacy == "dp-sgd"),
     "dp_delta": (
         "privacy='dp-sgd' or dp-client-noise",
         lambda run: run.privacy == "dp-sgd" or bool(run.dp_client_noise),
     ),
-    "dp_clip": ("privacy='dp-sgd' or 'clip-only'", lambda run: run.private),
+    "dp_clip": ("privacy='dp-sgd' or 'clip-only'", lambda run: run.dp_sgd),
     "dp_policy": ("dp-epsilon", lambda run: bool(run.dp_epsilon)),
     "dp_client_noise": ("dp-client-clip, in units of which it is", lambda run: bool(run.dp_client_clip)),
     "secure_threshold": ("secure-aggregation=true", lambda run: run.secure_aggregation),
@@ -142,7 +142,7 @@ def check(settings: Settings) -> None:
     except RuntimeError:
         raise SettingError(f"device={settings.device!r} is no device; it takes auto, cpu, cuda, cuda:1, …") from None
     models.check_backbone(settings.model, settings.weights)
-    check_trainable(settings.trainable)
+    check_trainable(settings.trainable, settings.private)
     if settings.head == "zero-shot" and not settings.model.startswith(("open_clip/", "transformers/", "minilm")):
         raise SettingError(
             f"head='zero-shot': model={settings.model!r} has no text tower; choose prototypes or an open_clip model"
@@ -197,13 +197,18 @@ def check_privacy(settings: Settings) -> None:
             "privacy='dp-sgd' without noise protects nothing: give dp-epsilon or dp-noise; to clip records' "
             "gradients alone, privacy='clip-only'"
         )
-    if settings.private and settings.split == "validation" and not settings.holdout:
+    if settings.dp_sgd and settings.split == "validation" and not settings.holdout:
         raise SettingError(
             f"holdout=0: with privacy={settings.privacy!r} and split='validation' accuracies would be told of the very "
             "records that are tuned on; choose a holdout above 0"
         )
+    if settings.dp_sgd and settings.private and settings.trainable == "lora":
+        raise SettingError(
+            f"private={settings.private!r}: not with trainable='lora' and privacy={settings.privacy!r}, whose noise is "
+            "on the B and A of all entries"
+        )
     for name, wrong in (("replay", 0.0), ("alignment", False), ("precision", "fp32")):
-        if settings.private and getattr(settings, name) != wrong:
+        if settings.dp_sgd and getattr(settings, name) != wrong:
             raise SettingError(f"{name}={getattr(settings, name)!r}: not with privacy={settings.privacy!r}")
 
 
@@ -294,7 +299,7 @@ def check_model(settings: Settings, module: nn.Module) -> None:
     frozen = rule == "frozen"
     if rule != "mean" and not measured(module):
         raise SettingError(f"buffers={rule!r}: {named} has no such buffers; leave it at 'mean'")
-    if settings.private and (layer := next(mixing(module, frozen), None)):
+    if settings.dp_sgd and (layer := next(mixing(module, frozen), None)):
         fix = "choose buffers='frozen' or" if next(mixing(module, True), None) is None else "choose"
         raise SettingError(
             f"privacy={settings.privacy!r}: the BatchNorm {layer!r} of {named} {mixes}, and no record's gradient is "
@@ -302,7 +307,7 @@ def check_model(settings: Settings, module: nn.Module) -> None:
         )
     if frozen or not measured(module):
         return
-    if settings.private:
+    if settings.dp_sgd:
         raise SettingError(f"privacy={settings.privacy!r}: {named} measures its records; choose buffers='frozen'")
     if settings.gradient_checkpointing:
         raise SettingError(

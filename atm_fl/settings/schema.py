@@ -84,7 +84,17 @@ class Settings:
         "of the model: pretrained, a file or a Hugging Face folder (every party needs it); of open_clip's and timm's "
         "also random, and open_clip's tags",
     )
-    trainable: str = setting("all", "what is tuned and merged: all, attention, last-K (blocks), lora")
+    trainable: str = setting(
+        "all",
+        "what is tuned and merged: all, attention, last-K (blocks), names of entries or patterns as '*norm*', several "
+        "with commas; or lora",
+    )
+    private: str = setting(
+        "",
+        "which of these entries each party tunes, keeps on its own disk and never sends, in the same words, as "
+        "'last-1' or '*norm*'; see docs/privacy.md",
+        later=True,
+    )
     lora_rank: int = setting(8, "the rank r of lora")
     lora_alpha: float = setting(16.0, "its α: updates are α / r times B A")
     buffers: str = setting(
@@ -289,7 +299,7 @@ class Settings:
 
     def of_model(self) -> Settings:
         """These settings with all at their defaults but those that make the model; equal ones can share it."""
-        kept = ["model", "weights", "trainable", "lora_rank", "lora_alpha", "buffers", "device", "precision"]
+        kept = ["model", "weights", "trainable", "private", "lora_rank", "lora_alpha", "buffers", "device", "precision"]
         kept += ["gradient_checkpointing", "channels_last", "compile"]
         return Settings(**{name: getattr(self, name) for name in kept})
 
@@ -316,7 +326,7 @@ class Settings:
         return read_factors("layer-scaling", self.layer_scaling)
 
     @property
-    def private(self) -> bool:
+    def dp_sgd(self) -> bool:
         """Whether clients tune with DP-SGD, be it without its noise (clip-only)."""
         return self.privacy != "none"
 

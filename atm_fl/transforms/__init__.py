@@ -40,7 +40,9 @@ class State(Protocol):
 
     def last(self, kind: str, round_number: int) -> dict[str, Tensor] | None: ...
 
-    def save(self, kind: str, tensors: dict[str, Tensor], round_number: int) -> None: ...
+    def save(self, kind: str, tensors: dict[str, Tensor], round_number: int, checkpoints: int = ...) -> None: ...
+
+    def note(self, rounds: int, numbers: dict[str, float]) -> None: ...
 
 
 @dataclass
@@ -71,10 +73,19 @@ class Context:
         began = any(self.settings.part_taken(self.task, number) for number in range(1, self.round_number))
         return {} if kept is None and not began else kept
 
-    def keep(self, kind: str, tensors: dict[str, Tensor]) -> None:
-        """Keep float32 tensors for the client's next round, on its disk; nothing outside a run."""
+    def keep(self, kind: str, tensors: dict[str, Tensor], as_checkpoints: bool = False) -> None:
+        """Keep float32 tensors for the client's next round, on its disk; nothing outside a run.
+
+        as_checkpoints: for as many rounds at least as the run keeps checkpoints, whose models they are a part of.
+        """
         if self.state is not None:
-            self.state.save(kind, tensors, self.round_number)
+            checkpoints = self.settings.keep_checkpoints if as_checkpoints else 1
+            self.state.save(kind, tensors, self.round_number, checkpoints)
+
+    def note(self, numbers: dict[str, float]) -> None:
+        """Write down, on the client's disk alone, what it measured of the base that it was sent."""
+        if self.state is not None:
+            self.state.note(self.round_number - 1, numbers)
 
 
 class Transform:

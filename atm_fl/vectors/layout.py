@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,6 +34,15 @@ class Layout:
     def __add__(self, other: Layout) -> Layout:
         """This layout's entries with another's behind them."""
         return Layout(self.names + other.names, self.shapes + other.shapes)
+
+    def only(self, names: Collection[str]) -> Layout:
+        """Those of this layout's entries that are among `names`."""
+        kept = [(name, shape) for name, shape in zip(self.names, self.shapes, strict=True) if name in names]
+        return Layout(tuple(name for name, _ in kept), tuple(shape for _, shape in kept))
+
+    def without(self, names: Collection[str]) -> Layout:
+        """The others."""
+        return self.only(set(self.names).difference(names))
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
