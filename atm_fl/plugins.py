@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -88,6 +89,12 @@ class Registry(MutableMapping[str, Thing]):
         if name not in self:
             raise SettingError(f"{advice or f'{self.kind}={name!r}'} is unknown{did_you_mean(name, self)}")
         return self[name]
+
+    def offering(self, options: Callable[[Any], Sequence[Any]]) -> Registry[Thing]:
+        """The same things where a text may give other `options`, and none is a setting of its own."""
+        view = copy(self)
+        view.options, view.elsewhere = options, ()
+        return view
 
     def plugin(self, name: str) -> Plugin | None:
         """The plugin that `name` comes from; None if it is none's, or there is no such thing."""

@@ -30,8 +30,8 @@ def read_arrays(contents: Mapping[str, bytes], elements: int) -> dict[str, np.nd
     return {name: read_array(content) for name, content in contents.items()}
 
 
-def read_array(content: bytes) -> np.ndarray:
-    """The array of numbers, one-dimensional or empty of dimensions, in a .npy file. ValueError for anything else.
+def read_array(content: bytes, dimensions: int = 1) -> np.ndarray:
+    """The array of numbers or booleans, of up to so many dimensions, in a .npy file. ValueError for anything else.
 
     Its size is that of the bytes, whatever the header declares.
     """
@@ -41,14 +41,15 @@ def read_array(content: bytes) -> np.ndarray:
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
         if read is None:
             raise ValueError(f"version {version}")
-        shape, _, dtype = read(file, max_header_size=HEADER)
+        shape, by_columns, dtype = read(file, max_header_size=HEADER)
     except Exception as error:  # the header is Python source, which fails in many ways
         raise ValueError(f"{len(content)} bytes that are no array: {type(error).__name__}") from None
-    if dtype.hasobject or dtype.kind not in "fiu" or dtype.subdtype is not None:
+    if dtype.hasobject or dtype.kind not in "fiub" or dtype.subdtype is not None:
         raise ValueError(f"an array of {str(dtype)[:40]}, not of numbers")
-    if len(shape) > 1 or any(isinstance(length, bool) or length < 0 for length in shape):
+    if len(shape) > dimensions or any(isinstance(length, bool) or length < 0 for length in shape):
         raise ValueError(f"an array of {len(shape)} dimensions, or of a negative length")
     held, declared = len(content) - file.tell(), math.prod(shape) * dtype.itemsize
     if held != declared:
         raise ValueError(f"{held} bytes of an array that declares {declared:.4g}")
-    return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape).copy()
+    array = np.frombuffer(content, dtype, offset=file.tell())
+    return array.reshape(shape, order="F" if by_columns else "C").copy(order="C")

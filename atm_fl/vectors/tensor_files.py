@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+
 
 def save_vectors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write contiguous float32 tensors, by name, as a safetensors file."""
+    """Write contiguous tensors (float32, float64, int64), by name, as a safetensors file."""
     entries, end = {}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     write_entries(path, entries, tensors.values(), metadata)
 
 
