@@ -21,6 +21,7 @@ from torch import Tensor
 
 from atm_fl import models
 from atm_fl.attacks import membership, poisoning
+from atm_fl.attacks.audit import audit, shared_noise
 from atm_fl.attacks.scenario import Scenario
 from atm_fl.clients.app import app as client_app
 from atm_fl.errors import RunError, SettingError
@@ -483,6 +484,14 @@ def test_private_entries_that_diverge_under_dp_tell_nobody(
     found = ClientState("0" * 16, party.client).last("private", 3)
     assert found
     assert all(torch.equal(value, party.model._first[name]) for name, value in found.items())
+
+
+def test_the_audit_tells_the_trunks_noise_from_none(config: dict[str, Any]) -> None:
+    settings = settings_of(config, privacy="dp-sgd", dp_noise=2.0, local_epochs=4.0)
+    assert 0.8 < shared_noise(settings, settings.task_names[0])["replaced"] < 1.2
+    on, off = (audit(settings, settings.task_names[0], 20, 20, silent) for silent in (False, True))
+    assert on.bound <= on.claimed
+    assert off.correct > 14
 
 
 # ------------------------------------------------------------------------------------------------ exports and pages
