@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
+import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +27,7 @@ from atm_fl.errors import RunError, SettingError
 from atm_fl.flower import TaskVectorStrategy, encoded
 from atm_fl.merging import make_merge
 from atm_fl.server.grid import InProcessGrid
+from atm_fl.server.simulation import superlink
 from atm_fl.vectors import Layout
 
 APP = Path(__file__).parents[1] / "examples" / "flower_app"
@@ -112,6 +117,39 @@ def test_the_mean_ends_with_fedavgs_bits_and_metrics_in_the_quickstart_app() -> 
     assert not same(ours.arrays, ArrayRecord(Net().state_dict()))
     assert ours.train_metrics_clientapp == theirs.train_metrics_clientapp
     assert ours.evaluate_metrics_clientapp == theirs.evaluate_metrics_clientapp
+
+
+def flwr_run(variables: dict[str, str], merge: str, out: Path) -> dict[str, torch.Tensor]:
+    """The final weights of the app under `flwr run`, as the app saves them."""
+    config = f"out={json.dumps(str(out))} merge={json.dumps(merge)} num-server-rounds=2"
+    federation = "num-supernodes=2 client-resources-num-cpus=1"
+    command = ["flwr", "run", str(APP), "local", "--stream", "-c", config, "--federation-config", federation]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600, check=False)
+    log = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
+    started = re.search(r"started run (\d+)", log)
+    assert started, log
+    listing = ["flwr", "list", "local", "--run-id", started[1], "--format", "json"]
+    deadline, status = time.monotonic() + 600, ""
+    while "finished:" not in status:  # the stream of logs may break off before the run ends
+        assert time.monotonic() < deadline, log + status
+        status = subprocess.run(listing, env=variables, capture_output=True, text=True, timeout=120, check=False).stdout
+    assert '"finished:completed"' in status, log
+    weights: dict[str, torch.Tensor] = torch.load(out, weights_only=True)
+    return weights
+
+
+@pytest.mark.slow
+def test_the_mean_ends_with_fedavgs_bits_under_flwr_run(tmp_path: Path) -> None:
+    """Two clients: FedAvg adds in the order of arrival, which of two numbers makes no difference."""
+    with superlink(tmp_path / "flower") as variables:
+        theirs = flwr_run(variables, "", tmp_path / "fedavg.pt")
+        ours = flwr_run(variables, "mean", tmp_path / "mean.pt")
+    torch.manual_seed(CONFIG["seed"])
+    before = Net().state_dict()
+    assert ours.keys() == theirs.keys() == before.keys()
+    for name in (name for name, values in before.items() if values.is_floating_point()):
+        assert torch.equal(ours[name], theirs[name]), name
+        assert not torch.equal(ours[name], before[name]), name
 
 
 @pytest.mark.parametrize("examples", [(1, 1, 1, 1), (7, 600, 31, 2)])
