@@ -15,23 +15,27 @@ each candidate runs for `tuning-rounds` (all its rounds if not said). A row with
 of these rounds that is best on validation images that were not tuned on (`holdout`). `report` makes a row of its own of
 each of these rounds. Test splits are only read for the tables.
 
+`pairs` names pairs of rows whose difference is tested at the end of both (significance.py).
+
 Every unit of work is a folder and resumes by itself.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -41,6 +45,7 @@ from atm_fl.errors import RunError, SettingError, did_you_mean
 from atm_fl.experiments import contest_page
 from atm_fl.experiments.joint import run_joint
 from atm_fl.experiments.landscape import landscape
+from atm_fl.experiments.significance import differences
 from atm_fl.federation.aggregation import by_task, merge_tasks
 from atm_fl.federation.chain import Chain
 from atm_fl.federation.client import Party
@@ -60,6 +65,8 @@ from atm_fl.training.evaluation import mean_accuracy
 from atm_fl.transforms import Context
 from atm_fl.vectors import Layout
 
+RIGHTLY = "rightly.npz"
+"""Of a unit: which test images its end classifies rightly, by client."""
 KINDS = ("single", "joint", "one-shot", "atm", "ph-atm")
 Choice = dict[str, Any]
 """Values of a row's tuned settings."""
@@ -108,6 +115,7 @@ class Contest:
     settings: dict[str, Any]
     rows: list[ContestRow]
     landscape: Slice | None = None
+    pairs: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Contest:
@@ -121,7 +129,8 @@ class Contest:
         if "landscape" in values:
             cut = {key.replace("-", "_"): value for key, value in values["landscape"].items()}
             values = values | {"landscape": Slice(**cut)}
-        study = cls(**values | {"folder": Path(values["folder"]), "rows": expanded})
+        pairs = _named_pairs(values.get("pairs", []))
+        study = cls(**values | {"folder": Path(values["folder"]), "rows": expanded, "pairs": pairs})
         kinds = [row.kind for row in expanded]
         if "single" not in kinds and {"one-shot", "ph-atm"} & set(kinds):
             raise SettingError("a contest with one-shot or ph-atm rows needs a row of kind single")
@@ -141,6 +150,13 @@ class Contest:
                 over = [number for number in (*row.report, *row.select) if not 0 < number <= settings.rounds]
                 if over:
                     raise SettingError(f"row {row.name!r}: it has {settings.rounds} rounds, so none is {over[0]}")
+        comparable = [row.name for row in study.rows if not row.select]
+        for name in (name for pair in pairs for name in pair):
+            if name not in comparable:
+                known = did_you_mean(name, comparable)
+                raise SettingError(
+                    f"pairs: {name!r} is no row, or one with `select`, whose end is not what it reports{known}"
+                )
         if study.landscape:
             for key, name, kind in (
                 ("row", study.landscape.row, "atm"),
@@ -161,9 +177,21 @@ class Contest:
         """Where its tables and pages go."""
         return self.folder / self.name
 
+    def row_named(self, name: str) -> ContestRow:
+        """The row called `name`."""
+        return next(row for row in self.rows if row.name == name)
+
     def row(self, kind: str, name: str = "") -> ContestRow:
         """The first row of a kind, or the one called `name`."""
         return next(row for row in self.rows if row.kind == kind and name in ("", row.name))
+
+
+def _named_pairs(value: Any) -> tuple[tuple[str, str], ...]:
+    """The value of `pairs`. SettingError if it is not a list of pairs of names."""
+    pairs = [pair for pair in value if isinstance(pair, list) and len(pair) == 2] if isinstance(value, list) else []
+    if value != pairs or not all(isinstance(name, str) for pair in pairs for name in pair):
+        raise SettingError(f'pairs={value!r}: it takes pairs of rows, as [["one", "other"]]')
+    return tuple((one, other) for one, other in pairs)
 
 
 def _row(name: str, values: dict[str, Any]) -> ContestRow:
@@ -277,12 +305,60 @@ def failed(unit: ContestUnit) -> bool:
 
 
 def _run(unit: ContestUnit) -> None:
-    run = run_loop(replace(unit.settings(), resume=bool(checkpoints(unit.folder))))
+    settings = unit.settings()
+    parties = _parties(settings)
+    run = run_loop(replace(settings, resume=bool(checkpoints(unit.folder))), parties)
+    _save_rightly(unit, _tested(parties))
     ClientState.forget(run.id)
 
 
 def _joint(unit: ContestUnit) -> None:
-    run_joint(unit.settings())
+    _save_rightly(unit, _tested(run_joint(unit.settings())))
+
+
+def _tested(parties: Iterable[Party]) -> dict[str, np.ndarray]:
+    """By client: which test images its last evaluation classified rightly, bool [n]."""
+    return {party.client: party.rightly["test"].numpy() for party in parties}
+
+
+def _save_rightly(unit: ContestUnit, rightly: dict[str, np.ndarray]) -> None:
+    """Keep which test images the end of a unit classifies rightly, by client bool [n], for `pairs`."""
+    with atomic_write(unit.folder / RIGHTLY) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **rightly)
+
+
+def _rightly(study: Contest, name: str, seed: int) -> dict[str, np.ndarray] | None:
+    """What `_save_rightly` kept of a row, by client bool [n]; None if there is nothing, as of a row without an end."""
+    row = study.row_named(name)
+    choice = best_choice(study, row) if row.tune and row.kind != "one-shot" else {}
+    unit = ContestUnit(study, row, seed, choice)
+    if not finished(unit) or failed(unit):
+        return None
+    if not (unit.folder / RIGHTLY).exists():
+        logging.getLogger(__name__).warning(
+            "pairs: %s is of an older atm-fl and has no %s; delete %s to do it again", unit, RIGHTLY, unit.folder
+        )
+        return None
+    with np.load(unit.folder / RIGHTLY) as file:
+        return dict(file)
+
+
+def _pairs(study: Contest) -> list[dict[str, Any]]:
+    """The tested differences of `pairs`, over the seeds that both rows have."""
+    outcomes = []
+    for names in study.pairs:
+        rows = [{seed: there for seed in study.seeds if (there := _rightly(study, name, seed))} for name in names]
+        seeds = sorted(rows[0].keys() & rows[1].keys())
+        if not seeds:
+            continue
+        single = {}
+        if any(row.kind == "single" for row in study.rows):
+            alone = study.row("single").name
+            single = {seed: there for seed in seeds if (there := _rightly(study, alone, seed))}
+        one, other = ([row[seed] for seed in seeds] for row in rows)
+        tested = differences(one, other, list(single.values()) if len(single) == len(seeds) else [])
+        outcomes.append({"rows": list(names), "seeds": seeds, "differences": {k: asdict(v) for k, v in tested.items()}})
+    return outcomes
 
 
 def _landscape(unit: ContestUnit) -> None:
@@ -320,7 +396,7 @@ def _single(unit: ContestUnit) -> None:
     """Tune every task alone. Vectors stay on disk, so that a break loses one task."""
     settings = unit.settings()
     _claim(unit, settings)
-    parties = _parties(settings)
+    parties = _without_buffers(settings)
     base = parties[0].model.pretrained
     by_client: dict[str, dict[str, Any]] = {}
     for party in parties:
@@ -333,19 +409,27 @@ def _single(unit: ContestUnit) -> None:
             with atomic_write(path) as temporary:
                 save_file({"vector": vector}, str(temporary))
             after = party.evaluate(base + vector, ("validation", "test"))
+            with atomic_write(unit.folder / f"{party.client}.npy") as temporary, temporary.open("wb") as file:
+                np.save(file, party.rightly["test"].numpy())
             with atomic_write(numbers) as temporary:
                 sent = {"bytes_up": size_of(update.arrays)}
                 temporary.write_text(json.dumps({"before": update.evaluation, "after": after, **update.tuning, **sent}))
         by_client[party.client] = json.loads(numbers.read_text())
+    alone = {party.client: unit.folder / f"{party.client}.npy" for party in parties}
+    if all(path.exists() for path in alone.values()):  # not of an older atm-fl
+        _save_rightly(unit, {client: np.load(path) for client, path in alone.items()})
     with atomic_write(unit.folder / "results.json") as temporary:
         temporary.write_text(json.dumps(by_client, indent=1))
 
 
 def _parties(settings: Settings) -> list[Party]:
-    parties = [
-        Party(settings, task, client=client)
-        for client, task in zip(settings.party_names, settings.task_names, strict=True)
-    ]
+    named = zip(settings.party_names, settings.task_names, strict=True)
+    return [Party(settings, task, client=client) for client, task in named]
+
+
+def _without_buffers(settings: Settings) -> list[Party]:
+    """The parties of a model whose vectors are all that is merged; SettingError if it has buffers beside."""
+    parties = _parties(settings)
     if settings.buffers != "frozen" and parties[0].model.buffers.names:
         raise SettingError(
             f"buffers={settings.buffers!r}: one-shot merges are of the vectors alone; with model={settings.model!r} "
@@ -367,7 +451,7 @@ def _one_shot(unit: ContestUnit) -> None:
     study = unit.study
     settings = unit.settings()
     _claim(unit, settings)
-    parties, vectors = _parties(settings), single_vectors(study, unit.seed)
+    parties, vectors = _without_buffers(settings), single_vectors(study, unit.seed)
     base, layout = parties[0].model.pretrained, parties[0].model.layout
     single = json.loads((ContestUnit(study, study.row("single"), unit.seed).folder / "results.json").read_text())
     images = {client: trained["images"] for client, trained in single.items()}
@@ -382,6 +466,7 @@ def _one_shot(unit: ContestUnit) -> None:
     model = _after_one_round(replace(unit, choice=best["choice"]).settings(), base, layout, vectors, images)
     save_checkpoint(unit.folder, 1, model, layout)
     outcome = best | {"test": {party.client: party.evaluate(model, ("test",))["test"] for party in parties}}
+    _save_rightly(unit, _tested(parties))
     with atomic_write(unit.folder / "results.json") as temporary:
         temporary.write_text(json.dumps(outcome | {"tried": tried, "seconds": seconds}, indent=1))
 
@@ -485,6 +570,7 @@ def results(study: Contest) -> dict[str, Any]:
         "elements": elements,
         "rows": rows,
         "alignment": alignment,
+        "pairs": _pairs(study),
         "landscape": json.loads(cut.read_text()) if study.landscape and cut.exists() else None,
     }
 
@@ -611,7 +697,7 @@ def table(study: Contest) -> str:
     with atomic_write(study.reports / "results.json") as temporary:
         temporary.write_text(json.dumps(outcomes, indent=1))
     contest_page.write(outcomes, study.reports)
-    return f"{contest_page.table(outcomes)}\n\n{contest_page.cost_table(outcomes)}"
+    return contest_page.tables(outcomes)
 
 
 def page(study: Contest) -> Path:

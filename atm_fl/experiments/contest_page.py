@@ -25,6 +25,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
+from atm_fl.experiments.significance import LEVEL
 from atm_fl.files import atomic_write
 from atm_fl.runs import pages
 from atm_fl.runs.pages import Series
@@ -45,6 +46,16 @@ def table(results: Results) -> str:
 def cost_table(results: Results) -> str:
     """Markdown: what every row's training cost, mean over seeds, its tuned values and what finding them cost."""
     return _markdown(_cost_cells(_ContestResults.of(results)))
+
+
+def pairs_table(results: Results) -> str:
+    """Markdown: the tested differences of pairs of rows; "" if there are none."""
+    return _markdown(_pairs_cells(results)) if results.get("pairs") else ""
+
+
+def tables(results: Results) -> str:
+    """All tables in Markdown, one after the other."""
+    return "\n\n".join(filter(None, [table(results), cost_table(results), pairs_table(results)]))
 
 
 def csv_text(results: Results) -> str:
@@ -74,6 +85,7 @@ def page(results: Results) -> str:
         pages.table(*_accuracy_cells(contest), _ACCURACY_CAPTION, "numbers dense"),
         "<h2>Cost</h2>",
         pages.table(*_cost_cells(contest), _COST_CAPTION, "numbers dense"),
+        *_pairs(results),
         *_curves(contest),
         *_costs(contest),
         *_heat_map(contest),
@@ -86,7 +98,7 @@ def page(results: Results) -> str:
 def write(results: Results, folder: Path) -> Path:
     """Write table.md, results.csv and report.html into `folder`. Returns the page's path."""
     texts = {
-        "table.md": f"{table(results)}\n\n{cost_table(results)}\n",
+        "table.md": f"{tables(results)}\n",
         "results.csv": csv_text(results),
         "report.html": page(results),
     }
@@ -193,6 +205,12 @@ _COST_CAPTION = (
 )
 
 
+_PAIRS_CAPTION = (
+    "Test accuracy in points, mean over seeds, of the first row less the second's: of each task, of their mean, and of "
+    "the worst task in percent of its single-task model; paired bootstrap over images and seeds, p two-sided"
+)
+
+
 def _accuracy_cells(contest: _ContestResults) -> Cells:
     lines = []
     for row in contest.rows:
@@ -225,6 +243,28 @@ def _cost_cells(contest: _ContestResults) -> Cells:
     ]
     head = ["row", "tuned values", "optimizer steps", "training TFLOP", "seconds (one core)", "MB on the wire"]
     return [*head, "tuning cost"], lines
+
+
+def _pairs(results: Results) -> Iterator[str]:
+    if results.get("pairs"):
+        yield "<h2>Differences</h2>"
+        yield pages.table(*_pairs_cells(results), _PAIRS_CAPTION, "numbers dense")
+
+
+def _pairs_cells(results: Results) -> Cells:
+    """A line a pair and measure."""
+    lines = [
+        [
+            f"{' − '.join(pair['rows'])} (seeds {', '.join(map(str, pair['seeds']))})",
+            measure,
+            f"{100 * tested['value']:+.1f}",
+            f"{100 * tested['low']:+.1f} to {100 * tested['high']:+.1f}",
+            f"{tested['p']:.4f}",
+        ]
+        for pair in results["pairs"]
+        for measure, tested in pair["differences"].items()
+    ]
+    return ["rows", "of", "difference", f"{100 * LEVEL:g} % interval", "p"], lines
 
 
 def _tuned(row: _RowResults, seeds: Iterable[str]) -> str:

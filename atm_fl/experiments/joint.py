@@ -22,13 +22,14 @@ from atm_fl.settings import Settings
 from atm_fl.training.local import make_optimizer
 
 
-def run_joint(settings: Settings) -> None:
+def run_joint(settings: Settings) -> list[Party]:
     """Tune the pretrained model on the union of the tasks' splits for `rounds` epochs, with one optimizer throughout.
 
     A batch is drawn from all tasks' images; each image goes through its own task's frozen head and, with `private`,
     through its own task's private entries, all of which the one optimizer tunes beside the shared ones. The run
     directory is an ordinary one, an epoch a round, with the single "task" joint in its tuning lines. It cannot resume,
-    since the optimizer's state is not kept: what is there begins anew.
+    since the optimizer's state is not kept: what is there begins anew. Returns the tasks' parties, which have evaluated
+    its end.
     """
     if settings.buffers == "private":
         raise SettingError("buffers='private': a joint model has no parties; choose 'mean' or 'frozen'")
@@ -106,6 +107,7 @@ def run_joint(settings: Settings) -> None:
             accuracies = party.evaluate(run.base, ("validation", "test"), known)
             run.record("evaluation", run.rounds_done, task=party.task, **accuracies)
         ClientState.forget(run.id)
+    return parties
 
 
 def _with_all_private(flat: nn.Parameter, size: int, parties: int) -> tuple[nn.Parameter, list[slice]]:

@@ -22,7 +22,7 @@ from atm_fl.privacy.disclosure import disclosed
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings, check_model
 from atm_fl.tasks import Dataset, Split
-from atm_fl.training.evaluation import accuracy
+from atm_fl.training.evaluation import classified_rightly
 from atm_fl.training.local import State, Tuned, full_gradient
 from atm_fl.transforms import Context
 
@@ -59,6 +59,8 @@ class Party:
         )
         self.task = name or self.data.name
         self.client = client or self.task
+        self.rightly: dict[str, Tensor] = {}
+        """By split: which records the last evaluation classified rightly, bool [n]. Stays here."""
         self.head = kept_head(settings, self.data, self.model, self.task)
         self.splits, self.tuned_on = split_up(self.data, settings, self.task, self.model.device)
         source = str(Path(task).resolve()) if "/" in task else task
@@ -88,9 +90,11 @@ class Party:
         return self._accuracies(splits)
 
     def _accuracies(self, splits: tuple[str, ...]) -> dict[str, float]:
-        return {
-            split: accuracy(self.model.module, self.head, self.splits[split], self.settings.workers) for split in splits
-        }
+        for split in splits:
+            self.rightly[split] = classified_rightly(
+                self.model.module, self.head, self.splits[split], self.settings.workers
+            )
+        return {split: int(self.rightly[split].sum()) / len(self.splits[split]) for split in splits}
 
     def train(self, base: Tensor, round_number: int, run: str = "") -> Update:
         """Evaluate the received base, tune it for `local-epochs`, and return the task vector against it.

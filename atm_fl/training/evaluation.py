@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from atm_fl.models import EVALUATION_BATCH
 from atm_fl.tasks import Split
 
 
 @torch.inference_mode()
+def classified_rightly(model: nn.Module, head: nn.Module, data: Split, workers: int = 0) -> Tensor:
+    """Which of `data` model and head classify rightly, bool [n] on the CPU; `workers` processes decode image files."""
+    batches = data.batches(batch_size=EVALUATION_BATCH, workers=workers)
+    return torch.cat([(head(model(images)).argmax(-1) == labels).cpu() for images, labels in batches])
+
+
 def accuracy(model: nn.Module, head: nn.Module, data: Split, workers: int = 0) -> float:
     """The fraction of `data` that model and head classify rightly, in 0..1; `workers` processes decode image files."""
-    right = sum(
-        int((head(model(images)).argmax(-1) == labels).sum())
-        for images, labels in data.batches(batch_size=EVALUATION_BATCH, workers=workers)
-    )
-    return right / len(data)
+    return int(classified_rightly(model, head, data, workers).sum()) / len(data)
 
 
 def mean_accuracy(accuracies: Mapping[str, float]) -> float:

@@ -1,0 +1,82 @@
+"""Whether one row of a contest is better than another, or chance: a paired bootstrap over test images and seeds.
+
+Both rows classify the same test images, in runs of the same seeds, so that what is hard for both cancels (Efron and
+Tibshirani 1993, An introduction to the bootstrap, ch. 8 and 16). A resample draws images of every task and, where there
+are several, seeds, both with replacement and the same for both rows. Drawing both ways overstates what comes of image
+and seed together (Owen 2007, The pigeonhole bootstrap), so that it errs on the side of no claim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+CHUNK = 500
+"""Resamples at once: their weights are float32 [CHUNK, images]."""
+LEVEL = 0.99
+"""Of the interval: a claim holds at p < 0.01."""
+
+Rightly = Mapping[str, np.ndarray]
+"""By task: which test images a model classifies rightly, bool [n]."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One row's accuracy less another's, from −1 to 1, with an interval of LEVEL; p is two-sided, never 0."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def differences(
+    one: Sequence[Rightly], other: Sequence[Rightly], single: Sequence[Rightly] = (), resamples: int = RESAMPLES
+) -> dict[str, Difference]:
+    """The first row less the second: of each task, of their mean and, where the single-task models (single) are given,
+    of the worst normalised task: the least accuracy, mean over seeds, in parts of the single-task models'.
+
+    Each row has a model a seed, in the same order of seeds; all have the same tasks and images. Deviations are widened
+    by √(S / (S − 1)), since S seeds drawn from S vary too little; one seed alone says nothing of other seeds. The same
+    input has the same output. ValueError if the rows do not pair.
+    """
+    rows = [one, other, *([single] if single else [])]
+    tasks = list(one[0])
+    for row in rows:
+        if len(row) != len(one):
+            raise ValueError(f"rows of {len(one)} and {len(row)} seeds do not pair")
+        if any(
+            {task: len(model[task]) for task in model} != {task: len(one[0][task]) for task in tasks} for model in row
+        ):
+            raise ValueError("rows of other tasks or test images do not pair")
+    random, seeds = np.random.default_rng(0), len(one)
+    drawn_seeds = random.multinomial(seeds, [1 / seeds] * seeds, resamples) / seeds
+    exact = np.stack([[np.mean([model[task].mean() for model in row]) for task in tasks] for row in rows])
+    resampled = np.empty((len(rows), len(tasks), resamples))
+    for number, task in enumerate(tasks):
+        images = len(one[0][task])
+        rightly = [np.stack([model[task] for model in row]).astype(np.float32) for row in rows]
+        for begin in range(0, resamples, CHUNK):
+            chunk = slice(begin, min(begin + CHUNK, resamples))
+            picked = random.integers(images, size=(chunk.stop - begin, images))
+            weights = np.stack([np.bincount(places, minlength=images) for places in picked]).astype(np.float32) / images
+            for place, models in enumerate(rightly):
+                resampled[place, number, chunk] = np.einsum("rs,rs->r", weights @ models.T, drawn_seeds[chunk])
+    measured = {task: (exact[:2, number], resampled[:2, number]) for number, task in enumerate(tasks)}
+    measured["mean"] = exact[:2].mean(1), resampled[:2].mean(1)
+    if single:
+        measured["worst normalised task"] = (exact[:2] / exact[2]).min(1), (resampled[:2] / resampled[2]).min(1)
+    widen = (seeds / (seeds - 1)) ** 0.5 if seeds > 1 else 1.0
+    return {name: _difference(*values, widen) for name, values in measured.items()}
+
+
+def _difference(exact: np.ndarray, resampled: np.ndarray, widen: float) -> Difference:
+    """Of two rows' measure [2] and its resamples [2, R]."""
+    value = float(exact[0] - exact[1])
+    drawn = value + widen * (resampled[0] - resampled[1] - value)
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    tail = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
+    return Difference(value, float(low), float(high), float(min(1.0, 2 * (tail + 1) / (drawn.size + 1))))
