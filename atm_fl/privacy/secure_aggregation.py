@@ -11,8 +11,8 @@ is unmasked. Each round of a run, with fresh keys:
     confirm   u opens the shares that were sealed for it, and says whose opened                        U₂ stayed
     vectors   u sends  y_u = x_u + PRG(b_u) + Σ_{u<v} PRG(s_uv) − Σ_{v<u} PRG(s_uv)   over v in U₂     U₃ answered
     sign      u signs U₃ and the public keys of U₂, once
-    unmask    u sees the signatures of t parties on just that, and reveals, of every v in U₂, its share of b_v if v is
-              in U₃, and else of v's mask key
+    unmask    u sees the signatures of t parties on just that, and reveals, of every v in U₂ whose share it has, its
+              share of b_v if v is in U₃, and else of v's mask key
 
 s_uv comes of u's mask key and v's, so that pairs cancel in Σ y; the server joins the shares, and takes PRG(b_v) off for
 those who are in the sum and what does not cancel for those who went missing. At least t must answer every time.
@@ -27,11 +27,11 @@ keys or invents parties gets no vector, and one that tells parties different U�
 trusts nobody's key believes the server's; then only the rule t > n/2 guards against different U₃: each party answers
 once, with one kind of share of each other, and t of both kinds would take 2t answers.
 
-A party whose keys or shares are bad is out by name and the round goes on: the server checks what it can see, and asks
-the parties whom they accept for the rest (`settle`). A wrong share among those that are
-revealed is found by the hash or the public key of what it is to join to, and left out. Who dealt shares that open but
-do not join shows only then (`UnjoinedShares`): its mask stays on the sum, which is given up, and the round is done
-again without it, with fresh keys and seeds.
+A party whose keys or shares are bad is out by name and the round goes on, and no party can put out another by its
+word: the server checks what it can see, and counts whom the parties accept for the rest (`refused_keys`, `unshared`). A
+wrong share among those that are revealed is found by the hash or the public key of what it is to join to, and left
+out. Who dealt shares that open but do not join shows only then (`UnjoinedShares`): its mask stays on the sum, which is
+given up, and the round is done again without it, with fresh keys and seeds.
 """
 
 from __future__ import annotations
@@ -209,9 +209,9 @@ class Member:
     def mask(self, words: np.ndarray, parties: Collection[str]) -> None:
         """Given U₂: mask its words [n] in place. They may then be sent."""
         self._step("opened", "masked")
-        self._check(parties, self.held, "parties")
+        self._check(parties, self.keys, "parties")
         self.keys = {name: self.keys[name] for name in self.parties if name in parties}
-        self.held = {name: self.held[name] for name in self.keys}
+        self.held = {name: self.held[name] for name in self.keys if name in self.held}
         add_mask(words, self.seed)
         key = X25519PrivateKey.from_private_bytes(self.mask_key)
         for other in self.keys.keys() - {self.name}:
@@ -221,12 +221,12 @@ class Member:
     def agree(self, summed: Collection[str]) -> bytes:
         """Given U₃, whose vectors are in the sum: its signature on it and on the keys of U₂, 64 bytes."""
         self._step("masked", "agreed")
-        self._check(summed, self.held, "vectors")
+        self._check(summed, self.keys, "vectors")
         self.summed = sorted(set(summed))
         return self.identity.sign("sum", *self._of_sum())
 
     def reveal(self, summed: Collection[str], signatures: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Given U₃ again and who signed it: of each of those its share of the seed, of the others of the key.
+        """Given U₃ again and who signed it: what it holds of each of those, its share of the seed, of others of the key.
 
         A party that trusts nobody's key cannot tell a signature, and takes it that the set is what the server says.
         """
@@ -322,28 +322,35 @@ class Member:
 # -------------------------------------------------------------------------------------------------------- the server
 
 
-def settle(accepted: Mapping[str, Collection[str]], most: int) -> dict[str, str]:
-    """Given whom each party accepts: who has to go so that all others accept each other, and why.
+def refused_keys(accepted: Mapping[str, Collection[str]], most: int) -> dict[str, str]:
+    """Given whose keys each party accepts, and that at most `most` are bad: who is out, and why.
 
-    Of two that are in conflict one is bad, and nobody can tell which. Where at most `most` are bad, one that is in
-    conflict with more is; where no count tells, both go. So bad parties put out at most as many others, be it by
-    refusing them or by giving them a reason to refuse.
+    All were sent the same keys. So bad ones are refused by every good party, who are more than `most`; where fewer
+    refuse, it is they who cannot stay, since masks need both: for their trust, which is another than the others', or
+    for their word, which is false.
     """
-    left = list(accepted)
-    out: dict[str, str] = {}
-
-    def against(name: str) -> list[str]:
-        return [one for one in left if one != name and (name not in accepted[one] or one not in accepted[name])]
-
-    while conflicts := {name: others for name in left if (others := against(name))}:
-        worst = max(conflicts, key=lambda name: len(conflicts[name]))
-        leave = [worst] if len(conflicts[worst]) > most else [worst, conflicts[worst][0]]
-        for name in leave:
-            by = [one for one in conflicts[name] if name not in accepted[one]]
-            out[name] = f"refused by {', '.join(by)}" if by else f"it refuses {', '.join(conflicts[name])}"
-        left = [name for name in left if name not in leave]
-        most -= 1
+    by = {name: [one for one in accepted if name not in accepted[one] and one != name] for name in accepted}
+    out = {name: f"refused by {', '.join(ones)}" for name, ones in by.items() if len(ones) > most}
+    for name, held in accepted.items():
+        if name not in out and (others := [other for other in accepted if other not in (*held, *out, name)]):
+            out[name] = f"it refuses {', '.join(others)}"
     return out
+
+
+def unshared(opened: Mapping[str, Collection[str]], threshold: int) -> dict[str, str]:
+    """Given whose shares each party has opened: who is out since fewer than `threshold` have a share of it, and why.
+
+    A share that one party lacks is none lost: any `threshold` of them join. So who says that another's did not open
+    harms nobody.
+    """
+    out: dict[str, str] = {}
+    while True:
+        left = [name for name in opened if name not in out]
+        holders = {name: sum(name in opened[one] for one in left) for name in left}
+        few = {name: count for name, count in holders.items() if count < threshold}
+        if not few:
+            return out
+        out |= {name: f"its shares opened at {count} parties, {threshold} are needed" for name, count in few.items()}
 
 
 class UnjoinedShares(RunError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from logging import WARNING
 from typing import Any
 
@@ -18,9 +18,10 @@ from atm_fl.privacy.secure_aggregation import (
     UnjoinedShares,
     check_keys,
     duplicates,
+    refused_keys,
     session_of,
-    settle,
     unmask,
+    unshared,
 )
 from atm_fl.runs.run import Run
 from atm_fl.server import boundary
@@ -47,6 +48,8 @@ class SecureExchange:
         self._keys: dict[str, bytes] = {}
         self._sealed: dict[str, dict[str, bytes]] = {}
         """By sender: what it sealed, by recipient."""
+        self._opened: dict[str, set[str]] = {}
+        """By holder: of whom it has shares."""
         self.clients: list[str] = []
         """Those that mask their vectors for each other."""
         self.failures = dict(excluded)
@@ -78,7 +81,10 @@ class SecureExchange:
                 self._sealed[client] = sealed
             else:
                 self._drop(client, f"{len(record) - len(sealed)} of its shares are none")
-        self._settle(self._sealed, "keys")
+        settings = self._run.settings
+        most_bad = len(settings.party_names) - settings.threshold
+        for client, why in refused_keys(self._sealed, most_bad).items():
+            self._drop(client, f"keys {why}" if why.startswith("refused") else f"{why}: their keys")
 
     def confirm(self) -> None:
         """Pass the sealed shares on, and hear whose open."""
@@ -87,15 +93,15 @@ class SecureExchange:
             client: {"sealed": {other: self._sealed[other][client] for other in here if other != client}}
             for client in here
         }
-        opened: dict[str, list[str]] = {}
         for client, record in self._ask("confirm", sent):
             try:
-                opened[client] = _content(record, "opened", list)
+                self._opened[client] = {other for other in _content(record, "opened", list) if other in here}
             except ValueError as error:
                 self._drop(client, str(error))
-        self._settle(opened, "shares")
+        for client, why in unshared(self._opened, self._run.settings.threshold).items():
+            self._drop(client, why)
         self.clients = [
-            client for client in self._run.settings.party_names if client in opened.keys() - self.failures.keys()
+            client for client in self._run.settings.party_names if client in self._opened.keys() - self.failures.keys()
         ]
 
     def unmask(self, words: np.ndarray, summed: list[str]) -> str:
@@ -113,7 +119,8 @@ class SecureExchange:
             except ValueError as error:
                 self._drop(client, str(error))
         for client, record in self._ask("unmask", {client: what | {"signatures": signatures} for client in signatures}):
-            if set(record) == set(self.clients) and all(isinstance(share, bytes) for share in record.values()):
+            held = self._opened[client].intersection(self.clients)
+            if set(record) == held and all(isinstance(share, bytes) for share in record.values()):
                 revealed[client] = record
             else:
                 self._drop(client, "not the shares that it was asked for")
@@ -137,12 +144,6 @@ class SecureExchange:
 
     def _drop(self, client: str, why: str) -> None:
         self.failures[client] = f"refused: {why}"
-
-    def _settle(self, accepted: Mapping[str, Collection[str]], what: str) -> None:
-        """Drop whoever stands between the others, by whom each accepts."""
-        settings = self._run.settings
-        for client, why in settle(accepted, len(settings.party_names) - settings.threshold).items():
-            self._drop(client, f"{what} {why}" if why.startswith("refused") else f"{why}: their {what}")
 
     def _ask(self, what: str, contents: Mapping[str, Mapping[str, Mapping]]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Send each client its records and yield (client, the record `what` of its reply); failures are noted."""
