@@ -1,7 +1,8 @@
 """The two errors a user meets: a setting that cannot work, and a run that cannot go on.
 
 A party's error goes to the server. So its text says the rule, and what tells of its data or its disk (`figures`) is a
-note of the exception, which goes to the party's own log.
+note of the exception, which goes to the party's own log. So do all of an `OwnFileError` and, where the party's machine
+is its own, its paths (atm_fl/clients/mods.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,14 @@ E = TypeVar("E", bound=Exception)
 
 class SettingError(ValueError):
     """A setting, file or argument is wrong. The message names it, its value and the fix; it is shown as it is."""
+
+
+class OwnFileError(SettingError):
+    """What is wrong with a party's own files. The message may quote them: the server is told `what` they are alone."""
+
+    def __init__(self, what: str, message: str) -> None:
+        super().__init__(message)
+        self.what = what
 
 
 class RunError(RuntimeError):

@@ -20,7 +20,7 @@ from typing import Any
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
-from atm_fl.errors import RunError, SettingError, did_you_mean
+from atm_fl.errors import OwnFileError, RunError, SettingError, did_you_mean
 from atm_fl.models.trainable import items
 from atm_fl.settings import Settings, kebab
 from atm_fl.tables import markdown
@@ -91,18 +91,20 @@ class Policy:
         try:
             table = tomllib.loads(path.read_text())
         except OSError as error:
-            raise SettingError(f'policy {path} cannot be read ({error.strerror}); name it with policy="…"') from error
+            raise OwnFileError(
+                "policy", f'policy {path} cannot be read ({error.strerror}); name it with policy="…"'
+            ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise SettingError(f"policy {path} is no TOML: {error}") from error
+            raise OwnFileError("policy", f"policy {path} is no TOML: {error}") from error
         known = {kebab(item.name): item for item in fields(cls)}
         values = {}
         for key, value in table.items():
             if key not in known:
-                raise SettingError(f"policy {path}: rule {key!r} is unknown{did_you_mean(key, known)}")
+                raise OwnFileError("policy", f"policy {path}: rule {key!r} is unknown{did_you_mean(key, known)}")
             try:
                 values[known[key].name] = _typed(value, known[key])
             except ValueError as error:
-                raise SettingError(f"policy {path}: {key}={value!r}: {error}") from None
+                raise OwnFileError("policy", f"policy {path}: {key}={value!r}: {error}") from None
         if values.get("trusted_parties"):
             values["trusted_parties"] = str(path.parent / values["trusted_parties"])
         return cls(**values)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from federation import final, in_process, same
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -25,7 +26,6 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_boundary import CHANGES, QUICK, mutations, raw
-from test_runs import final, in_process, same
 
 from atm_fl import vectors
 from atm_fl.clients.app import app as client_app

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atm_fl import tasks
 from atm_fl.codecs import Arrays
-from atm_fl.errors import RunError
+from atm_fl.errors import OwnFileError, RunError, SettingError
 from atm_fl.federation.chain import Chain
 from atm_fl.federation.client_state import ClientState
 from atm_fl.federation.heads import kept_head
@@ -54,9 +54,7 @@ class Party:
         self.settings, self.chain = settings, Chain(settings)
         self.model = shared_model(settings.of_model())
         check_model(settings, self.model.module)
-        self.data: Dataset = tasks.load(
-            task, self.model.module.image_size, settings.workers, getattr(self.model.module, "tokenizer", None)
-        )
+        self.data = self._data(task)
         self.task = name or self.data.name
         self.client = client or self.task
         self.rightly: dict[str, Tensor] = {}
@@ -65,6 +63,13 @@ class Party:
         self.splits, self.tuned_on = split_up(self.data, settings, self.task, self.model.device)
         source = str(Path(task).resolve()) if "/" in task else task
         self.budget = Budget(settings, self.task, self.tuned_on, account, source, self.client)
+
+    def _data(self, task: str) -> Dataset:
+        model, workers = self.model.module, self.settings.workers
+        try:
+            return tasks.load(task, model.image_size, workers, getattr(model, "tokenizer", None))
+        except (SettingError, OSError, ValueError) as error:
+            raise OwnFileError("data", str(error)) from error
 
     def context(self, round_number: int, run: str = "") -> Context:
         """What this party has at the start of a round. run: the run's id; without one nothing was kept."""

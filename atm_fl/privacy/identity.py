@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from atm_fl import tasks
-from atm_fl.errors import SettingError
+from atm_fl.errors import OwnFileError, SettingError
 from atm_fl.files import write_once
 
 SIGNATURE_BYTES = 64
@@ -114,15 +114,18 @@ def read_trusted(path: str | Path) -> dict[str, bytes]:
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"trusted-parties={str(path)!r} cannot be read: {error}") from error
+        raise OwnFileError("trusted-parties", f"trusted-parties={str(path)!r} cannot be read: {error}") from error
     keys: dict[str, str] = {}
     for line in lines:
         client, _, text = line.strip().partition(" ")
         if not client or client.startswith("#"):
             continue
         if client in keys:
-            raise SettingError(f"trusted-parties={str(path)!r} names {client} twice")
+            raise OwnFileError("trusted-parties", f"trusted-parties={str(path)!r} names {client} twice")
         keys[client] = text.strip()
     if not keys:
-        raise SettingError(f"trusted-parties={str(path)!r} names nobody")
-    return trusted_parties(keys)
+        raise OwnFileError("trusted-parties", f"trusted-parties={str(path)!r} names nobody")
+    try:
+        return trusted_parties(keys)
+    except SettingError as error:
+        raise OwnFileError("trusted-parties", str(error)) from error

@@ -226,7 +226,7 @@ class Member:
         return self.identity.sign("sum", *self._of_sum())
 
     def reveal(self, summed: Collection[str], signatures: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Given U₃ again and who signed it: what it holds of each of those, its share of the seed, of others of the key.
+        """Given U₃ again and who signed it: its shares of the seeds of those, and of the others' mask keys.
 
         A party that trusts nobody's key cannot tell a signature, and takes it that the set is what the server says.
         """
