@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -830,6 +831,25 @@ class Broken(ClientApp):
         if str(reply.content.config_records["info"]["task"]) == self.task:
             reply.content[self.kind] = ConfigRecord(self.change(dict(reply.content.config_records[self.kind])))
         return reply
+
+
+def test_who_publishes_anothers_keys_puts_out_nobody(four: dict[str, Any]) -> None:
+    """It cannot know them before the server has them: the second to come has copied."""
+
+    class Copying(ClientApp):
+        def __call__(self, message: Message, context: Context) -> Message:
+            reply = client_app(message, context)
+            if message.metadata.message_type == "query.keys":
+                if context.node_config["partition-id"] == 3:
+                    reply.content["keys"] = self.seen
+                else:
+                    self.seen = copy.deepcopy(reply.content.config_records["keys"])
+            return reply
+
+    run = in_process(Settings.parse(four | SKIP | {"rounds": 1}), Copying())
+    (line,) = merged(run)
+    assert line["tasks"] == ["red", "green", "blue"]
+    assert line["failures"] == {"grey": "refused: keys that another has too"}
 
 
 def others(change: Callable[[bytes], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:

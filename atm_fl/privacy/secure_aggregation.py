@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from hashlib import sha256
 
@@ -121,9 +121,13 @@ def _shared(one: bytes, other: bytes) -> bool:
     return bool(keys[0] & keys[1])
 
 
-def duplicates(keys: Mapping[str, bytes]) -> list[str]:
-    """Those of whose published keys another has one."""
-    return [name for name in keys if any(_shared(keys[name], keys[other]) for other in keys if other != name)]
+def check_new(published: bytes, before: Iterable[bytes]) -> None:
+    """ValueError if one of these keys was published before.
+
+    Who came first has them: nobody but the server sees another's keys before all are in.
+    """
+    if any(_shared(published, other) for other in before):
+        raise ValueError("keys that another has too")
 
 
 def _fresh() -> bytes:

@@ -17,7 +17,7 @@ from atm_fl.privacy.secure_aggregation import (
     SEALED_BYTES,
     UnjoinedShares,
     check_keys,
-    duplicates,
+    check_new,
     refused_keys,
     session_of,
     unmask,
@@ -62,12 +62,10 @@ class SecureExchange:
         for client, record in self._ask("keys", {client: {} for client in self._nodes}):
             try:
                 check_keys(key := _content(record, "keys", bytes))
+                check_new(key, self._keys.values())
                 self._keys[client] = key
             except ValueError as error:
                 self._drop(client, str(error))
-        for client in duplicates(self._keys):
-            del self._keys[client]
-            self._drop(client, "keys that another has too")
 
     def share(self) -> None:
         """Hand the keys out, and collect the sealed shares of everyone's secrets."""
