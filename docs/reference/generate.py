@@ -15,9 +15,16 @@ from mkdocs_gen_files import Nav
 import atm_fl
 from atm_fl import codecs, merging, tasks
 from atm_fl.attacks import poisoning
+from atm_fl.exports.formats import FORMATS
+from atm_fl.merging.server_optimizer import SERVER_OPTIMIZERS
+from atm_fl.models.backbones import BACKBONES
+from atm_fl.models.heads import HEADS
+from atm_fl.optimizers import OPTIMIZERS
 from atm_fl.plugins import Registry
 from atm_fl.settings import kebab, sections
+from atm_fl.sinks import SINKS
 from atm_fl.tables import markdown
+from atm_fl.transforms import TRANSFORMS
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -101,6 +108,30 @@ def task_page() -> None:
     write("tasks.md", "Tasks", table(("task", "source", "licence"), rows))
 
 
+NAMED: tuple[tuple[str, str, Registry[Any]], ...] = (
+    ("Models", "`model`; `timm/NAME`, `open_clip/NAME` and `transformers/NAME` are models too", BACKBONES),
+    ("Heads", "`head`", HEADS),
+    ("Optimizers of the clients", "`optimizer`", OPTIMIZERS),
+    ("Transforms", "`transforms`; none comes with atm-fl: [a file of your own](../plugins.md) adds one", TRANSFORMS),
+    ("Server optimizers", "`server-optimizer`", SERVER_OPTIMIZERS),
+    ("Metric sinks", "`metric-sinks`", SINKS),
+    ("Export formats", "`atm-fl export RUN --to`", FORMATS),
+)
+"""All else that is chosen by name: a heading, where it is named, the registry."""
+
+
+def named() -> None:
+    """A table for each registry that has no page of its own."""
+    parts = []
+    for title, where, registry in NAMED:
+        rows = [
+            (f"`{name}`", option_text(registry, made), first_line(getattr(made, "step", made)))
+            for name, made in registry.items()
+        ]
+        parts += [f"## {title}", f"By {where}.", *([table(("name", "options", "what it is"), rows)] if rows else [])]
+    write("named.md", "Models, heads, optimizers and others", *parts)
+
+
 def attacks() -> None:
     """What a malicious party can do in `atm-fl attack poison`."""
     text = inspect.getdoc(poisoning) or ""
@@ -127,6 +158,7 @@ for title, path, make in (
     ("Merges", "merges.md", merges),
     ("Codecs", "codecs.md", codec_page),
     ("Tasks", "tasks.md", task_page),
+    ("Models and others by name", "named.md", named),
     ("Attacks", "attacks.md", attacks),
 ):
     make()
