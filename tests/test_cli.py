@@ -163,8 +163,8 @@ def test_the_tasks_are_listed_whole_at_80_columns_with_their_counts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(terminal, "console", Console(width=80))
-    for name in set(registry.TASKS) - {"digits", "pcam"}:
-        monkeypatch.delitem(registry.TASKS, name)
+    # Not by deleting the others: they would come back in another order, which later tests see.
+    monkeypatch.setattr(registry.TASKS, "_things", {name: registry.TASKS[name] for name in ("digits", "pcam")})
     assert call(monkeypatch, "tasks") == 0
     words = " ".join(capsys.readouterr().out.split())
     assert "…" not in words
