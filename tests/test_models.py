@@ -9,7 +9,7 @@ from torch.nn import functional
 from atm_fl import models, tasks
 from atm_fl.tasks import Split
 from atm_fl.tasks.photos import package_dir
-from atm_fl.training.evaluation import accuracy, normalised_accuracy
+from atm_fl.training.evaluation import accuracy, classified_rightly, normalised_accuracy
 from atm_fl.vectors import Layout
 
 
@@ -32,7 +32,7 @@ def test_pretraining_helps_though_it_saw_none_of_the_tasks() -> None:
     data = tasks.load("digits")
     pretrained, untrained = models.load_backbone("vit_micro"), models.untrained_vit_micro().eval()
     actual = [
-        accuracy(model, models.prototypes(model, data.train, 10, 5, seed=0), data.test)
+        accuracy(classified_rightly(model, models.prototypes(model, data.train, 10, 5, seed=0), data.test))
         for model in (pretrained, untrained)
     ]
     assert actual[0] > actual[1] + 0.1

@@ -37,7 +37,7 @@ from atm_fl.policy import Policy
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
-from atm_fl.training.evaluation import accuracy
+from atm_fl.training.evaluation import accuracy, classified_rightly
 
 NOISE = {"privacy": "dp-sgd", "dp_noise": 1.0}
 
@@ -272,7 +272,7 @@ def test_parties_keep_their_own_and_are_evaluated_with_it(config: dict[str, Any]
     for party, own in zip(parties_of(run.settings), owners, strict=True):
         module = models.load_backbone("two_blocks").eval()
         module.load_state_dict({**module.state_dict(), **run.layout.views(run.base), **own})
-        assert lines[party.client]["test"] == accuracy(module, party.head, party.splits["test"])
+        assert lines[party.client]["test"] == accuracy(classified_rightly(module, party.head, party.splits["test"]))
 
 
 def test_the_order_of_the_tasks_does_not_matter(config: dict[str, Any]) -> None:
@@ -432,7 +432,7 @@ def test_what_is_told_under_dp_does_not_depend_on_the_private_entries(
     assert len(party.model.private.names) > 0
     module = models.load_backbone("two_blocks").eval()
     module.load_state_dict({**module.state_dict(), **party.model.layout.views(base)})
-    assert outcomes[0][3]["test"] == accuracy(module, party.head, party.splits["test"])
+    assert outcomes[0][3]["test"] == accuracy(classified_rightly(module, party.head, party.splits["test"]))
 
 
 def test_under_dp_the_vector_is_dp_sgds_with_everything_else_frozen(config: dict[str, Any]) -> None:

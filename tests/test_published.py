@@ -27,7 +27,7 @@ from atm_fl.federation.client import Party, Update
 from atm_fl.settings import Settings
 from atm_fl.tasks import leaks, prompts, published
 from atm_fl.tasks.images import ImageFiles, decode
-from atm_fl.training.evaluation import accuracy
+from atm_fl.training.evaluation import accuracy, classified_rightly
 
 ROOT = Path(__file__).parents[1]
 TRAIN, TEST = 20, 6
@@ -432,7 +432,9 @@ def test_splits_in_memory_and_in_files_are_used_alike(root: Path, monkeypatch: p
     memory = tasks.Split(everything(data.train), data.train.labels)
     heads = [models.prototypes(model, split, 2, 3, seed=0) for split in (data.train, memory)]
     assert torch.equal(heads[0].weight, heads[1].weight)
-    assert accuracy(model, heads[0], data.train) == accuracy(model, heads[0], memory)
+    assert accuracy(classified_rightly(model, heads[0], data.train)) == accuracy(
+        classified_rightly(model, heads[0], memory)
+    )
     chosen = torch.tensor([4, 1])
     assert torch.equal(everything(data.train.take(chosen)), memory.take(chosen).images)  # type: ignore[arg-type]
     assert len(data.train.take(slice(3))) == 3

@@ -48,7 +48,7 @@ from atm_fl.experiments.landscape import landscape
 from atm_fl.experiments.significance import differences
 from atm_fl.federation.aggregation import by_task, merge_tasks
 from atm_fl.federation.chain import Chain
-from atm_fl.federation.client import Party
+from atm_fl.federation.client import Party, parties_of
 from atm_fl.federation.client_state import ClientState
 from atm_fl.federation.loop import run_loop
 from atm_fl.files import atomic_write
@@ -68,6 +68,8 @@ from atm_fl.vectors import Layout
 RIGHTLY = "rightly.npz"
 """Of a unit: which test images its end classifies rightly, by client."""
 KINDS = ("single", "joint", "one-shot", "atm", "ph-atm")
+BY_RUNS = ("atm", "joint", "ph-atm")
+"""Kinds whose units are run directories."""
 Choice = dict[str, Any]
 """Values of a row's tuned settings."""
 
@@ -177,13 +179,9 @@ class Contest:
         """Where its tables and pages go."""
         return self.folder / self.name
 
-    def row_named(self, name: str) -> ContestRow:
-        """The row called `name`."""
-        return next(row for row in self.rows if row.name == name)
-
-    def row(self, kind: str, name: str = "") -> ContestRow:
-        """The first row of a kind, or the one called `name`."""
-        return next(row for row in self.rows if row.kind == kind and name in ("", row.name))
+    def row(self, kind: str = "", name: str = "") -> ContestRow:
+        """The first row of a kind, where one is given, and called `name`, where that is given."""
+        return next(row for row in self.rows if kind in ("", row.kind) and name in ("", row.name))
 
 
 def _named_pairs(value: Any) -> tuple[tuple[str, str], ...]:
@@ -306,7 +304,7 @@ def failed(unit: ContestUnit) -> bool:
 
 def _run(unit: ContestUnit) -> None:
     settings = unit.settings()
-    parties = _parties(settings)
+    parties = parties_of(settings)
     run = run_loop(replace(settings, resume=bool(checkpoints(unit.folder))), parties)
     _save_rightly(unit, _tested(parties))
     ClientState.forget(run.id)
@@ -327,11 +325,9 @@ def _save_rightly(unit: ContestUnit, rightly: dict[str, np.ndarray]) -> None:
         np.savez_compressed(file, allow_pickle=False, **rightly)
 
 
-def _rightly(study: Contest, name: str, seed: int) -> dict[str, np.ndarray] | None:
+def _rightly(study: Contest, row: ContestRow, seed: int) -> dict[str, np.ndarray] | None:
     """What `_save_rightly` kept of a row, by client bool [n]; None if there is nothing, as of a row without an end."""
-    row = study.row_named(name)
-    choice = best_choice(study, row) if row.tune and row.kind != "one-shot" else {}
-    unit = ContestUnit(study, row, seed, choice)
+    unit = ContestUnit(study, row, seed, best_choice(study, row))
     if not finished(unit) or failed(unit):
         return None
     if not (unit.folder / RIGHTLY).exists():
@@ -347,13 +343,16 @@ def _pairs(study: Contest) -> list[dict[str, Any]]:
     """The tested differences of `pairs`, over the seeds that both rows have."""
     outcomes = []
     for names in study.pairs:
-        rows = [{seed: there for seed in study.seeds if (there := _rightly(study, name, seed))} for name in names]
+        rows = [
+            {seed: there for seed in study.seeds if (there := _rightly(study, study.row(name=name), seed))}
+            for name in names
+        ]
         seeds = sorted(rows[0].keys() & rows[1].keys())
         if not seeds:
             continue
         single = {}
         if any(row.kind == "single" for row in study.rows):
-            alone = study.row("single").name
+            alone = study.row("single")
             single = {seed: there for seed in seeds if (there := _rightly(study, alone, seed))}
         one, other = ([row[seed] for seed in seeds] for row in rows)
         tested = differences(one, other, list(single.values()) if len(single) == len(seeds) else [])
@@ -422,14 +421,9 @@ def _single(unit: ContestUnit) -> None:
         temporary.write_text(json.dumps(by_client, indent=1))
 
 
-def _parties(settings: Settings) -> list[Party]:
-    named = zip(settings.party_names, settings.task_names, strict=True)
-    return [Party(settings, task, client=client) for client, task in named]
-
-
 def _without_buffers(settings: Settings) -> list[Party]:
     """The parties of a model whose vectors are all that is merged; SettingError if it has buffers beside."""
-    parties = _parties(settings)
+    parties = parties_of(settings)
     if settings.buffers != "frozen" and parties[0].model.buffers.names:
         raise SettingError(
             f"buffers={settings.buffers!r}: one-shot merges are of the vectors alone; with model={settings.model!r} "
@@ -491,7 +485,9 @@ def _after_one_round(
 
 
 def best_choice(study: Contest, row: ContestRow) -> Choice:
-    """Of a row that is tuned by runs: the choice of the best mean validation accuracy on the first seed."""
+    """Of a row that is tuned by runs: the choice of the best mean validation accuracy on the first seed; else none."""
+    if not row.tune or row.kind not in BY_RUNS:
+        return {}
 
     def score(choice: Choice) -> float:
         unit = ContestUnit(study, row, study.seeds[0], choice, row.tuning_rounds)
@@ -552,8 +548,7 @@ def results(study: Contest) -> dict[str, Any]:
         if row.kind == "single" and row == study.row("single"):
             rows.insert(0, _pretrained(study, row))
         if row.kind == "atm":
-            choice = best_choice(study, row) if row.tune else {}
-            curve = _curve(ContestUnit(study, row, study.seeds[0], choice).folder)
+            curve = _curve(ContestUnit(study, row, study.seeds[0], best_choice(study, row)).folder)
             by_task: dict[str, dict[str, float]] = {}
             for number, line in sorted(curve.items()):
                 for task, value in line.get("alignment", {}).items():
@@ -587,8 +582,7 @@ def _row_results(study: Contest, row: ContestRow, stop: int, elements: int) -> d
     """A row's numbers: of the round `stop`, 0 for the last or the selected one."""
     tuned: dict[str, Choice] = {}
     seeds: dict[str, dict[str, Any]] = {}
-    by_runs = row.kind in ("atm", "joint", "ph-atm")
-    choice = best_choice(study, row) if by_runs and row.tune else {}
+    by_runs, choice = row.kind in BY_RUNS, best_choice(study, row)
     for seed in study.seeds:
         unit = ContestUnit(study, row, seed, choice)
         if not finished(unit) or failed(unit):

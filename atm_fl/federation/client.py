@@ -22,7 +22,7 @@ from atm_fl.privacy.disclosure import disclosed
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings, check_model
 from atm_fl.tasks import Dataset, Split
-from atm_fl.training.evaluation import classified_rightly
+from atm_fl.training.evaluation import accuracy, classified_rightly
 from atm_fl.training.local import State, Tuned, full_gradient
 from atm_fl.transforms import Context
 
@@ -99,7 +99,7 @@ class Party:
             self.rightly[split] = classified_rightly(
                 self.model.module, self.head, self.splits[split], self.settings.workers
             )
-        return {split: int(self.rightly[split].sum()) / len(self.splits[split]) for split in splits}
+        return {split: accuracy(self.rightly[split]) for split in splits}
 
     def train(self, base: Tensor, round_number: int, run: str = "") -> Update:
         """Evaluate the received base, tune it for `local-epochs`, and return the task vector against it.
@@ -140,11 +140,12 @@ class Party:
     def _load(self, base: Tensor, context: Context | None) -> None:
         """Load `base` and, where the run has them, this party's own entries and buffers."""
         private: dict[str, Tensor] = {}
-        for kind, wanted in (("private", self.settings.private), ("buffers", self.settings.buffers == "private")):
-            kept = context.recall(kind) if context and wanted else {}
-            if context and kept is None:
-                context.numbers[f"{kind}_lost"] = 1
-            private |= kept or {}
+        if context:
+            for kind in self.settings.own_kinds:
+                kept = context.recall(kind)
+                if kept is None:
+                    context.numbers[f"{kind}_lost"] = 1
+                private |= kept or {}
         self.model.load(base, private)
 
     def _keep_private(self, base: Tensor, data: Split, context: Context) -> None:
@@ -223,6 +224,12 @@ class Party:
         self._load(base, context)
         gradient = full_gradient(self.model.module, self.head, self.model.flat, data, self.settings.workers).cpu()
         return float(torch.nn.functional.cosine_similarity(vector, -gradient[: len(vector)], dim=0))
+
+
+def parties_of(settings: Settings) -> list[Party]:
+    """All parties of a run, in one process."""
+    named = zip(settings.party_names, settings.task_names, strict=True)
+    return [Party(settings, task, client=client) for client, task in named]
 
 
 def evaluated_splits(settings: Settings, rounds_done: int) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from atm_fl.errors import RunError, SettingError
-from atm_fl.federation.client import Party, Update
+from atm_fl.federation.client import Party, Update, parties_of
 from atm_fl.federation.server_round import ServerRound
 from atm_fl.runs.directory import told_if_full
 from atm_fl.runs.report import write_report
@@ -51,8 +51,7 @@ def run_loop(
     after_round: is called after each round; the run ends when it returns True.
     """
     with told_if_full(Path(settings.run_dir)), closing(Run(settings)) as run:
-        named = zip(settings.party_names, settings.task_names, strict=True)
-        parties = parties or [Party(settings, task, client=client) for client, task in named]
+        parties = parties or parties_of(settings)
         stopped = False
         while not (run.over or stopped):
             number = run.rounds_done + 1

@@ -77,8 +77,8 @@ def write_party_page(directory: Path, client: str, data: str = "") -> Path:
     rounds, base, _ = load_checkpoint(directory, model.base_layout, warnings.append)
     state = ClientState(record.config["run"], client)
     own: dict[str, Tensor] = {}
-    for kind, wanted in (("private", settings.private), ("buffers", settings.buffers == "private")):
-        kept = state.last(kind, rounds + 1) if wanted else {}
+    for kind in settings.own_kinds:
+        kept = state.last(kind, rounds + 1)
         if kept is None:
             warnings.append(
                 f"This machine keeps no {kind} of {client}'s after {rounds} rounds; pretrained ones are shown."

@@ -189,7 +189,7 @@ class TaskVectorStrategy(FedAvg):
         def keep(node: int, content: RecordDict) -> None:
             numbers = self._numbers(content)
             spill.add(str(node), self._vector(node, content, numbers))
-            contents[node] = RecordDict({k: v for k, v in content.items() if not isinstance(v, ArrayRecord)})
+            contents[node] = _without_arrays(content)
 
         nodes = self._taken_in(replies, keep, f"round {server_round}")
         weights = {str(node): float(self._numbers(contents[node])[self.weighted_by_key]) for node in nodes}  # type: ignore[arg-type]
@@ -221,7 +221,7 @@ class TaskVectorStrategy(FedAvg):
 
         def keep(node: int, content: RecordDict) -> None:
             self._numbers(content)
-            contents[node] = RecordDict({k: v for k, v in content.items() if not isinstance(v, ArrayRecord)})
+            contents[node] = _without_arrays(content)
 
         nodes = self._taken_in(replies, keep, f"the evaluation of round {server_round}")
         return self._averages([contents[node] for node in nodes], self.evaluate_metrics_aggr_fn)
@@ -439,6 +439,10 @@ def fedavg_mean(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
             total += vector[chunk].numpy() * factor
         mean[chunk] = torch.from_numpy(total)
     return mean
+
+
+def _without_arrays(content: RecordDict) -> RecordDict:
+    return RecordDict({name: record for name, record in content.items() if not isinstance(record, ArrayRecord)})
 
 
 def _kind(value: object) -> int:

@@ -331,6 +331,11 @@ class Settings:
         return self.privacy != "none"
 
     @property
+    def own_kinds(self) -> tuple[str, ...]:
+        """What each party keeps of the model as its own: its "private" entries, its "buffers"."""
+        return ("private",) * bool(self.private) + ("buffers",) * (self.buffers == "private")
+
+    @property
     def threshold(self) -> int:
         """`secure-threshold`, or just over half of the parties."""
         return self.secure_threshold or len(self.task_names) // 2 + 1

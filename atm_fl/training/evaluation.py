@@ -18,9 +18,9 @@ def classified_rightly(model: nn.Module, head: nn.Module, data: Split, workers: 
     return torch.cat([(head(model(images)).argmax(-1) == labels).cpu() for images, labels in batches])
 
 
-def accuracy(model: nn.Module, head: nn.Module, data: Split, workers: int = 0) -> float:
-    """The fraction of `data` that model and head classify rightly, in 0..1; `workers` processes decode image files."""
-    return int(classified_rightly(model, head, data, workers).sum()) / len(data)
+def accuracy(rightly: Tensor) -> float:
+    """The fraction of true values of `classified_rightly`'s, bool [n], in 0..1."""
+    return int(rightly.sum()) / len(rightly)
 
 
 def mean_accuracy(accuracies: Mapping[str, float]) -> float:

@@ -42,6 +42,13 @@ def option_text(registry: Registry[Any], made: object) -> str:
     return ", ".join(f"`{kebab(item.name)}={item.default}`" for item in registry.options(made))
 
 
+def rows_of(registry: Registry[Any], things: Iterable[tuple[str, Any]]) -> list[tuple[str, str, str]]:
+    """A line for each of a registry's `things`: its name, options and definition."""
+    return [
+        (f"`{name}`", option_text(registry, made), first_line(getattr(made, "step", made))) for name, made in things
+    ]
+
+
 def write(path: str, title: str, *parts: str) -> None:
     """A page of the site."""
     with mkdocs_gen_files.open(f"reference/{path}", "w") as page:
@@ -90,10 +97,7 @@ def merges() -> None:
 
 def codec_page() -> None:
     """All codecs."""
-    rows = [
-        (f"`{name}`", option_text(codecs.CODECS, made), first_line(made))
-        for name, made in sorted(codecs.CODECS.items())
-    ]
+    rows = rows_of(codecs.CODECS, sorted(codecs.CODECS.items()))
     write(
         "codecs.md",
         "Codecs",
@@ -124,10 +128,7 @@ def named() -> None:
     """A table for each registry that has no page of its own."""
     parts = []
     for title, where, registry in NAMED:
-        rows = [
-            (f"`{name}`", option_text(registry, made), first_line(getattr(made, "step", made)))
-            for name, made in registry.items()
-        ]
+        rows = rows_of(registry, registry.items())
         parts += [f"## {title}", f"By {where}.", *([table(("name", "options", "what it is"), rows)] if rows else [])]
     write("named.md", "Models, heads, optimizers and others", *parts)
 
