@@ -10,6 +10,7 @@ import pytest
 from scipy.stats import norm
 from test_contest import run, write
 
+from atm_fl import tasks
 from atm_fl.errors import SettingError
 from atm_fl.experiments import contest, read_study
 from atm_fl.experiments.significance import LEVEL, differences
@@ -43,6 +44,37 @@ def test_what_is_hard_for_both_rows_cancels() -> None:
     assert tested.value == pytest.approx(0.01)
     assert tested.low > 0
     assert tested.p < 0.01
+
+
+def test_images_of_one_thing_count_once() -> None:
+    """Four pictures of each of 100 letters that share their letter's fate are 100 images, not 400."""
+    random = np.random.default_rng(5)
+    one, other = ({"task": random.random(100) < rate} for rate in (0.8, 0.7))
+    fourfold = [{"task": np.repeat(model["task"], 4)} for model in (one, other)]
+    plain = differences([one], [other])["task"]
+    grouped = differences([fourfold[0]], [fourfold[1]], groups={"task": np.repeat(np.arange(100), 4) * 7})["task"]
+    apart = differences([fourfold[0]], [fourfold[1]])["task"]
+    assert (grouped.low, grouped.high, grouped.p) == pytest.approx((plain.low, plain.high, plain.p))
+    assert apart.high - apart.low == pytest.approx((plain.high - plain.low) / 2, rel=0.1)
+
+
+def test_a_group_of_many_images_weighs_more() -> None:
+    """A resample's accuracy is of its images: with groups of sizes 1 and 3, (a + 3 b) / (a + 3 b of all drawn)."""
+    groups = np.array([0, 1, 1, 1])
+    tested = differences([{"task": groups == 1}], [{"task": groups == 2}], groups={"task": groups})["task"]
+    assert tested.value == 0.75
+    assert (tested.low, tested.high) == (0.0, 1.0)  # the small group drawn twice, and the large one
+
+
+def test_glyphs_of_one_letter_are_grouped_and_photos_are_not() -> None:
+    for name in ("scripts", "icons", "strokes"):
+        groups = tasks.load(name).test_groups
+        assert groups is not None
+        assert np.array_equal(groups, tasks.test_groups(name))
+        assert len(groups) == len(tasks.load(name).test)
+        assert len(set(groups)) < len(groups)
+    for name in ("digits", "cars", "some/folder"):
+        assert tasks.test_groups(name) is None
 
 
 def test_rows_that_are_equal_or_swapped() -> None:
@@ -89,6 +121,8 @@ def test_the_worst_normalised_task_is_that_of_the_means_over_seeds() -> None:
 
 def test_rows_that_do_not_pair_are_refused() -> None:
     one = [{"task": np.ones(5, bool)}]
+    with pytest.raises(ValueError, match="5 test images and groups of 4"):
+        differences(one, one, groups={"task": np.arange(4)})
     for other in ([{"task": np.ones(4, bool)}], [{"other": np.ones(5, bool)}], one * 2):
         with pytest.raises(ValueError, match="do not pair"):
             differences(one, other)

@@ -40,6 +40,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from atm_fl import tasks
 from atm_fl.codecs import size_of
 from atm_fl.errors import RunError, SettingError, did_you_mean
 from atm_fl.experiments import contest_page
@@ -339,6 +340,13 @@ def _rightly(study: Contest, row: ContestRow, seed: int) -> dict[str, np.ndarray
         return dict(file)
 
 
+def _test_groups(study: Contest, row: ContestRow, seed: int) -> dict[str, np.ndarray]:
+    """By client of a row: which test images show one thing, for the tasks that have such."""
+    settings = ContestUnit(study, row, seed, best_choice(study, row)).settings()
+    named = zip(settings.party_names, settings.task_names, strict=True)
+    return {client: groups for client, task in named if (groups := tasks.test_groups(task)) is not None}
+
+
 def _pairs(study: Contest) -> list[dict[str, Any]]:
     """The tested differences of `pairs`, over the seeds that both rows have."""
     outcomes = []
@@ -355,7 +363,9 @@ def _pairs(study: Contest) -> list[dict[str, Any]]:
             alone = study.row("single")
             single = {seed: there for seed in seeds if (there := _rightly(study, alone, seed))}
         one, other = ([row[seed] for seed in seeds] for row in rows)
-        tested = differences(one, other, list(single.values()) if len(single) == len(seeds) else [])
+        alone_too = list(single.values()) if len(single) == len(seeds) else []
+        groups = _test_groups(study, study.row(name=names[0]), seeds[0])
+        tested = differences(one, other, alone_too, groups=groups)
         outcomes.append({"rows": list(names), "seeds": seeds, "differences": {k: asdict(v) for k, v in tested.items()}})
     return outcomes
 

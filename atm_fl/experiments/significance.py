@@ -3,7 +3,8 @@
 Both rows classify the same test images, in runs of the same seeds, so that what is hard for both cancels (Efron and
 Tibshirani 1993, An introduction to the bootstrap, ch. 8 and 16). A resample draws images of every task and, where there
 are several, seeds, both with replacement and the same for both rows. Drawing both ways overstates what comes of image
-and seed together (Owen 2007, The pigeonhole bootstrap), so that it errs on the side of no claim.
+and seed together (Owen 2007, The pigeonhole bootstrap), so that it errs on the side of no claim. Images that show one
+thing, as one letter in two weights, are drawn together (a cluster bootstrap: Davison and Hinkley 1997, ch. 3.8).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 RESAMPLES = 10_000
 CHUNK = 500
-"""Resamples at once: their weights are float32 [CHUNK, images]."""
+"""Resamples at once: their counts are float32 [CHUNK, groups]."""
 LEVEL = 0.99
 """Of the interval: a claim holds at p < 0.01."""
 
@@ -34,14 +35,19 @@ class Difference:
 
 
 def differences(
-    one: Sequence[Rightly], other: Sequence[Rightly], single: Sequence[Rightly] = (), resamples: int = RESAMPLES
+    one: Sequence[Rightly],
+    other: Sequence[Rightly],
+    single: Sequence[Rightly] = (),
+    resamples: int = RESAMPLES,
+    groups: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Difference]:
     """The first row less the second: of each task, of their mean and, where the single-task models (single) are given,
     of the worst normalised task: the least accuracy, mean over seeds, in parts of the single-task models'.
 
-    Each row has a model a seed, in the same order of seeds; all have the same tasks and images. Deviations are widened
-    by √(S / (S − 1)), since S seeds drawn from S vary too little; one seed alone says nothing of other seeds. The same
-    input has the same output. ValueError if the rows do not pair.
+    Each row has a model a seed, in the same order of seeds; all have the same tasks and images. Images of one number in
+    a task's `groups`, int [n], are drawn together. Deviations are widened by √(S / (S − 1)), since S seeds drawn from S
+    vary too little; one seed alone says nothing of other seeds. The same input has the same output. ValueError if the
+    rows do not pair, or a task's groups are not of its images.
     """
     rows = [one, other, *([single] if single else [])]
     tasks = list(one[0])
@@ -58,13 +64,22 @@ def differences(
     resampled = np.empty((len(rows), len(tasks), resamples))
     for number, task in enumerate(tasks):
         images = len(one[0][task])
-        rightly = [np.stack([model[task] for model in row]).astype(np.float32) for row in rows]
+        group = (groups or {}).get(task, np.arange(images))
+        if len(group) != images:
+            raise ValueError(f"{task} has {images} test images and groups of {len(group)}")
+        _, group, sizes = np.unique(group, return_inverse=True, return_counts=True)
+        sizes = sizes.astype(np.float32)
+        rightly = [
+            np.stack([np.bincount(group, model[task], len(sizes)) for model in row]).astype(np.float32) for row in rows
+        ]
         for begin in range(0, resamples, CHUNK):
             chunk = slice(begin, min(begin + CHUNK, resamples))
-            picked = random.integers(images, size=(chunk.stop - begin, images))
-            weights = np.stack([np.bincount(places, minlength=images) for places in picked]).astype(np.float32) / images
+            picked = random.integers(len(sizes), size=(chunk.stop - begin, len(sizes)))
+            counts = np.stack([np.bincount(places, minlength=len(sizes)) for places in picked]).astype(np.float32)
+            drawn_images = counts @ sizes
             for place, models in enumerate(rightly):
-                resampled[place, number, chunk] = np.einsum("rs,rs->r", weights @ models.T, drawn_seeds[chunk])
+                drawn_rightly = np.einsum("rs,rs->r", counts @ models.T, drawn_seeds[chunk])
+                resampled[place, number, chunk] = drawn_rightly / drawn_images
     measured = {task: (exact[:2, number], resampled[:2, number]) for number, task in enumerate(tasks)}
     measured["mean"] = exact[:2].mean(1), resampled[:2].mean(1)
     if single:

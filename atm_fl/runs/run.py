@@ -17,7 +17,6 @@ import secrets
 import time
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from atm_fl.runs.directory import check_run_dir, lock, noted_plugins
 from atm_fl.runs.downlink import Downlink
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.start import first_base
+from atm_fl.runs.validation import ValidationCurve
 from atm_fl.settings import Settings, check_model
 from atm_fl.sinks import SINKS
 from atm_fl.vectors.finite import is_finite
@@ -79,7 +79,7 @@ class Run:
         """Of the base."""
         self.id = self._known_id() or secrets.token_hex(8)
         """Of this run and no other, kept when it is resumed: clients keep files under it."""
-        self._validations: dict[int, dict[str, float]] = {}
+        self._validation = ValidationCurve()
         self.usual_norm = 0.0
         """The largest of the past rounds' median norms of task vectors."""
         self._write_config()
@@ -106,15 +106,9 @@ class Run:
         line = {"kind": kind, "round": round_number, **values, "time": round(time.time() - self._begin, 3)}
         with open(self.directory / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-        self._note(line)
+        self._validation.note(line)
         for sink in self._sinks:
             sink.line(line)
-
-    def _note(self, line: dict[str, Any]) -> None:
-        """Remember a validation accuracy: {rounds done: {client: accuracy}}."""
-        accuracy = line.get("validation")
-        if line["kind"] == "evaluation" and isinstance(accuracy, (int, float)):
-            self._validations.setdefault(line["round"], {})[str(line.get("task"))] = accuracy
 
     def advance(self, merged: Tensor, buffers: Tensor | None = None) -> None:
         """End a round: base ← base + what the server optimizer makes of `merged`, float32 [n], which may be changed.
@@ -139,18 +133,9 @@ class Run:
         )
 
     def _good(self) -> set[Path]:
-        """The checkpoints of those that are there whose base did best on validation: by the tasks' mean, as the table
-        and the report name it, and by their median, which a minority that lies about its own does not decide.
-
-        Of equals the first by the mean, the last by the median; none if nothing is known.
-        """
+        """The checkpoints of those that are there whose base did best on validation."""
         known = {rounds_of(path): path for path in checkpoints(self.directory)}
-        measured = {n: list(of_task.values()) for n, of_task in sorted(self._validations.items()) if n in known}
-        if not measured:
-            return set()
-        means = {n: fmean(values) for n, values in measured.items()}
-        by_median = max(measured, key=lambda n: (median(measured[n]), n))
-        return {known[max(means, key=means.__getitem__)], known[by_median]}
+        return {known[n] for n in self._validation.good(known)}
 
     @property
     def over(self) -> bool:
@@ -160,31 +145,11 @@ class Run:
     @property
     def _impatient(self) -> bool:
         """Whether the best validation accuracy is `patience` or more rounds old."""
-        means = {n: fmean(of_task.values()) for n, of_task in sorted(self._validations.items()) if of_task}
-        patience = self.settings.patience
-        return bool(patience and means) and max(means) - max(means, key=means.__getitem__) >= patience
+        return 0 < self.settings.patience <= self._validation.rounds_since_best()
 
     def _tell_collapse(self) -> None:
-        """Warn if the base has just fallen below the first one and COLLAPSE below the best, by this round's tasks."""
-        now = self._validations.get(self.rounds_done, {})
-        means = {
-            n: fmean(of_task[task] for task in now)
-            for n, of_task in sorted(self._validations.items())
-            if now and now.keys() <= of_task.keys()
-        }
-        if not {0, self.rounds_done} <= means.keys():
-            return
-        best, here = max(means, key=means.__getitem__), means[self.rounds_done]
-        *_, before = [0, *(n for n in means if n < self.rounds_done)]
-        limit = min(means[0], means[best] - COLLAPSE)
-        if here < limit <= means[before]:
-            self.record(
-                "warning",
-                self.rounds_done,
-                text=f"round {self.rounds_done}: the model has collapsed: validation accuracy {100 * here:.1f} %, at "
-                f"the start {100 * means[0]:.1f} %, best in round {best} with {100 * means[best]:.1f} %; try a lower "
-                "learning-rate or scaling",
-            )
+        if text := self._validation.collapse(self.rounds_done):
+            self.record("warning", self.rounds_done, text=text)
 
     @property
     def bytes_down(self) -> int:
@@ -244,7 +209,7 @@ class Run:
         norms = (line.get("usual_norm", 0.0) for line in kept if line["kind"] == "merge")
         self.usual_norm = max((norm for norm in norms if isinstance(norm, float)), default=0.0)
         for line in kept:
-            self._note(line)
+            self._validation.note(line)
         with atomic_write(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
@@ -259,8 +224,6 @@ class Run:
 
 
 SET_ASIDE = "set-aside"
-COLLAPSE = 0.1
-"""Accuracy that a base has lost to the best one when it is said to have collapsed."""
 
 
 def processor() -> str:

@@ -114,6 +114,9 @@ class Dataset:
     validation: Split
     test: Split
     templates: tuple[str, ...] = ("a photo of a {}.",)
+    test_groups: np.ndarray | None = None
+    """Of each test image the number of what it shows, int64 [n], where several show one thing, as one letter in two
+    weights; None where each shows its own."""
 
     def split(self, name: str) -> Split:
         """The split called `name`: "train", "validation" or "test"."""
@@ -230,6 +233,12 @@ def load(name: str, size: int = IMAGE_SIZE, workers: int = 0, tokenizer: Tokeniz
     return load_texts(path, tokenizer) if of_texts else load_folder(path, size, workers)
 
 
+def test_groups(name: str) -> np.ndarray | None:
+    """`Dataset.test_groups` of a task; without reading its data where only embedded tasks have them."""
+    known = None if "/" in name else find(name)
+    return known.load(IMAGE_SIZE).test_groups if isinstance(known, Embedded) else None
+
+
 def cache_dir() -> Path:
     """Where built tasks are kept: $ATM_FL_CACHE, by default ~/.cache/atm-fl."""
     return Path(os.environ.get("ATM_FL_CACHE", "~/.cache/atm-fl")).expanduser()
@@ -274,6 +283,8 @@ def split_source(source: Source, cap: int = CAP) -> dict[str, np.ndarray]:
     arrays = {"classes": np.array(list(source.classes))}
     for name, indices in chosen.items():
         arrays[f"{name}_images"], arrays[f"{name}_labels"] = images[indices], labels[indices]
+    if source.groups is not None:
+        arrays["test_groups"] = groups[chosen["test"]]
     return arrays
 
 
@@ -282,4 +293,5 @@ def _dataset(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
         Split(torch.from_numpy(arrays[f"{split}_images"]), torch.from_numpy(arrays[f"{split}_labels"]))
         for split in SPLITS
     )
-    return Dataset(name, tuple(map(str, arrays["classes"])), train, validation, test)
+    classes = tuple(map(str, arrays["classes"]))
+    return Dataset(name, classes, train, validation, test, test_groups=arrays.get("test_groups"))
