@@ -28,10 +28,12 @@ def option(
     gt: float = -math.inf,
     le: float = math.inf,
     lt: float = math.inf,
+    among: tuple[str, ...] = (),
 ) -> Any:
-    """An option: its default, a line of documentation and its bounds (≥ `ge`, > `gt`, ≤ `le`, < `lt`)."""
+    """An option: its default, a line of documentation, and its bounds (≥ `ge`, > `gt`, ≤ `le`, < `lt`) or, of a text,
+    the words `among` which it is."""
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    return field(default=default, metadata={"meaning": meaning, "bounds": bounds})
+    return field(default=default, metadata={"meaning": meaning, "bounds": bounds, "among": among})
 
 
 def options(made: Any) -> list[Any]:
@@ -40,7 +42,7 @@ def options(made: Any) -> list[Any]:
 
 
 def type_name(item: Any) -> str:
-    """An option's type: "float", "int" or "bool", whether or not its file has annotations as strings."""
+    """An option's type: "float", "int", "bool" or "str", whether or not its file has annotations as strings."""
     return getattr(item.type, "__name__", item.type)
 
 
@@ -62,13 +64,17 @@ def check_option(name: str, value: Any, item: Any) -> None:
         "float": number and math.isfinite(value),
         "int": isinstance(value, int) and number,
         "bool": isinstance(value, bool),
+        "str": value in item.metadata.get("among", ()),
     }
     if not right[kind]:
         words = {"float": "a finite number", "int": "a whole number", "bool": "true or false"}
+        words["str"] = " or ".join(item.metadata["among"])
         raise SettingError(f"{name.replace('_', '-')}={value!r}: it must be {words[kind]}")
     bounds = item.metadata.get("bounds")
-    if bounds and not (
-        bounds["ge"] <= value <= bounds["le"] and (bounds["gt"] < value < bounds["lt"] or kind == "bool")
+    if (
+        bounds
+        and kind != "str"
+        and not (bounds["ge"] <= value <= bounds["le"] and (bounds["gt"] < value < bounds["lt"] or kind == "bool"))
     ):
         words_ = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
         limits = " and ".join(f"{words_[end]} {bound:g}" for end, bound in bounds.items() if math.isfinite(bound))
@@ -98,7 +104,7 @@ class Choice:
 
 
 def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+    return str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else repr(value)
 
 
 def read_choice(setting: str, text: str, registry: Registry[Any]) -> Choice:

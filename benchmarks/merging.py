@@ -4,13 +4,15 @@
     python benchmarks/merging.py [--repeats 3] [--methods mean,ties] [--implementations ours,peft] [--resume]
 
 Made-up task vectors with the layout of open_clip's ViT-B-16 image tower (86,192,640 float32 each) are merged by every
-implementation that has the method ("ours-out" is ours into given memory), each
-measurement in a process of its own, after a small merge as a warm-up. Times are medians of the merge alone: all vectors
-are in memory as ordinary tensors, and what a peer needs prepared (its dictionaries, a base of zeros, copies if it
-overwrites its inputs) is prepared outside. The floor is the time in which this machine's copy bandwidth, measured just
-before each repeat, reads every vector and writes one; "x floor" is the median of the ratios. Memory is the peak of
-anonymous resident memory (mapped files don't count) above what was there before the merge, in vectors, the result
-included. "One by one" is how a server merges: each vector is read from disk into the same buffer, added, and gone.
+implementation that has the method, each measurement in a process of its own, after a small merge as a warm-up.
+"ours-out" is ours into given memory, "ours-float32" with precision=float32, "ours-products" the same with polar factors
+by products alone, as on a GPU. Times are medians of the merge alone: all vectors are in memory as ordinary tensors, and
+what a peer needs prepared (its dictionaries, a base of zeros, copies if it overwrites its inputs) is prepared outside.
+Processor seconds, of all threads, say more than the clock where other work runs beside it. The floor is the time in
+which this machine's copy bandwidth, measured just before each repeat, reads every vector and writes one; "x floor" is
+the median of the ratios. Memory is the peak of anonymous resident memory (mapped files don't count) above what was
+there before the merge, in vectors, the result included. "One by one" is how a server merges: each vector is read from
+disk into the same buffer, added, and gone.
 
 Every measurement is written to `measurements.jsonl` in --folder as it comes; --resume takes those from there. The
 vectors stay in --folder for the next run (14 GB with --scale full: 20 vectors, and as much in the system's temporary
@@ -41,7 +43,7 @@ from torch import Tensor
 from atm_fl.merging import make_merge, merges
 from atm_fl.merging.kinds import Streaming
 from atm_fl.runs.run import processor
-from atm_fl.vectors import Layout, digest
+from atm_fl.vectors import Layout, digest, single
 
 SCALES = {"full": (768, 12, 512), "small": (384, 12, 384), "tiny": (192, 6, 128), "warm-up": (64, 1, 64)}
 """Width, blocks and outputs of the image tower."""
@@ -139,6 +141,18 @@ def ours_given_memory(method: str, layout: Layout, vectors: Tensor) -> Call:
     tasks = {f"task{number}": vector for number, vector in enumerate(vectors)}
     out = torch.ones(layout.size)
     return lambda: make_merge(method, layout).combine(tasks, out=out)
+
+
+def ours_float32(method: str, layout: Layout, vectors: Tensor) -> Call:
+    """Ours in the second precision, as it is made on the CPU."""
+    tasks = {f"task{number}": vector for number, vector in enumerate(vectors)}
+    return lambda: make_merge(method, layout, precision="float32").combine(tasks)
+
+
+def ours_products(method: str, layout: Layout, vectors: Tensor) -> Call:
+    """The same as it is made elsewhere: polar factors by products alone."""
+    single.EIGENVECTORS = ()
+    return ours_float32(method, layout, vectors)
 
 
 def ours_per_entry(method: str, layout: Layout, vectors: Tensor) -> Call:
@@ -264,12 +278,16 @@ def fusion_bench(method: str, layout: Layout, vectors: Tensor) -> Call:
 IMPLEMENTATIONS = {
     "ours": ours,
     "ours-out": ours_given_memory,
+    "ours-float32": ours_float32,
+    "ours-products": ours_products,
     "peft": peft,
     "mergekit": mergekit,
     "fusion-bench": fusion_bench,
 }
 HAS: dict[str, Any] = {
     "ours-out": ("mean", "task-arithmetic"),
+    "ours-float32": ("iso-c", "tsv-m"),
+    "ours-products": ("iso-c", "tsv-m"),
     "peft": PEFT,
     "mergekit": MERGEKIT,
     "fusion-bench": FUSION_BENCH,
@@ -354,19 +372,21 @@ def measure_case(case: Case, repeats: int, folder: Path) -> dict[str, Any]:
         prepare = partial(IMPLEMENTATIONS[case.by], case.method, layout, vectors)
         IMPLEMENTATIONS[case.by](case.method, warm_layout, warm)()
     sampler, seconds, copies, peaks, result = Sampler(), [], [], [], None
+    busy = []
     for _ in range(repeats):
         result = None
         copies.append(copy_seconds(layout.size))  # beside it, since other work may make both slower
         call = prepare()
         sampler.peak()
         before = sampler.peak()
-        start = time.perf_counter()
+        start, begin = time.perf_counter(), time.process_time()
         result = call()
         seconds.append(time.perf_counter() - start)
+        busy.append(time.process_time() - begin)
         peaks.append((sampler.peak() - before) / (4 * layout.size))
         del call
     sampler.close()
-    row: dict[str, Any] = {"seconds": seconds, "copies": copies, "peak": max(peaks)}
+    row: dict[str, Any] = {"seconds": seconds, "busy": busy, "copies": copies, "peak": max(peaks)}
     if isinstance(result, dict):
         result = torch.cat([result[name].detach().reshape(-1) for name in layout.names])
     assert isinstance(result, Tensor)
@@ -403,7 +423,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             for by in args.implementations:
                 if by == "ours" or method in HAS[by]:
                     yield make(method, by, args.tasks, False)
-    if "ours" in args.implementations:
+    if "ours" in args.implementations and not args.times_only:
         for method in args.methods:
             for tasks in sorted({args.tasks, MANY}):
                 yield make(method, "ours", tasks, True)
@@ -468,12 +488,13 @@ def report(args: argparse.Namespace, rows: dict[Case, dict[str, Any]]) -> None:
     beside_floor: dict[tuple[str, str], float] = {}
     for (method, by), row in at_once.items():
         if "failed" in row:
-            lines.append([method, by, row["failed"], *[""] * 4])
+            lines.append([method, by, row["failed"], *[""] * 5])
             continue
         spread = f"{median(row['seconds']):.3g} ({min(row['seconds']):.3g}-{max(row['seconds']):.3g})"
         faster = ratio(method, by) if by != "ours" else None
         difference = f"{row['difference']:.1e} {row.get('compared', '')}".strip() if "difference" in row else ""
-        lines.append([method, by, spread, f"{seconds[method, by] / floor:.1f}", f"{faster:.1f} x" if faster else ""])
+        lines.append([method, by, spread, f"{seconds[method, by] / floor:.1f}"])
+        lines[-1] += [f"{median(row.get('busy', [math.nan])):.3g}", f"{faster:.1f} x" if faster else ""]
         lines[-1] += [f"{row['peak']:.2f}", difference]
         floors = [(args.tasks + 1) / 2 * copy for copy in row.get("copies", [])]
         if floors:
@@ -481,7 +502,8 @@ def report(args: argparse.Namespace, rows: dict[Case, dict[str, Any]]) -> None:
             beside_floor[method, by] = times
             lines[-1][3] = f"{times:.1f}"
     if lines:
-        header = ["merge", "by", "seconds (min-max)", "x floor", "ours is faster", "extra memory", "differs from ours"]
+        header = ["merge", "by", "seconds (min-max)", "x floor", "processor seconds"]
+        header += ["ours is faster", "extra memory", "differs from ours"]
         print(padded(header, lines), "\n\nExtra memory: in vectors, the result included.\n")
     kinds = {
         name: "streaming" if issubclass(merge_class, Streaming) else "joint" for name, merge_class in merges().items()
@@ -530,6 +552,7 @@ def main() -> None:
     parser.add_argument("--methods", type=listed, default=list(merges()), help="of ours, with commas between")
     parser.add_argument("--implementations", type=listed, default=list(IMPLEMENTATIONS))
     parser.add_argument("--memory-only", action="store_true", help="only ours, one by one")
+    parser.add_argument("--times-only", action="store_true", help="not ours, one by one")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "atm-fl-merging")
     parser.add_argument("--resume", action="store_true", help="take what has been measured before from --folder")
     parser.add_argument("--measure", help="internal: measure this case in this process")

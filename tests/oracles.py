@@ -322,7 +322,9 @@ def by_matrix(vectors: Vectors, layout: Layout, split_qkv: bool, merge: Callable
 
 
 @oracle("tsv-m")
-def tsv_m(vectors: Vectors, layout: Layout, seed: int, scaling: float, split_qkv: bool) -> Array:
+def tsv_m(
+    vectors: Vectors, layout: Layout, seed: int, scaling: float, split_qkv: bool, precision: str = "exact"
+) -> Array:
     def merge(matrices: list[Array]) -> Array:
         rank = min(matrices[0].shape) // len(matrices)
         if rank == 0:
@@ -335,7 +337,9 @@ def tsv_m(vectors: Vectors, layout: Layout, seed: int, scaling: float, split_qkv
 
 
 @oracle("iso-c")
-def iso_c(vectors: Vectors, layout: Layout, seed: int, scaling: float, split_qkv: bool) -> Array:
+def iso_c(
+    vectors: Vectors, layout: Layout, seed: int, scaling: float, split_qkv: bool, precision: str = "exact"
+) -> Array:
     def merge(matrices: list[Array]) -> Array:
         total = sum(matrices)
         u, values, v = svd(total, min(total.shape))

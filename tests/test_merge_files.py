@@ -303,6 +303,19 @@ def test_the_command_merges(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(out).items())
 
 
+def test_the_precision_of_a_merge_is_an_option_like_others(
+    base: Path, files: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = merge(base, files, out.with_name("x"), "iso-c", chosen={"precision": "float32"})
+    for arguments in (["iso-c:precision=float32"], ["iso-c", "--precision", "float32"]):
+        assert call(monkeypatch, "--base", base, "--out", out, "--method", *arguments, *files) == 0
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(out).items())
+    assert call(monkeypatch, "--base", base, "--out", out, "--method", "iso-c", *files) == 0
+    exact = load_file(out)
+    assert any(not torch.equal(tensor, expected[name]) for name, tensor in exact.items())
+    assert all(torch.allclose(tensor, expected[name], atol=0.05) for name, tensor in exact.items())
+
+
 def test_the_help_shows_every_option_of_every_merge(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -25,7 +25,7 @@ from atm_fl.errors import SettingError
 from atm_fl.merging import Merge, find_merge, make_merge, merges, options
 from atm_fl.merging.kinds import BatchMerge, Streaming
 from atm_fl.merging.sparse import Mask
-from atm_fl.vectors import Layout, blocks, linalg
+from atm_fl.vectors import Layout, blocks, linalg, single
 from atm_fl.vectors.blocks import inner_products, ranked_magnitudes, sort_rows
 
 NAMES = sorted(merges())
@@ -407,6 +407,97 @@ def test_large_matrices_are_merged_more_exactly_than_by_float32(name: str, kind:
     assert error <= max(limit, 2e-6 * np.linalg.norm(wanted))
 
 
+# --- in float32
+
+
+BY = {"eigenvectors": ("cpu",), "products": ()}
+"""How polar factors are made in float32 → the devices where they are made by eigenvectors."""
+
+
+@st.composite
+def spectra(draw: st.DrawFn) -> tuple[tuple[int, int], np.ndarray]:
+    """A shape, tall, wide or square, and singular values: flat, steep, of low rank, or all zero."""
+    shape = draw(st.sampled_from([(24, 24), (60, 20), (20, 60), (7, 5), (1, 9), (9, 1), (1, 1)]))
+    size = min(shape)
+    weakest = draw(st.sampled_from([0.3, 1e-2, 1e-3, 1e-4, 1e-6, 1e-9]))
+    values = np.geomspace(1, weakest, size)
+    values[draw(st.integers(0, size)) :] = draw(st.sampled_from([0.0, weakest]))
+    return shape, values * 10.0 ** draw(st.integers(-12, 12))
+
+
+def stated_errors(values: np.ndarray) -> np.ndarray:
+    """Most that each direction of a polar factor may err in float32."""
+    parts = values / max(values.max(), 1e-300)
+    return np.minimum(1.01, single.ERROR / np.maximum(parts, 1e-9) ** 2)
+
+
+@pytest.mark.parametrize("by", BY)
+@given(spectra(), st.integers(0, 2**32 - 1))
+def test_iso_c_in_float32_is_as_near_to_exact_as_it_says(by: str, drawn: Any, seed: int) -> None:
+    shape, values = drawn
+    matrix = spectrum(shape, values, np.random.default_rng(seed))
+    vectors, layout = {"a": torch.from_numpy(matrix.ravel()).float()}, Layout(("weight",), (shape,))
+    exact = make_merge("iso-c", layout).combine(vectors).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(single, "EIGENVECTORS", BY[by])
+        merged = make_merge("iso-c", layout, precision="float32").combine(vectors).double()
+    errors = stated_errors(values)
+    # all directions have the mean's strength, which itself errs by what each adds to it
+    limit = values.mean() * np.linalg.norm(errors) + (values * errors).mean() * len(values) ** 0.5
+    assert float((merged - exact).norm()) <= limit + 1e-30
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("shape", [(64, 48), (48, 64), (48, 48)])
+@pytest.mark.parametrize("scale", [1.0, 1e15, 1e-15])
+def test_tsv_m_in_float32_is_as_near_to_exact_as_it_says(
+    by: str, shape: tuple[int, int], scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(single, "EIGENVECTORS", BY[by])
+    random, layout = np.random.default_rng(0), Layout(("weight",), (shape,))
+    strengths = np.r_[np.linspace(3, 1, 12), np.linspace(0.1, 0, 36)]  # a gap behind those that are kept
+    matrices = [scale * spectrum(shape, strengths, random) for _ in range(4)]
+    vectors = {str(number): torch.from_numpy(matrix.ravel()).float() for number, matrix in enumerate(matrices)}
+    exact = make_merge("tsv-m", layout).combine(vectors).double()
+    merged = make_merge("tsv-m", layout, precision="float32").combine(vectors).double()
+    parts = [np.linalg.svd(matrix) for matrix in matrices]
+    limit = single.ERROR * (3 / 1) ** 2
+    for factors in ([u[:, :12] for u, _, _ in parts], [vt[:12].T for _, _, vt in parts]):
+        limit += stated_errors(np.linalg.svd(np.concatenate(factors, 1), compute_uv=False)).max()
+    assert float((merged - exact).norm()) <= limit * scale * 2 * np.linalg.norm(strengths[:12])
+
+
+@pytest.mark.parametrize("by", BY)
+def test_iso_c_in_float32_of_a_noisy_sum_leaves_out_what_is_noise(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(single, "EIGENVECTORS", BY[by])
+    layout, random = Layout(("weight",), ((40, 30),)), np.random.default_rng(0)
+    matrix = spectrum((40, 30), np.r_[np.linspace(2, 1, 10), np.full(20, 1e-2)], random)
+    total = torch.from_numpy(matrix.ravel()).float()
+    exact, merge = make_merge("iso-c", layout), make_merge("iso-c", layout, precision="float32")
+    for rounding in (0.0, 1e-2):  # all directions, or the strong ones alone
+        merged = merge.from_sum(total, 3, rounding)
+        assert_near(merged, exact.from_sum(total, 3, rounding).numpy(), float(merged.abs().max()), 0.1)
+        rank = np.linalg.matrix_rank(merged.view(40, 30).numpy(), tol=0.1 * float(merged.norm()) / 30**0.5)
+        assert rank == (10 if rounding else 30)
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("name", ["tsv-m", "iso-c"])
+@pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
+def test_float32_is_finite_and_no_stronger_than_exact(
+    by: str, name: str, maker: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(single, "EIGENVECTORS", BY[by])
+    for dtype, count in [(torch.float32, 6), (torch.float64, 5), (torch.float32, 1)]:
+        vectors = make(maker, count, MIXED.size, dtype)
+        exact, merged = (
+            make_merge(name, MIXED, precision=precision).combine(vectors) for precision in ("exact", "float32")
+        )
+        assert merged.dtype == dtype
+        rest = 0.01 * size_of(vectors)  # of what cancels out exactly
+        assert float(merged.double().norm()) <= 1.5 * float(exact.double().norm()) + rest
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_result_goes_into_given_memory(name: str, dtype: torch.dtype) -> None:
@@ -444,14 +535,23 @@ def test_where_lapack_finds_no_eigenvectors_an_svd_does(name: str, monkeypatch: 
     agree(make_merge(name, MIXED), name, make(normal, 3, MIXED.size, torch.float32))
 
 
-@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts"])
+@pytest.mark.parametrize(
+    ("name", "precision", "by"),
+    [
+        *((name, {}, "eigenvectors") for name in ("tsv-m", "iso-c", "iso-cts")),
+        *((name, {"precision": "float32"}, by) for name in ("tsv-m", "iso-c") for by in BY),
+    ],
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("side", [64, 400])
-def test_what_is_not_finite_is_not_lost(name: str, value: float, side: int) -> None:
+def test_what_is_not_finite_is_not_lost(
+    name: str, precision: dict[str, str], by: str, value: float, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(single, "EIGENVECTORS", BY[by])
     vectors = make(normal, 3, side * side, torch.float32)
     vectors["solar"][7] = value
     try:
-        merged = make_merge(name, Layout(("weight",), ((side, side),))).combine(vectors)
+        merged = make_merge(name, Layout(("weight",), ((side, side),)), **precision).combine(vectors)
     except torch.linalg.LinAlgError:
         return
     assert not merged.isfinite().all()

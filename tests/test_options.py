@@ -31,6 +31,8 @@ def values_of(item: Any) -> st.SearchStrategy[Any]:
     """Values within an option's bounds; a codec's block is even."""
     if type_name(item) == "bool":
         return st.booleans()
+    if type_name(item) == "str":
+        return st.sampled_from(item.metadata["among"])
     bounds = item.metadata["bounds"]
     low, high = max(bounds["ge"], bounds["gt"], -1e6), min(bounds["le"], bounds["lt"], 1e6)
     if type_name(item) == "int":
@@ -53,11 +55,13 @@ def test_what_is_written_is_read_again(setting: str, registry: Registry[Any], na
         assert Settings.parse({setting: str(choice)}).as_config()[setting] == str(choice)
 
 
-OPTIONS = [(s, r, name, item) for s, r, name in THINGS for item in r.options(r[name]) if type_name(item) != "bool"]
+NUMBERS = [
+    (s, r, name, item) for s, r, name in THINGS for item in r.options(r[name]) if type_name(item) in ("int", "float")
+]
 
 
 @pytest.mark.parametrize(
-    ("setting", "registry", "name", "item"), OPTIONS, ids=[f"{s}-{n}-{item.name}" for s, _, n, item in OPTIONS]
+    ("setting", "registry", "name", "item"), NUMBERS, ids=[f"{s}-{n}-{item.name}" for s, _, n, item in NUMBERS]
 )
 def test_an_error_names_setting_value_option_and_fix(
     setting: str, registry: Registry[Any], name: str, item: Any
@@ -78,6 +82,14 @@ def test_an_error_names_setting_value_option_and_fix(
             read_choice(setting, text, registry)
         assert str(error.value).startswith(f"{setting}={text!r}")
         assert words in str(error.value)
+
+
+def test_a_word_that_is_none_of_the_options_words_is_refused_with_those_that_are() -> None:
+    for wrong in ("half", "1", "true"):
+        with pytest.raises(SettingError) as error:
+            read_choice("merge", f"iso-c:precision={wrong}", MERGES)
+        assert str(error.value).startswith(f"merge='iso-c:precision={wrong}': precision=")
+        assert str(error.value).endswith(": it must be exact or float32")
 
 
 def test_what_takes_no_options_says_so() -> None:

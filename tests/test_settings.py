@@ -425,6 +425,8 @@ LAYOUT = Layout(("attn.qkv.weight", "b.weight", "b.bias"), ((48, 16), (16, 24), 
 def others(item: Any) -> list[Any]:
     """Some values but the default within an option's bounds."""
     default = item.default
+    if type_name(item) == "str":
+        return [word for word in item.metadata["among"] if word != default]
     wanted = [not default] if type_name(item) == "bool" else [default / 2, default * 2, default + 1, default - 1, 0.5]
     if type_name(item) == "int":
         wanted = [int(value) for value in (*wanted, 2, 4, default + 2)]

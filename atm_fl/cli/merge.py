@@ -89,7 +89,7 @@ def _merge_options() -> list[TyperOption]:
         made.append(
             TyperOption(
                 param_decls=[f"--{dashed}/--no-{dashed}" if kind == "bool" else f"--{dashed}"],
-                type={"bool": bool, "int": int, "float": float}[kind],
+                type={"bool": bool, "int": int, "float": float, "str": str}[kind],
                 default=None,
                 help=escape("; ".join(lines)),
                 rich_help_panel="Options of the methods",

@@ -333,13 +333,11 @@ def _write(ready: Ready, steps: Steps, out: Output) -> None:
 def _summed(name: str, base: BaseParts, entry: int, chunk: slice, step: Tensor) -> Tensor:
     """base + step in the base's dtype; where no element changes, the base's bits. RunError if one does not fit."""
     stored = base.entries[entry].values[chunk]
-    low, high = (float(end) for end in torch.aminmax(step))
-    if low == high == 0:
+    if step.sum() == 0 and not step.any():  # `any` alone takes twenty times as long
         return stored
     total = torch.add(base.part(entry, chunk), step)
-    low, high = (float(end) for end in torch.aminmax(total))
     rounded = total.to(stored.dtype)
-    if not fits(low, high, stored.dtype):
+    if not fits(total, stored.dtype):
         rounded = torch.where(step == 0, stored, rounded)
         if bool(((step != 0) & ~rounded.isfinite()).any()):
             raise RunError(f"{name}: base + merged does not fit {stored.dtype}; a smaller scaling may help")

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from atm_fl.merging import merge, option
 from atm_fl.merging.kinds import TensorWise
+from atm_fl.vectors import single
 from atm_fl.vectors.linalg import add, polar, svd
+
+PRECISION = option(
+    "exact", "float32: faster, and weak directions come out weaker (vectors/single.py)", among=("exact", "float32")
+)
 
 FUSED = ("in_proj_weight", "qkv.weight")
 """Ends of the names of matrices that hold an attention's query, key and value one above the other."""
@@ -64,11 +69,24 @@ class TsvM(Spectral):
     the polar factor by an SVD is arbitrary.
     """
 
+    precision: str = PRECISION
+
     def matrix(self, matrices: list[Tensor]) -> Tensor:
         rank, dtype = min(matrices[0].shape) // len(matrices), matrices[0].dtype
+        if self.precision == "float32":
+            return self._single(matrices, rank)
         left, values, right = zip(*(svd(matrix, rank, dtype) for matrix in matrices), strict=True)
         (u, _), (v, _) = polar(torch.cat(left, 1), dtype), polar(torch.cat(right, 1), dtype)
         return (u * torch.cat(values).to(dtype)) @ v.T
+
+    def _single(self, matrices: list[Tensor], rank: int) -> Tensor:
+        left, values, right = zip(*(single.leading(matrix, rank) for matrix in matrices), strict=True)
+        strengths = torch.cat(values)
+        if not len(strengths):
+            return torch.zeros_like(matrices[0])
+        u, v = (single.polar(torch.cat(factors, 1)) for factors in (left, right))
+        scale = strengths.max()
+        return ((u * (strengths / scale).float()) @ v.T).to(matrices[0].dtype) * scale
 
 
 @merge("iso-c")
@@ -80,9 +98,10 @@ class IsoC(Spectral):
     """
 
     of_sum: ClassVar[bool] = True
+    precision: str = PRECISION
 
     def matrix(self, matrices: list[Tensor]) -> Tensor:
-        return isotropic(add(matrices), matrices[0].dtype)
+        return isotropic(add(matrices), matrices[0].dtype, precision=self.precision)
 
     def sum_factor(self, count: int) -> float:
         return 1.0
@@ -95,7 +114,7 @@ class IsoC(Spectral):
 
         def matrix(matrices: list[Tensor]) -> Tensor:
             rows, columns = matrices[0].shape
-            return isotropic(add(matrices), scaled.dtype, 2 * rounding * (rows**0.5 + columns**0.5))
+            return isotropic(add(matrices), scaled.dtype, 2 * rounding * (rows**0.5 + columns**0.5), self.precision)
 
         def entry(name: str, tensors: list[Tensor]) -> Tensor:
             return self.by_pieces(name, tensors, matrix) if is_matrix(tensors[0]) else tensors[0] / count
@@ -103,10 +122,17 @@ class IsoC(Spectral):
         return self.each([scaled], entry)
 
 
-def isotropic(total: Tensor, dtype: torch.dtype, least: float = 0.0) -> Tensor:
+def isotropic(total: Tensor, dtype: torch.dtype, least: float = 0.0, precision: str = "exact") -> Tensor:
     """σ̄ U Vᵀ, `dtype`, of a matrix U Σ Vᵀ, float64 [m, n], without the directions of values below `least`."""
-    flat, values = polar(total if total.shape[0] >= total.shape[1] else total.T, dtype, least)
-    return values.mean() * (flat if flat.shape == total.shape else flat.T)
+    columns = total if total.shape[0] >= total.shape[1] else total.T
+    if precision == "float32":
+        flat = single.polar(columns, least)
+        mean = (flat * columns).sum() / flat.shape[1]
+        merged = mean * flat.to(dtype)
+    else:
+        flat, values = polar(columns, dtype, least)
+        merged = values.mean() * flat
+    return merged if merged.shape == total.shape else merged.T
 
 
 @merge("iso-cts")

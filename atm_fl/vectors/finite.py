@@ -16,4 +16,7 @@ def check_finite(vector: Tensor) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether all values are; without a second tensor, as `isfinite` would make."""
-    return tensor.numel() == 0 or all(math.isfinite(end) for end in torch.aminmax(tensor))
+    # A sum takes a sixth of the time, and is finite only if all values are; it may also be too large by itself.
+    if tensor.numel() == 0 or math.isfinite(tensor.sum()):
+        return True
+    return all(math.isfinite(end) for end in torch.aminmax(tensor))
