@@ -239,7 +239,8 @@ def _name(point: EntryPoint) -> str:
     return f"entry point {point.name} = {point.value}"
 
 
-def _digest(content: bytes) -> str:
+def digest(content: bytes) -> str:
+    """Of a plugin's file: the first 16 hex digits of its SHA-256."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -249,8 +250,8 @@ def _load_file(file: Path) -> None:
         content = file.read_bytes()
     except OSError as error:
         raise SettingError(f"plugin {file} cannot be read ({error.strerror}); chmod a+r it, or remove it") from error
-    plugin = Plugin(str(file), _digest(content))
-    module = ModuleType(f"atm_fl_plugin_{file.stem}_{_digest(str(file).encode())}")
+    plugin = Plugin(str(file), digest(content))
+    module = ModuleType(f"atm_fl_plugin_{file.stem}_{digest(str(file).encode())}")
     module.__file__ = str(file)
     sys.modules[module.__name__] = module  # where dataclasses and inspect look
     linecache.checkcache(str(file))
@@ -265,7 +266,7 @@ def _load_point(point: EntryPoint) -> None:
     with _loading(Plugin(_name(point), ""), ""):
         spec = importlib.util.find_spec(point.module)
         origin = (spec and spec.origin) or ""
-    plugin = Plugin(_name(point), _digest(Path(origin).read_bytes()) if Path(origin).is_file() else "")
+    plugin = Plugin(_name(point), digest(Path(origin).read_bytes()) if Path(origin).is_file() else "")
     with _loading(plugin, origin):
         point.load()
     _loader.done[plugin] = None

@@ -21,6 +21,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from atm_fl.errors import OwnFileError, RunError, SettingError, did_you_mean
+from atm_fl.models.imported import is_imported
 from atm_fl.models.trainable import items
 from atm_fl.settings import Settings, kebab
 from atm_fl.tables import markdown
@@ -46,7 +47,9 @@ class Policy:
     splits: tuple[str, ...] = rule(
         ("train", "validation"), "splits that may be tuned on", "split", ("train", "validation")
     )
-    models: tuple[str, ...] = rule((), "models, by name or pattern as 'open_clip/*'; none named: any", "model")
+    models: tuple[str, ...] = rule(
+        (), "models, by name or pattern as 'open_clip/*'; none named: any but a function's path", "model"
+    )
     trainable: tuple[str, ...] = rule((), "what may be tuned, as 'last-*'; none named: anything", "trainable")
     privacy: str = rule("none", "dp-sgd: every run must tune with DP-SGD", "privacy", ("none", "dp-sgd"))
     epsilon: float = rule(
@@ -116,6 +119,15 @@ class Policy:
             if value and (reason := broken(value, settings, task)):
                 shown = ", ".join(value) if isinstance(value, tuple) else value
                 raise RunError(f"{task}: refused by this party's policy, {kebab(name)}={shown}: {reason}")
+
+    def check_imports(self, settings: Settings, task: str) -> None:
+        """RunError if a run's model is a function's path that `models` does not name: importing it would run code that
+        is no part of the app, at the word of whoever began the run."""
+        if is_imported(settings.model) and not _named(self.models, settings.model):
+            raise RunError(
+                f"{task}: refused by this party: model={settings.model!r} would be imported here, which wants a policy "
+                "whose models names it"
+            )
 
     def bounds(self) -> list[str]:
         """The rules that bound something, as they stand in the file."""

@@ -59,6 +59,7 @@ def party_of(context: Context) -> Party:
     if "task" in node or "data" in node:
         data, name = str(node.get("data", node.get("task"))), str(node.get("task", ""))
         policy.check(settings, name or Path(data).name)
+        policy.check_imports(settings, name or Path(data).name)
         return _party(settings, policy, data, name)
     if "partition-id" not in node:
         raise SettingError(

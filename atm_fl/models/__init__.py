@@ -9,7 +9,8 @@ To add a model, register a function that returns an `Encoder`::
     @backbone("my_vit")
     def my_vit() -> Encoder: ...
 
-Those of open_clip, timm and transformers go by their own names: see hubs.py and texts.py.
+Those of open_clip, timm and transformers go by their own names: see hubs.py and texts.py. A function of an installed
+package goes by its path: see imported.py.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from atm_fl.models.heads import (
     prototype_head,
     prototypes,
 )
+from atm_fl.models.imported import check_path, imported_plugin, is_imported, make_imported
 from atm_fl.models.loading import is_path, load_weights
 
 __all__ = [
@@ -73,6 +75,8 @@ __all__ = [
     "family",
     "features",
     "head",
+    "imported_plugin",
+    "is_imported",
     "linear_probe",
     "linear_probe_head",
     "load_backbone",
@@ -91,16 +95,19 @@ def backbones() -> list[str]:
 
 
 def _family(name: str) -> tuple[Callable[[str, str], Any], Callable[[str, str], object]] | None:
-    return FAMILIES.get(name.partition("/")[0]) if "/" in name else None
+    return FAMILIES.get(name.partition("/")[0]) if "/" in name and not is_imported(name) else None
 
 
 def check_backbone(name: str, weights: str = "pretrained") -> None:
     """SettingError, with the nearest known name, if there is no backbone `name` or there are no such weights of it."""
     if family := _family(name):
         family[1](name.partition("/")[2], weights)
+        return
+    if is_imported(name):
+        check_path(name)
     elif name not in BACKBONES:
         raise SettingError(f"model={name!r} is unknown{did_you_mean(name, [*BACKBONES, 'open_clip/…', 'timm/…'])}")
-    elif weights != "pretrained" and not is_path(weights):
+    if weights != "pretrained" and not is_path(weights):
         raise SettingError(
             f"weights={weights!r}: model={name!r} has weights of its own; leave it at 'pretrained', or name a file "
             "that is here"
@@ -114,10 +121,25 @@ def load_backbone(name: str, weights: str = "pretrained") -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         family = _family(name)
-        made = family[0](name.partition("/")[2], weights) if family else BACKBONES[name]()
+        made = (
+            family[0](name.partition("/")[2], weights)
+            if family
+            else make_imported(name)
+            if is_imported(name)
+            else BACKBONES[name]()
+        )
+        _check_encoder(name, made)
         if not family and weights != "pretrained":
-            made.notes += load_weights(made, weights)
+            made.notes = [*getattr(made, "notes", ()), *load_weights(made, weights)]
         return made.eval()
+
+
+def _check_encoder(name: str, made: Any) -> None:
+    if not isinstance(made, torch.nn.Module) or not isinstance(getattr(made, "image_size", None), int):
+        raise SettingError(
+            f"model={name!r} is a {type(made).__name__} without what atm_fl.models.Encoder asks for: a "
+            "torch.nn.Module with an image_size"
+        )
 
 
 def load_image_backbone(name: str, weights: str = "pretrained") -> Backbone:

@@ -76,7 +76,8 @@ class Settings:
     )
     model: str = setting(
         "vit_micro",
-        "the shared backbone; also open_clip/ViT-B-16, timm/vit_small_patch16_224, …",
+        "the shared backbone; also open_clip/ViT-B-16, timm/vit_small_patch16_224, …, or package.module:function of "
+        "yours",
         names=models.BACKBONES,
     )
     weights: str = setting(
@@ -425,6 +426,9 @@ class Settings:
                 continue
             text = getattr(self, item.name)
             for name in [text] if kebab(item.name) in CHOSEN else text.split(","):
+                if registry is models.BACKBONES and models.is_imported(name):
+                    files[f"{registry.kind} {name!r}"] = models.imported_plugin(name)
+                    continue
                 name = name.partition(":")[0].strip()
                 if plugin := registry.plugin(name):
                     files[f"{registry.kind} {name!r}"] = plugin
