@@ -7,15 +7,17 @@ Made-up bf16 models of a language model's shapes and their base are merged by `a
 mergekit's (`mergekit-pytorch`, options that mean the same, float32 inside and bf16 written), each measurement in a
 process of its own. The floor is the bytes of all inputs and the output over the bandwidth with which this disk (or,
 warm, its cache) copies the base just before each measurement; all numbers are medians, of ratios those of single pairs.
-Processor seconds, of all threads, say more than the clock where other work runs beside it. Memory: the peaks of
-anonymous and of all resident memory, above what the process had before, libraries loaded. --cold drops the files from
-the cache first (posix_fadvise), and the output is on the disk (fsync) before the clock stops.
+Processor seconds, of all threads, and their ratio to what copying the same bytes costs, say more than the clock where
+other work runs beside it. Memory: the peaks of anonymous and of all resident memory, above what the process had before,
+libraries loaded. --cold drops the files from the cache first (posix_fadvise), and the output is on the disk (fsync)
+before the clock stops.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -32,6 +34,8 @@ import torch
 from safetensors.torch import save_file
 
 WORDS, WIDTH = 64_000, 2_048
+DRAWN = 4_194_301
+"""Normal numbers that models are made of, a prime number."""
 
 
 def shapes(elements: int) -> dict[str, tuple[int, ...]]:
@@ -45,9 +49,17 @@ def shapes(elements: int) -> dict[str, tuple[int, ...]]:
     return by_name
 
 
+def noise(drawn: torch.Tensor, shape: tuple[int, ...], number: int) -> torch.Tensor:
+    """Normal numbers: those `drawn`, again and again from a place that goes with the number. New ones take minutes."""
+    size = math.prod(shape)
+    start = number * 7_919 * 8_192 % len(drawn)
+    return drawn.repeat(-(-(start + size) // len(drawn)))[start : start + size].reshape(shape).clone()
+
+
 def make(folder: Path, args: argparse.Namespace) -> None:
     """The base in args.shards files and the models tuned from it, of args.gigabytes each."""
     names = shapes(int(args.gigabytes * 5e8))
+    drawn = torch.randn(DRAWN, generator=torch.Generator().manual_seed(0))
     for number in range(args.files + 1):
         model = folder / ("base" if number == 0 else f"tuned{number}")
         model.mkdir(exist_ok=True)
@@ -58,10 +70,9 @@ def make(folder: Path, args: argparse.Namespace) -> None:
             file = "model.safetensors" if args.shards == 1 else f"model-{shard + 1:05}.safetensors"
             state = {}
             for name in listed[shard * size : (shard + 1) * size]:
-                random = torch.Generator().manual_seed(listed.index(name))
-                tensor = torch.randn(names[name], generator=random).mul_(0.02)
+                tensor = noise(drawn, names[name], listed.index(name)).mul_(0.02)
                 if number:
-                    tensor.add_(torch.randn(names[name], generator=random.manual_seed(number)), alpha=1e-3)
+                    tensor.add_(noise(drawn, names[name], number * len(listed) + listed.index(name)), alpha=1e-3)
                 state[name] = tensor.bfloat16()
                 index[name] = file
             save_file(state, model / file)
@@ -143,19 +154,20 @@ def drop(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def bandwidth(folder: Path, cold: bool) -> float:
-    """Bytes a second, read and written, of a plain copy of the base that is on the disk at its end."""
+def bandwidth(folder: Path, cold: bool) -> tuple[float, float]:
+    """Bytes a second, and a processor's second, of a plain copy of the base that is on the disk at its end."""
     if cold:
         drop(folder)
     files = sorted((folder / "base").glob("*.safetensors"))
-    begin, copy = time.perf_counter(), folder / "copy"
+    begin, busy, copy = time.perf_counter(), time.process_time(), folder / "copy"
     for path in files:
         shutil.copyfile(path, copy)
         with copy.open("rb") as file:
             os.fsync(file.fileno())
-    seconds = time.perf_counter() - begin
+    seconds, busy = time.perf_counter() - begin, time.process_time() - busy
     copy.unlink()
-    return 2 * sum(path.stat().st_size for path in files) / seconds
+    size = 2 * sum(path.stat().st_size for path in files)
+    return size / seconds, size / busy
 
 
 def main() -> None:
@@ -183,25 +195,26 @@ def main() -> None:
         what = f"{args.files} files of {written / 1e9:.2f} GB and their base, {args.shards} shards"
         state = "cold" if args.cold else "warm"
         print(f"{what}, {state}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
-        header = ["merge", "by", "seconds", "copy, GB/s", "x floor", "processor seconds"]
+        header = ["merge", "by", "seconds", "copy, GB/s", "x floor", "processor seconds", "x a copy's"]
         header += ["anonymous GB", "resident GB", "ours is faster"]
         print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|")
         for method in args.methods.split(","):
             rows: dict[str, list[dict[str, float]]] = {by: [] for by in args.by.split(",")}
             for _ in range(args.repeats):
                 for by, measured in rows.items():
-                    rate = bandwidth(folder, args.cold)
+                    rate, busy_rate = bandwidth(folder, args.cold)
                     command = [sys.executable, __file__, "--folder", str(folder), "--measure", method, "--by", by]
                     done = subprocess.run([*command, *["--cold"] * args.cold], check=True, stdout=subprocess.PIPE)
                     row = json.loads(done.stdout.decode().splitlines()[-1])
-                    measured.append(row | {"rate": rate / 1e9, "floors": row["seconds"] * rate / (sizes + written)})
+                    row |= {"rate": rate / 1e9, "floors": row["seconds"] * rate / (sizes + written)}
+                    measured.append(row | {"busy floors": row["busy"] * busy_rate / (sizes + written)})
             for by, measured in rows.items():
                 middle = {key: median(row[key] for row in measured) for key in measured[0]}
                 faster = median(
                     row["seconds"] / mine["seconds"] for row, mine in zip(measured, rows["ours"], strict=True)
                 )
                 cells = [f"{middle['seconds']:.2f}", f"{middle['rate']:.2f}", f"{middle['floors']:.1f}"]
-                cells += [f"{middle[key]:.2f}" for key in ("busy", "anonymous", "resident")]
+                cells += [f"{middle[key]:.2f}" for key in ("busy", "busy floors", "anonymous", "resident")]
                 print(f"| {method} | {by} | {' | '.join(cells)} | {faster:.1f} x |", flush=True)
 
 

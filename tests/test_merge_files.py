@@ -243,6 +243,24 @@ def test_a_result_that_does_not_fit_its_dtype_is_not_written(tmp_path: Path, fil
     assert list(out.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float32, 1e38), (torch.bfloat16, 1e38), (torch.float16, 6e4)])
+def test_values_whose_sums_are_beyond_their_dtype_are_merged(dtype: torch.dtype, large: float, tmp_path: Path) -> None:
+    """The quick looks at a block, by its sum or the sum of its squares, are not the last word."""
+    models = [{"weight": torch.full((64,), factor * large).to(dtype)} for factor in (1.0, 0.5, 0.25)]
+    models[1]["weight"][:32] = -models[1]["weight"][:32]
+    first, *others = [write(tmp_path / f"{number}.safetensors", each) for number, each in enumerate(models)]
+    merged, _ = merge(first, others, tmp_path / "out", "mean")
+    exact = sum(each["weight"].double() for each in models[1:]) / 2
+    torch.testing.assert_close(merged["weight"].double(), exact, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_where_only_the_sum_of_the_steps_is_nothing_they_are_made(base: Path, tmp_path: Path, out: Path) -> None:
+    tuned = model(0)
+    tuned["block.bias"] += torch.tensor([1.0, -1, 2, -2, 4, -4])
+    merged, _ = merge(base, [write(tmp_path / "a.safetensors", tuned)], out, "mean")
+    torch.testing.assert_close(merged["block.bias"], tuned["block.bias"])
+
+
 def test_an_end_in_the_middle_leaves_the_old_file(base: Path, files: list[Path], out: Path) -> None:
     out.parent.mkdir()
     out.write_bytes(b"old")

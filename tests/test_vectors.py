@@ -8,6 +8,7 @@ from torch import nn
 
 from atm_fl.models import load_backbone
 from atm_fl.vectors import Layout, bind
+from atm_fl.vectors.finite import is_finite
 from atm_fl.vectors.mapped import MappedVectors
 
 
@@ -65,3 +66,12 @@ def test_a_spill_refuses_a_name_twice() -> None:
     with pytest.raises(ValueError, match="'a' was added twice"):
         spill.add("a", torch.ones(3))
     spill.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_tensor_is_finite_if_all_its_values_are_whatever_their_sum(dtype: torch.dtype) -> None:
+    largest, inf, nan = torch.finfo(dtype).max, torch.inf, torch.nan
+    for values in ([], [0.0], [largest] * 9, [largest, -largest] * 9):
+        assert is_finite(torch.tensor(values, dtype=dtype))
+    for values in ([inf], [nan], [inf, -inf], [-inf, 1.0, largest], [0.0] * 999 + [nan]):
+        assert not is_finite(torch.tensor(values, dtype=dtype))
