@@ -87,6 +87,23 @@ def test_every_file_and_test_that_it_names_is_there(guide: Path) -> None:
         assert [name for name in tests if name.startswith(test)], f"{file}::{test}"
 
 
+def test_each_attack_of_the_security_page_names_a_test_that_plays_it() -> None:
+    rows = re.findall(r"^\| (?!attack|-)(.+?) \| (.+?) \| .+ \|$", (ROOT / "docs" / "security.md").read_text(), re.M)
+    assert len(rows) > 30
+    file = ""
+    for attack, cell in rows:
+        played = [word for word in re.findall(r"`([^`]+)`", cell) if not word.startswith("atm-fl ")]
+        assert played or "the same" in cell, attack
+        for word in played:
+            found = re.fullmatch(r"(?:(test_\w+\.py)(?:::)?)?(…?)(\w*?)_?…?", word)
+            assert found, f"{attack}: {word}"
+            file = found[1] or file
+            tests = re.findall(r"^def test_(\w+)", (ROOT / "tests" / file).read_text(), re.MULTILINE)
+            part = found[3].removeprefix("test_")
+            named = [test for test in tests if (part in test if found[2] else test.startswith(part))]
+            assert named, f"{attack}: no {word} in {file}"
+
+
 @each_guide
 def test_every_import_of_ours_works(guide: Path) -> None:
     for block in blocks(guide.read_text()):

@@ -22,10 +22,11 @@ from federation import final, in_process, same
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
+from flwr.common.logger import FLOWER_LOGGER
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_boundary import CHANGES, QUICK, mutations, raw
+from test_boundary import CHANGES, QUICK, Registered, mutations, raw
 
 from atm_fl import vectors
 from atm_fl.clients.app import app as client_app
@@ -39,7 +40,8 @@ from atm_fl.runs.report import write_report
 from atm_fl.runs.run import Run
 from atm_fl.server import boundary
 from atm_fl.server.app import serve
-from atm_fl.server.grid import LOST, UNREADABLE, InProcessGrid
+from atm_fl.server.boundary import UNREADABLE
+from atm_fl.server.grid import LOST, InProcessGrid
 from atm_fl.settings import Settings
 
 ROUNDS = 8
@@ -189,8 +191,9 @@ DEEDS = st.builds(
 # ------------------------------------------------------------------------------------------------- what it is done to
 
 
-class HostileGrid(InProcessGrid):
-    """A Grid on which green's client does one deed after another, and replies come in the order of `waits`.
+class HostileGrid(Registered):
+    """A Grid on which green's client does one deed after another, and replies come in the order of `waits`. All are
+    registered by their names, as in a deployment.
 
     heard: by round the last of green's task vectors that the server was handed, as it was sent.
     """
@@ -239,7 +242,11 @@ class HostileGrid(InProcessGrid):
 
 @pytest.fixture
 def remembered(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Update]:
-    """Every update that was ever tuned, as it is before masks, by client, base, round and settings; tuned once."""
+    """Every update that was ever tuned, as it is before masks, by client, base, round and settings; tuned once.
+
+    And pytest, which else keeps all that is logged, hears nothing of Flower's.
+    """
+    monkeypatch.setattr(FLOWER_LOGGER, "propagate", False)
     known: dict[Any, Update] = {}
     train = Party.train
 
@@ -271,6 +278,17 @@ def most_memory() -> Iterator[list[int]]:
     finally:
         over.set()
         thread.join()
+
+
+def drawn_before(strategy: st.SearchStrategy[Any]) -> None:
+    """Draw from a strategy, so that Hypothesis has made its tables, which take 180 MiB while they are made."""
+
+    @hypothesis_settings(max_examples=50, **QUICK)  # type: ignore[arg-type]
+    @given(strategy)
+    def draw(_: object) -> None:
+        pass
+
+    draw()
 
 
 class Fuzz:
@@ -381,14 +399,21 @@ def hostile_runs(fuzz: Fuzz, examples: int) -> None:
 def fuzz_the_server(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, examples: int, scenarios: Iterable[str]
 ) -> int:
-    """Play `examples` runs of each scenario; how many replies were tampered with."""
+    """Play `examples` runs of each scenario, with bounded memory; how many replies were tampered with."""
     monkeypatch.setattr(
         "atm_fl.server.app.write_report", lambda directory: directory
     )  # seconds, and nothing of a client's
+    drawn_before(DEEDS)
     replies = 0
     for scenario in scenarios:
-        fuzz = Fuzz({**config, "run-dir": f"{config['run-dir']}-{scenario}"}, scenario)
-        hostile_runs(fuzz, examples)
+        with most_memory() as honest:
+            fuzz = Fuzz({**config, "run-dir": f"{config['run-dir']}-{scenario}"}, scenario)
+        with most_memory() as hostile:
+            hostile_runs(fuzz, examples)
+        print(
+            f"{scenario}: {fuzz.replies} replies; {honest[0] >> 20} MiB of honest runs, {hostile[0] >> 20} of hostile"
+        )
+        assert hostile[0] < honest[0] + MORE_MEMORY
         replies += fuzz.replies
     return replies
 
@@ -503,6 +528,7 @@ STEPS = st.lists(
 
 def fuzz_the_client(config: dict[str, Any], known: dict[Any, Update], examples: int) -> int:
     """Play `examples` sequences of messages to a client, with bounded memory; how many messages."""
+    drawn_before(STEPS)
     with most_memory() as honest:
         server = HostileServer(config, known)
 
@@ -513,6 +539,7 @@ def fuzz_the_client(config: dict[str, Any], known: dict[Any, Update], examples: 
 
     with most_memory() as hostile:
         check()
+    print(f"{server.count} messages; {honest[0] >> 20} MiB of honest ones, {hostile[0] >> 20} MiB of hostile ones")
     assert hostile[0] < honest[0] + MORE_MEMORY
     return server.count
 

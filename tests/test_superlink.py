@@ -16,10 +16,13 @@ import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from federation import Federation
+from flwr.supercore import sql_mixin
 from flwr.supercore.date import now
+from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from sqlalchemy import text
 
-from atm_fl.server.superlink import ANYONE, AT_ONCE, CHUNK, MIB, WholeBodies, body_limit
+from atm_fl.server.superlink import ANYONE, AT_ONCE, CHUNK, MIB, PATIENCE, WholeBodies, be_patient, body_limit
 
 PUSH = "/v1/fleet/push-object"
 
@@ -149,6 +152,15 @@ def test_of_one_party_a_few_bodies_are_held_at_once_and_another_need_not_wait() 
 
     asyncio.run(flood())
     assert len(under_way) == 3 * AT_ONCE + 1
+
+
+def test_a_request_waits_a_minute_for_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)
+    be_patient()
+    store = SqlObjectStore(str(tmp_path / "superlink.db"))
+    store.initialize()
+    with store.session() as session:
+        assert session.execute(text("PRAGMA busy_timeout")).scalar() == 1000 * PATIENCE
 
 
 @pytest.fixture

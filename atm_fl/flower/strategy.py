@@ -30,6 +30,7 @@ from atm_fl.options import read_choice
 from atm_fl.runs.checkpoints import load_checkpoint, save_checkpoint
 from atm_fl.seeds import derive_seed
 from atm_fl.server import boundary
+from atm_fl.server.fetch import Bound
 from atm_fl.server.grid import StreamingGrid
 from atm_fl.vectors.blocks import empty, parts
 from atm_fl.vectors.finite import check_finite
@@ -37,6 +38,8 @@ from atm_fl.vectors.mapped import MappedVectors
 from atm_fl.vectors.model_files import checkpoints
 from atm_fl.vectors.npy import read_arrays
 
+BESIDE = 64 * 2**20
+"""Bytes that a reply may have beyond twice the weights that were sent, of arrays that the app sends beside them."""
 ClientScaling = Callable[[int, MetricRecord], float]
 """(node id, the metrics of its reply) → the factor on its task vector."""
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -54,7 +57,8 @@ class TaskVectorStrategy(FedAvg):
     a model of float32 ends with the same bits, if replies come in the order in which nodes were asked, as ours are
     summed. Merges that are means weigh by examples too; all others count each client once, as their papers do.
 
-    One reply at a time is in memory; vectors wait in a temporary file for the merge to read them block by block.
+    One reply at a time is in memory, over a network none larger than twice the weights and 64 MiB; vectors wait in a
+    temporary file for the merge to read them block by block.
 
     All arguments of `FedAvg`, and by name:
 
@@ -141,7 +145,7 @@ class TaskVectorStrategy(FedAvg):
         self._timeout, self._running = timeout, True
         try:
             return super().start(
-                StreamingGrid(grid),
+                StreamingGrid(grid, _bound(initial_arrays)),
                 self._sent,
                 num_rounds,
                 timeout,
@@ -439,6 +443,11 @@ def fedavg_mean(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
             total += vector[chunk].numpy() * factor
         mean[chunk] = torch.from_numpy(total)
     return mean
+
+
+def _bound(sent: ArrayRecord) -> Bound:
+    """What a reply to these arrays may hold: twice as much, and what else an app sends."""
+    return Bound.of(2 * sum(len(array.data) for array in sent.values()) + BESIDE, 2 * len(sent))
 
 
 def _without_arrays(content: RecordDict) -> RecordDict:

@@ -18,6 +18,7 @@ from atm_fl.runs.directory import told_if_full
 from atm_fl.runs.report import write_report
 from atm_fl.runs.run import Run
 from atm_fl.server import boundary
+from atm_fl.server.fetch import Bound
 from atm_fl.server.grid import LOST, StreamingGrid, await_return
 from atm_fl.server.strategy import AtmStrategy, RunIsOver
 from atm_fl.settings import Settings
@@ -47,8 +48,8 @@ def logs_to(path: Path) -> Iterator[None]:
 
 def serve(grid: Grid, settings: Settings) -> Run:
     """Run `settings` with the parties on `grid`; returns the finished run. RunError if it could not finish."""
-    grid = StreamingGrid(grid)
     with told_if_full(Path(settings.run_dir)), closing(Run(settings)) as run:
+        grid = StreamingGrid(grid, Bound.of_vector(run.base_layout.size))
         strategy = AtmStrategy(run, roll_call(grid, settings))
         if not run.over:
             with suppress(RunIsOver):

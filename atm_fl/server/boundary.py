@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord, Message
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from atm_fl.codecs import Arrays
 from atm_fl.errors import printable
@@ -35,6 +36,20 @@ RECORDS = {"arrays", "info", "metrics"}
 INFO = {"task": str, "codec": str, "layout": str, "base": str, "needs-base": bool}
 SECRET_BYTES = 4096
 """Of one key or sealed share; ours have at most 160."""
+
+
+UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    DecodeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What Flower raises when it makes a message of bytes that are none."""
 
 
 class Refused(ValueError):

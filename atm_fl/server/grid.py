@@ -13,11 +13,14 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from flwr.superlink.grid.http_grid import HttpGrid
 
 from atm_fl.server import boundary
+from atm_fl.server.boundary import UNREADABLE
+from atm_fl.server.fetch import Bound, Fetch
 
 LOST = (
     ErrorCode.NODE_UNAVAILABLE,
@@ -27,18 +30,6 @@ LOST = (
 )
 """What the SuperLink reports of a party whose answer was lost, as opposed to one that answered with an error. The last
 two: a message or a reply that is there in part, since the network was cut on its way."""
-UNREADABLE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    DecodeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-"""What Flower raises when it makes a message of bytes that are none."""
 LONGEST_POLL = 1.0
 ROLL = 5.0
 """Seconds between two looks at which SuperNodes have started anew."""
@@ -50,10 +41,13 @@ class StreamingGrid(Grid):
     Flower's own returns a list of all replies, so that a server's memory grows with its clients. Here one reply is
     fetched while the one before it is dealt with, and the others stay at the SuperLink. Polls start at 10 ms and
     lengthen with the wait (Flower's own sleeps 3 s between polls in deployment).
+
+    bound: the most that a reply which comes over a network may hold; without it a reply has no vector.
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, bound: Bound | None = None) -> None:
         self.grid = grid
+        self._fetch = Fetch(grid, bound or Bound.of_vector(0)) if isinstance(grid, HttpGrid) else None
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Push all messages, then yield the reply to each. One without a reply by the deadline is passed over.
@@ -73,6 +67,15 @@ class StreamingGrid(Grid):
         return _fetched_ahead(replies, unwanted)
 
     def _replies(
+        self, waiting: dict[str, int], lives: dict[int, str], timeout: float | None, unwanted: Event
+    ) -> Iterator[Message]:
+        try:
+            yield from self._polled(waiting, lives, timeout, unwanted)
+        finally:
+            if self._fetch:
+                self._fetch.forget()
+
+    def _polled(
         self, waiting: dict[str, int], lives: dict[int, str], timeout: float | None, unwanted: Event
     ) -> Iterator[Message]:
         begin = looked = time.monotonic()
@@ -99,9 +102,13 @@ class StreamingGrid(Grid):
                 unwanted.wait(min(LONGEST_POLL, max(0.01, waited / 50)))
 
     def _pulled(self, message_id: str, node: int) -> list[Message]:
-        """The reply to a message, if it is here; one whose bytes are no message is its sender's error."""
+        """The reply to a message, if it is here; one that is refused, lost or no message is its sender's error."""
         try:
-            return list(self.grid.pull_messages([message_id]))
+            return self._fetch.reply(message_id) if self._fetch else list(self.grid.pull_messages([message_id]))
+        except ObjectPullError:
+            return [_failed(node, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "its reply was not sent to the end")]
+        except boundary.Refused as error:
+            return [_failed(node, ErrorCode.UNKNOWN, f"refused: {error}")]
         except UNREADABLE as error:
             return [_failed(node, ErrorCode.UNKNOWN, f"refused: a reply that cannot be read: {type(error).__name__}")]
 

@@ -8,8 +8,10 @@ container: `docker-compose exec superlink …`).
 It also hands every request's body over whole. The layers that Flower stacks upon another each cost some tasks of the
 event loop for every piece of a body, and a large array comes in hundreds of pieces. Flower reads a body before it asks
 who sent it, and any length of it; here a body is read up to a limit of its route, and beyond ANYONE bytes only from a
-sender whose key is registered. And it gives the memory of large arrays back to the system at once, which glibc else
-keeps for each of the threads that had some: half of it in all.
+sender whose key is registered. It also believes a registered party of whom a message is, so that one could answer in
+another's name, or send messages in the SuperLink's; here each sends its own replies and nothing else. And it gives the
+memory of large arrays back to the system at once, which glibc else keeps for each of the threads that had some: half of
+it in all.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from pathlib import Path
 
 from fastapi import HTTPException
 from flwr.common.serde import fab_to_proto
-from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
+from flwr.supercore import sql_mixin
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.supercore.fab import Fab
 from flwr.superlink import extensions
@@ -55,6 +58,9 @@ APPS = "ATM_FL_APPS"
 """The variable that names the folder of apps' signatures, if it is not /etc/atm-fl/apps."""
 AT_ONCE = 8
 """Bodies of more than ANYONE bytes that are held of one party at a time; the rest of them waits in its sockets."""
+PATIENCE = 60
+"""Seconds for which one request waits until another has written to the database; Flower's own are 5. To delete a reply
+of half a gigabyte takes longer where the disk is slow, and on "database is locked" every SuperNode ends."""
 log = logging.getLogger("flwr")
 
 
@@ -181,6 +187,26 @@ def with_signatures(fab: Fab) -> Fab:
         return fab
 
 
+def own_replies(request: PushMessagesRequest) -> PushMessagesRequest:
+    """The request by which a party sends its replies; 403 if one of them is no reply, or another party's.
+
+    Who sends the request is known here, for Flower has authenticated it as `node`.
+    """
+    sender = request.node.node_id
+    for metadata in (message.metadata for message in request.messages_list):
+        if metadata.src_node_id != sender or not metadata.reply_to_message_id:
+            what = f"one in the name of node {metadata.src_node_id}" if metadata.reply_to_message_id else "no reply"
+            log.warning("refused a message of node %s: %s", sender, what)
+            raise HTTPException(403, "a party sends its own replies alone")
+    return request
+
+
+def be_patient() -> None:
+    """Let requests wait PATIENCE for the database, from the next that is opened."""
+    patient = ("busy_timeout", str(1000 * PATIENCE))
+    sql_mixin.SQLITE_PRAGMAS = (*sql_mixin.SQLITE_PRAGMAS, patient)  # type: ignore[assignment]
+
+
 def return_memory() -> None:
     """Have blocks of a megabyte and more mapped one by one, where the C library is glibc."""
     with suppress(AttributeError, OSError):
@@ -191,7 +217,10 @@ def main() -> None:
     """Run flower-superlink, its arguments unchanged, behind LocalControl."""
     pace.set_variables()
     return_memory()
+    be_patient()
     extensions.get_middleware = lambda: (Middleware(LocalControl), Middleware(WholeBodies))
+    push = fleet_handlers.push_messages
+    fleet_handlers.push_messages = lambda request, state: push(own_replies(request), state)
     fleet_handlers.fab_to_proto = lambda fab: fab_to_proto(with_signatures(fab))
     flower_superlink()
 

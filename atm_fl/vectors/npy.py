@@ -17,6 +17,11 @@ SLACK = 2**20
 """Bytes beyond twice a vector's that all arrays of one may have: headers, and what does not compress."""
 
 
+def most_bytes(elements: int) -> int:
+    """Bytes that the arrays of a vector of so many elements may have, by any codec: none takes more than 8 of one."""
+    return 2 * 4 * elements + SLACK
+
+
 def read_arrays(contents: Mapping[str, bytes], elements: int) -> dict[str, np.ndarray]:
     """The arrays in `contents`, .npy files by name, of a vector of so many elements. ValueError if they are too large.
 
@@ -24,7 +29,7 @@ def read_arrays(contents: Mapping[str, bytes], elements: int) -> dict[str, np.nd
     """
     if len(contents) > MOST_ARRAYS:
         raise ValueError(f"{len(contents)} arrays; {MOST_ARRAYS} at most")
-    size, most = sum(map(len, contents.values())), 2 * 4 * elements + SLACK
+    size, most = sum(map(len, contents.values())), most_bytes(elements)
     if size > most:
         raise ValueError(f"arrays of {size} bytes; {most} at most for {elements} elements")
     return {name: read_array(content) for name, content in contents.items()}

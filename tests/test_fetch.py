@@ -1,0 +1,572 @@
+"""What a registered party can have the ServerApp fetch, hold and wait for, by way of Flower's own SuperLink.
+
+The handlers of Flower's APIs, its state and its object store are the real ones; only HTTP is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from threading import Event, Thread
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from conftest import make_folder
+from fastapi import HTTPException
+from federation import ROOT, Federation
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_id,
+    get_object_tree,
+    iterate_object_tree,
+)
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.federation import NoOpFederationManager
+from flwr.superlink.grid.http_grid import HttpGrid
+from flwr.superlink.servicer.fleet import fleet_handlers
+from flwr.superlink.servicer.runtime import runtime_handlers
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from test_boundary import QUICK
+
+from atm_fl.flower import TaskVectorStrategy
+from atm_fl.runs.metrics import read_metrics
+from atm_fl.server import boundary
+from atm_fl.server.fetch import Bound
+from atm_fl.server.grid import LOST, StreamingGrid
+from atm_fl.server.superlink import own_replies
+
+ELEMENTS = 1000
+BOUND = Bound.of_vector(ELEMENTS)
+Contents = dict[str, bytes]
+
+
+class Superlink:
+    """Flower's SuperLink without HTTP, a run on it, the parties `red` and `green`, and the run's HttpGrid."""
+
+    def __init__(self) -> None:
+        self.state = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory()).state()
+        self.nodes = {
+            name: self.state.create_node(NOOP_FLWR_AID, "", name.encode(), 1000.0, name=name)
+            for name in ("red", "green")
+        }
+        for node in self.nodes.values():
+            self.state.activate_node(node, 1000.0)
+        self.run_id = self.state.create_run(
+            "a/b", "1", "", {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
+        (run,) = self.state.get_run_info(run_ids=[self.run_id])
+        assert run.primary_task_id
+        self.state.claim_task(run.primary_task_id)
+        self.state.activate_task(run.primary_task_id)
+        self.task: Any = SimpleNamespace(run_id=self.run_id, task_id=run.primary_task_id)
+        self.pulled: list[str] = []
+        self.asked: set[str] = set()
+        self.check: Callable[[PushMessagesRequest], PushMessagesRequest] = own_replies
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, self.run_id, SUPERLINK_NODE_ID
+        self.grid = HttpGrid(token="of the run")
+        self.grid._client = self  # type: ignore[assignment]
+        self.grid.set_run(run)
+
+    @property
+    def kept(self) -> int:
+        """Objects of replies that the SuperLink keeps; those of the messages stay until their parties have them."""
+        objects = set(self.state.object_store.store)  # type: ignore[attr-defined]
+        return len(objects - self.asked)
+
+    # what the ServerApp asks
+
+    def GetNodes(self, request: Any) -> Any:
+        return runtime_handlers.get_nodes(request, self.state, self.task)
+
+    def PushMessages(self, request: Any) -> Any:
+        return runtime_handlers.push_messages(request, self.state, self.task)
+
+    def PushObject(self, request: Any) -> Any:
+        self.asked.add(request.object_id)
+        return runtime_handlers.push_object(request, self.state, self.task)
+
+    def PullMessages(self, request: Any) -> Any:
+        return runtime_handlers.pull_messages(request, self.state, self.task)
+
+    def PullObject(self, request: Any) -> Any:
+        self.pulled.append(request.object_id)
+        return runtime_handlers.pull_object(request, self.state, self.task)
+
+    def ConfirmMessageReceived(self, request: Any) -> Any:
+        return runtime_handlers.confirm_message_received(request, self.state, self.task)
+
+    # what a party does
+
+    def announce(self, message: Message, tree: ObjectTree, sender: str) -> tuple[str, list[str]]:
+        """Send a message without its objects; the session in which they may follow, and which the SuperLink lacks."""
+        message.metadata.__dict__["_message_id"] = tree.object_id
+        request = PushMessagesRequest(
+            node=Node(node_id=self.nodes[sender]),
+            messages_list=[message_to_proto(remove_content_from_message(message))],
+            message_object_trees=[tree],
+        )
+        answer = fleet_handlers.push_messages(self.check(request), self.state)
+        return answer.session_id, list(answer.objects_to_push)
+
+    def send(self, sender: str, session: str, contents: Contents) -> None:
+        """Send objects."""
+        node = Node(node_id=self.nodes[sender])
+        for object_id, content in contents.items():
+            request = PushObjectRequest(node=node, run_id=self.run_id, object_id=object_id, object_content=content)
+            request.session_id = session
+            assert fleet_handlers.push_object(request, self.state).stored
+
+    def answer(self, name: str, asked: Message, content: RecordDict, change: Change | None = None) -> None:
+        """A party's reply, of which `change` may make other objects."""
+        reply = self.reply(name, asked, content)
+        contents, tree = deflated(reply)
+        if change:
+            contents, tree = change(contents, tree)
+        session, lacking = self.announce(reply, tree, name)
+        self.send(name, session, {key: contents[key] for key in contents if key in lacking})
+
+    def received(self, name: str) -> Message | None:
+        """The next message for a party, without its objects."""
+        node = Node(node_id=self.nodes[name])
+        request = PullMessagesRequest(node=node)
+        messages = fleet_handlers.pull_messages(request, self.state, self.state.object_store).messages_list
+        return message_from_proto(messages[0]) if messages else None
+
+    def reply(self, name: str, asked: Message, content: RecordDict) -> Message:
+        reply = Message(content, reply_to=asked)
+        reply.metadata.__dict__["_src_node_id"] = self.nodes[name]
+        return reply
+
+
+Change = Callable[[Contents, ObjectTree], tuple[Contents, ObjectTree]]
+
+
+def deflated(message: Message) -> tuple[Contents, ObjectTree]:
+    """A message's objects by id, children first, and their tree."""
+    return {key: item.deflate() for key, item in get_all_nested_objects(message).items()}, get_object_tree(message)
+
+
+def rebuilt(contents: Contents, tree: ObjectTree, change: Callable[[bytes], bytes]) -> tuple[Contents, ObjectTree]:
+    """The same objects with other bytes, under the ids of those."""
+    ids: dict[str, str] = {}
+    made: Contents = {}
+    for old, content in contents.items():
+        content = change(content)
+        for before, after in ids.items():
+            content = content.replace(before.encode(), after.encode())
+        ids[old] = get_object_id(content)
+        made[ids[old]] = content
+
+    def renamed(node: ObjectTree) -> ObjectTree:
+        return ObjectTree(object_id=ids[node.object_id], children=[renamed(child) for child in node.children])
+
+    return made, renamed(tree)
+
+
+def vector(elements: int = ELEMENTS, by: str = "green") -> RecordDict:
+    """The content of a reply, which shares no object with another party's."""
+    values = np.arange(elements, dtype=np.float32) + len(by)
+    numbers = {"tuning.loss": float(len(by))}
+    return RecordDict(
+        {
+            "arrays": ArrayRecord({"values": Array(values)}),
+            "metrics": MetricRecord(numbers),  # type: ignore[arg-type]
+            "info": ConfigRecord({"task": by}),
+        }
+    )
+
+
+@pytest.fixture
+def superlink() -> Iterator[Superlink]:
+    before = {name: TaskIdentity.__dict__.get(name) for name in ("_task_id", "_run_id", "_node_id")}
+    yield Superlink()
+    for name, value in before.items():
+        setattr(TaskIdentity, name, value)
+
+
+class Asked:
+    """Both parties are asked; `replies` are those that come by `timeout`."""
+
+    def __init__(self, superlink: Superlink, timeout: float = 5.0) -> None:
+        self.messages = {
+            name: Message(RecordDict(), node, "train", group_id="1") for name, node in superlink.nodes.items()
+        }
+        self._names = {node: name for name, node in superlink.nodes.items()}
+        grid = StreamingGrid(superlink.grid, BOUND)
+        self._replies = grid.send_and_receive(self.messages.values(), timeout=timeout)
+
+    def __getitem__(self, name: str) -> Message:
+        return self.messages[name]
+
+    def __iter__(self) -> Iterator[Message]:
+        return self._replies
+
+    @property
+    def replies(self) -> dict[str, Message]:
+        return {self._names[reply.metadata.src_node_id]: reply for reply in self}
+
+
+def first(kind: bytes, changed: Callable[[bytes], bytes]) -> Change:
+    """Change the objects of a kind."""
+
+    def change(contents: Contents, tree: ObjectTree) -> tuple[Contents, ObjectTree]:
+        return rebuilt(contents, tree, lambda c: changed(c) if c.startswith(kind + b" ") else c)
+
+    return change
+
+
+def with_body(content: bytes, body: bytes) -> bytes:
+    head = content.partition(b"\0")[0].split(b" ")
+    return b" ".join([*head[:2], str(len(body)).encode()]) + b"\0" + body
+
+
+def bomb(content: bytes) -> bytes:
+    """An array that names its one piece a hundred thousand times."""
+    body = json.loads(content.partition(b"\0")[2])
+    body["arraychunk_ids"] = [0] * 100_000
+    return with_body(content, json.dumps(body).encode())
+
+
+def test_replies_come_whole_and_nothing_of_them_stays(superlink: Superlink) -> None:
+    asked = Asked(superlink)
+    for name in superlink.nodes:
+        superlink.answer(name, asked[name], vector(by=name))
+    replies = asked.replies
+    assert replies.keys() == superlink.nodes.keys()
+    for name, reply in replies.items():
+        expected = np.arange(ELEMENTS, dtype=np.float32) + len(name)
+        np.testing.assert_array_equal(reply.content.array_records["arrays"]["values"].numpy(), expected)
+        assert taken_in(reply, name) == ""
+    assert superlink.kept == 0
+
+
+HELD = {
+    "large": (vector(4 * 10**6), None, "arrays have more than 1056576 bytes"),
+    "bomb": (vector(), first(b"Array", bomb), "arrays would have 4.* bytes of pieces that they name; 1056576 at most"),
+    "many": (
+        RecordDict({"arrays": ArrayRecord({str(n): Array(np.full(1, n)) for n in range(1000)})}),
+        None,
+        "a reply of .* objects; .* at most",
+    ),
+    "numbers": (
+        RecordDict({"metrics": MetricRecord({"x": [1.0] * 10**6})}),
+        None,
+        "records have more than .* bytes",
+    ),
+    "twins": (  # arrays that share their pieces
+        RecordDict(
+            {
+                "arrays": ArrayRecord(
+                    {
+                        str(n): Array(dtype=f"x{n}", shape=(), stype="numpy.ndarray", data=bytes(200_000))
+                        for n in range(20)
+                    }
+                )
+            }
+        ),
+        None,
+        "arrays would have 4.* bytes of pieces",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_what_a_reply_may_hold_is_asked_before_it_is_held(superlink: Superlink, kind: str) -> None:
+    content, change, words = HELD[kind]
+    asked = Asked(superlink)
+    superlink.answer("green", asked["green"], content, change)
+    superlink.answer("red", asked["red"], vector(by="red"))
+    tracemalloc.start()
+    replies = asked.replies
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not replies["red"].has_error()
+    reason = boundary.reason(replies["green"])
+    assert reason.startswith("refused: a reply ")
+    assert re.search(words, reason), reason
+    assert peak < 40 * 2**20
+    assert superlink.kept == 0
+
+
+# ------------------------------------------------------------------------------------------------- in another's name
+
+
+def in_the_superlinks_name(superlink: Superlink, asked: Asked) -> Message:
+    message = Message(vector(), SUPERLINK_NODE_ID, "train")
+    message.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
+    return message
+
+
+def in_reds_name(superlink: Superlink, asked: Asked) -> Message:
+    return superlink.reply("red", asked["red"], vector())
+
+
+@pytest.mark.parametrize("forged", [in_the_superlinks_name, in_reds_name])
+def test_a_party_sends_its_own_replies_alone(superlink: Superlink, forged: Callable[..., Message]) -> None:
+    asked = Asked(superlink)
+    message = forged(superlink, asked)
+    contents, tree = deflated(message)
+    with pytest.raises(HTTPException, match="403: a party sends its own replies alone"):
+        superlink.announce(message, tree, "green")
+    superlink.check = lambda request: request  # as Flower has it: it takes the message, and hands it to whoever asks
+    session, _ = superlink.announce(message, tree, "green")
+    superlink.send("green", session, contents)
+    flowers = superlink.grid.pull_messages([asked["red"].metadata.message_id])
+    assert [reply.metadata.src_node_id for reply in flowers] == [message.metadata.src_node_id]
+
+
+def test_what_is_no_reply_to_the_question_is_nobodys_answer(superlink: Superlink) -> None:
+    """Also with a SuperLink that is not started by our launcher."""
+    superlink.check = lambda request: request
+    asked = Asked(superlink)
+    message = in_the_superlinks_name(superlink, asked)
+    contents, tree = deflated(message)
+    superlink.send("green", superlink.announce(message, tree, "green")[0], contents)
+    superlink.answer("red", asked["red"], vector(by="red"))
+    replies = asked.replies
+    assert replies.keys() == {"red"}
+    assert replies["red"].content.config_records["info"]["task"] == "red"
+    assert superlink.kept == 0
+
+
+# ----------------------------------------------------------------------------------------------------- half an upload
+
+
+def test_who_stops_within_an_upload_holds_up_nobody(superlink: Superlink) -> None:
+    asked = Asked(superlink, timeout=2.0)
+    reply = superlink.reply("green", asked["green"], vector())
+    contents, tree = deflated(reply)
+    session, lacking = superlink.announce(reply, tree, "green")
+    superlink.send("green", session, {key: contents[key] for key in lacking[1:]})  # all but a piece of its array
+    begin = time.monotonic()
+    superlink.answer("red", asked["red"], vector(by="red"))
+    received = iter(asked)
+    assert not next(received).has_error()
+    assert time.monotonic() - begin < 1
+    assert next(received, None) is None
+    assert time.monotonic() - begin < 5
+    assert superlink.pulled.count(lacking[0]) > 5  # this alone is asked for again and again
+    assert superlink.pulled.count(lacking[-1]) <= 3
+    assert superlink.kept == 0
+
+
+def test_an_upload_that_ends_late_is_a_reply(superlink: Superlink) -> None:
+    asked = Asked(superlink, timeout=60.0)
+    replies = {name: superlink.reply(name, asked[name], vector(10, by=name)) for name in superlink.nodes}
+    sent = {name: (*superlink.announce(reply, deflated(reply)[1], name),) for name, reply in replies.items()}
+
+    def upload() -> None:
+        for name, (session, lacking) in sent.items():
+            contents = deflated(replies[name])[0]
+            for key in lacking:
+                time.sleep(0.05)
+                superlink.send(name, session, {key: contents[key]})
+
+    thread = Thread(target=upload)
+    thread.start()
+    answers = asked.replies
+    thread.join()
+    assert {name: answer.has_error() for name, answer in answers.items()} == {"red": False, "green": False}
+
+
+def test_an_upload_that_is_given_up_is_a_lost_reply(superlink: Superlink) -> None:
+    asked = Asked(superlink)
+    reply = superlink.reply("green", asked["green"], vector())
+    superlink.announce(reply, deflated(reply)[1], "green")
+    superlink.state.object_store.delete(reply.metadata.message_id)
+    superlink.answer("red", asked["red"], vector(by="red"))
+    replies = asked.replies
+    assert not replies["red"].has_error()
+    assert replies["green"].error.code in LOST
+
+
+# -------------------------------------------------------------------------------------------------------- any objects
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just("0" * 64)),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=9), inner, max_size=4)),
+    max_leaves=8,
+)
+KINDS = ["Message", "RecordDict", "ArrayRecord", "Array", "ArrayChunk", "MetricRecord", "ConfigRecord"]
+BODIES = st.one_of(
+    st.binary(max_size=60),
+    JSON.map(lambda value: json.dumps(value).encode()),
+    st.just(b"[" * 100_000),
+    st.fixed_dictionaries({}, optional=dict.fromkeys(("dtype", "shape", "stype", "arraychunk_ids"), JSON)).map(
+        lambda value: json.dumps(value).encode()
+    ),
+)
+
+
+@st.composite
+def object_changes(draw: st.DrawFn) -> Change:
+    """Of objects of one kind another kind, other bodies, other children; of the tree, less."""
+    what = draw(st.sampled_from(["kind", "body", "children", "tree", "repeat"]))
+    kind, other = draw(st.sampled_from(KINDS)), draw(st.sampled_from(KINDS))
+    body, number = draw(BODIES), draw(st.integers(0, 9))
+
+    def changed(content: bytes) -> bytes:
+        head, _, held = content.partition(b"\0")
+        name, children, size = head.split(b" ")
+        if name != kind.encode():
+            return content
+        if what == "kind":
+            return b" ".join([other.encode(), children, size]) + b"\0" + held
+        if what == "repeat":
+            return with_body(content, held.replace(b"[0]", json.dumps([0] * 10 ** (number % 6)).encode()))
+        if what == "children":
+            chosen = children.split(b",")[: number % 3] + [b"0" * 64] * (number % 2)
+            return b" ".join([name, b",".join(chosen), size]) + b"\0" + held
+        return with_body(content, body)
+
+    def change(contents: Contents, tree: ObjectTree) -> tuple[Contents, ObjectTree]:
+        if what == "tree":
+            del tree.children[0].children[number % 3].children[:]
+            wanted = {node.object_id for node in iterate_object_tree(tree)}
+            return {key: content for key, content in contents.items() if key in wanted}, tree
+        return rebuilt(contents, tree, changed)
+
+    return change
+
+
+def check_objects(change: Change) -> None:
+    superlink = Superlink()
+    asked = Asked(superlink, timeout=10.0)
+    superlink.answer("green", asked["green"], vector(), change)
+    superlink.answer("red", asked["red"], vector(by="red"))
+    replies = asked.replies
+    assert taken_in(replies["red"], "red") == ""
+    assert len(taken_in(replies["green"], "green")) < 1000
+    assert superlink.kept == 0
+
+
+def taken_in(reply: Message, name: str) -> str:
+    """Why a reply is refused; "" if it is not."""
+    if reply.has_error():
+        assert boundary.reason(reply).startswith("refused: a reply ")
+        return boundary.reason(reply)
+    try:
+        boundary.check_info(reply, {"task": name})
+        boundary.update(reply, ELEMENTS, True, ())
+    except boundary.Refused as error:
+        return str(error)
+    return ""
+
+
+@hypothesis_settings(max_examples=100, **QUICK)  # type: ignore[arg-type]
+@given(object_changes())
+def test_whatever_objects_a_reply_is_of_it_is_read_or_refused(superlink: Superlink, change: Change) -> None:
+    check_objects(change)
+
+
+@pytest.mark.slow
+@hypothesis_settings(max_examples=2000, **QUICK)  # type: ignore[arg-type]
+@given(object_changes())
+def test_whatever_objects_many_replies_are_of_they_are_read_or_refused(superlink: Superlink, change: Change) -> None:
+    check_objects(change)
+
+
+# ---------------------------------------------------------------------------------------------------- other apps' runs
+
+
+def test_anyones_app_takes_no_more_than_its_weights_and_some(superlink: Superlink) -> None:
+    """TaskVectorStrategy: green sends 100 MiB where 4 kB of weights went out, and is left out by name."""
+    weights = ArrayRecord({"weight": Array(np.zeros(ELEMENTS, np.float32))})
+    numbers: Any = MetricRecord({"num-examples": 1})
+    sizes, over = {"red": ELEMENTS, "green": 25 * 2**20}, Event()
+
+    def parties() -> None:
+        while not over.wait(0.01):
+            for name, elements in sizes.items():
+                if asked := superlink.received(name):
+                    values = np.ones(elements, np.float32) * np.arange(elements, dtype=np.float32)
+                    arrays = ArrayRecord({"weight": Array(values)})
+                    superlink.answer(name, asked, RecordDict({"arrays": arrays, "metrics": numbers}))
+
+    thread = Thread(target=parties)
+    thread.start()
+    strategy = TaskVectorStrategy(fraction_evaluate=0.0, min_available_nodes=2, on_failure="skip")
+    try:
+        result = strategy.start(superlink.grid, weights, num_rounds=1, timeout=60)
+    finally:
+        over.set()
+        thread.join()
+    np.testing.assert_array_equal(result.arrays["weight"].numpy(), np.arange(ELEMENTS, dtype=np.float32))
+    assert superlink.kept == 0
+
+
+# ------------------------------------------------------------------------------------------------- with real processes
+
+HOSTILE = """
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message
+from flwr.clientapp import ClientApp
+from atm_fl.clients.app import app as honest
+
+class Hostile(ClientApp):
+    def __call__(self, message, context):
+        reply = honest(message, context)
+        if message.metadata.message_type == "train" and str(context.node_config["data"]).endswith("green"):
+            first = message.content.config_records["info"]["round"] == 1
+            values = np.zeros(2**28, np.float32) if first else np.arange(2**27, dtype=np.float32)
+            reply.content["arrays"] = ArrayRecord({"values": Array(values)})
+        return reply
+
+app = Hostile()
+"""
+
+
+@pytest.mark.slow
+def test_over_real_processes_a_giant_reply_costs_the_serverapp_no_memory(tmp_path: Path) -> None:
+    """TLS on loopback; of green's replies the first is 1 GiB, mostly one piece named again and again, the second
+    512 MiB that are all there."""
+    names = ("red", "green", "blue")
+    folders = [str(make_folder(tmp_path / "data" / name, seed)) for seed, name in enumerate(names)]
+    federation = Federation(tmp_path / "federation", folders)
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for name in ("server", "clients"):
+        shutil.copytree(ROOT / name, changed / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, changed)
+    (changed / "clients" / "app.py").write_text(HOSTILE)
+    config: dict[str, Any] = {"tasks": ",".join(f"./{name}" for name in names), "rounds": 2, "batch-size": 8}
+    config |= {"device": "cpu", "node-timeout": 240.0, "on-failure": "skip", "min-successful": 2}
+    most = 0
+    try:
+        federation.start()
+        run = federation.run({**config, "run-dir": str(tmp_path / "run")}, changed)
+        while run.process.poll() is None:
+            for process in federation.apps("superlink", "serverapp"):
+                with suppress(psutil.NoSuchProcess):
+                    most = max(most, process.memory_info().rss)
+            time.sleep(0.02)
+        assert run.finish() == ""
+    finally:
+        federation.stop()
+    merges = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "merge"]
+    print([line["failures"] for line in merges], most >> 20)
+    assert [line["tasks"] for line in merges] == [["red", "blue"]] * 2
+    assert all("refused: a reply whose arrays have more than" in line["failures"]["green"] for line in merges)
+    assert most < 1300 * 2**20  # without these replies 1000
