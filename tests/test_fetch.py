@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from conftest import make_folder
 from fastapi import HTTPException
 from federation import ROOT, Federation
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.app.message import remove_content_from_message
+from flwr.app.message import array, remove_content_from_message
 from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
@@ -49,12 +50,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_boundary import QUICK
 
+from atm_fl.codecs import CODECS, make_codec
 from atm_fl.flower import TaskVectorStrategy
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.server import boundary
-from atm_fl.server.fetch import Bound
+from atm_fl.server.fetch import PIECE, Bound
 from atm_fl.server.grid import LOST, StreamingGrid
 from atm_fl.server.superlink import own_replies
+from atm_fl.vectors import Layout
 
 ELEMENTS = 1000
 BOUND = Bound.of_vector(ELEMENTS)
@@ -208,12 +211,12 @@ def superlink() -> Iterator[Superlink]:
 class Asked:
     """Both parties are asked; `replies` are those that come by `timeout`."""
 
-    def __init__(self, superlink: Superlink, timeout: float = 5.0) -> None:
+    def __init__(self, superlink: Superlink, timeout: float = 5.0, bound: Bound = BOUND) -> None:
         self.messages = {
             name: Message(RecordDict(), node, "train", group_id="1") for name, node in superlink.nodes.items()
         }
         self._names = {node: name for name, node in superlink.nodes.items()}
-        grid = StreamingGrid(superlink.grid, BOUND)
+        grid = StreamingGrid(superlink.grid, bound)
         self._replies = grid.send_and_receive(self.messages.values(), timeout=timeout)
 
     def __getitem__(self, name: str) -> Message:
@@ -259,6 +262,21 @@ def test_replies_come_whole_and_nothing_of_them_stays(superlink: Superlink) -> N
         np.testing.assert_array_equal(reply.content.array_records["arrays"]["values"].numpy(), expected)
         assert taken_in(reply, name) == ""
     assert superlink.kept == 0
+
+
+@pytest.mark.parametrize("codec", [*CODECS, "topk:density=1.0", "low-rank:rank=300"])
+def test_every_codecs_vector_is_within_the_bound(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a million elements, in the smallest pieces."""
+    monkeypatch.setattr(array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", PIECE)
+    layout = Layout(("weight", "bias"), ((300, 3000), (100_000,)))
+    encoded = make_codec(codec).encode(torch.randn(layout.size), layout, 0)
+    content = vector()
+    content["arrays"] = ArrayRecord({name: Array(values) for name, values in encoded.items()})
+    superlink = Superlink()
+    asked = Asked(superlink, bound=Bound.of_vector(layout.size))
+    for name in superlink.nodes:
+        superlink.answer(name, asked[name], content)
+    assert not any(reply.has_error() for reply in asked.replies.values())
 
 
 HELD = {
