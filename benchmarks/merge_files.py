@@ -104,15 +104,19 @@ def mergekit(folder: Path, method: str, models: list[Path]) -> Callable[[], obje
 
     from atm_fl.vectors import Layout
 
+    def weights(model: Path) -> str:
+        (file,) = model.glob("*.safetensors")
+        return str(file)
+
     recipe: dict[str, Any] = {
         "merge_method": MERGEKIT[method],
-        "models": [{"model": str(path)} for path in models],
+        "models": [{"model": weights(path)} for path in models],
         "parameters": mergekit_options(method, Layout((), ()), len(models)),
         "dtype": "float32",
         "out_dtype": "bfloat16",
     }
     if method != "mean":
-        recipe["base_model"] = str(folder / "base")
+        recipe["base_model"] = weights(folder / "base")
     file = folder / "mergekit.yaml"
     file.write_text(json.dumps(recipe))
 
@@ -182,11 +186,13 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--methods", default="mean,task-arithmetic,dare,ties,breadcrumbs")
-    parser.add_argument("--by", default="ours", help="ours, or ours,mergekit")
+    parser.add_argument("--by", default="ours", help="ours, or ours,mergekit (of one shard)")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--folder", type=Path, help="where the models are made and stay; default: a temporary one")
     parser.add_argument("--measure", help="internal: measure this method in this process")
     args = parser.parse_args()
+    if args.shards > 1 and "mergekit" in args.by:
+        parser.error("--by mergekit: mergekit-pytorch reads models of one file; leave --shards out")
     if args.measure:
         print("\n" + json.dumps(measure(args.folder, args.measure, args.by, args.cold)))
         return

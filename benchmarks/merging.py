@@ -8,7 +8,8 @@ implementation that has the method, each measurement in a process of its own, af
 "ours-out" is ours into given memory, "ours-float32" with precision=float32, "ours-products" the same with polar factors
 by products alone, as on a GPU. Times are medians of the merge alone: all vectors are in memory as ordinary tensors, and
 what a peer needs prepared (its dictionaries, a base of zeros, copies if it overwrites its inputs) is prepared outside.
-Processor seconds, of all threads, say more than the clock where other work runs beside it. The floor is the time in
+Processor seconds, of all threads, and their ratio to what copying as many bytes costs, say more than the clock where
+other work runs beside it. The floor is the time in
 which this machine's copy bandwidth, measured just before each repeat, reads every vector and writes one; "x floor" is
 the median of the ratios. Memory is the peak of anonymous resident memory (mapped files don't count) above what was
 there before the merge, in vectors, the result included. "One by one" is how a server merges: each vector is read from
@@ -344,21 +345,22 @@ class Sampler:
         self._helper.wait()
 
 
-def copy_seconds(size: int) -> float:
-    """Seconds to copy a vector to one that has been written before: the best of nine."""
-    source, target, best = torch.ones(size), torch.ones(size), math.inf
+def copy_seconds(size: int) -> tuple[float, float]:
+    """Seconds, and processor seconds, to copy a vector to one that has been written before: each the best of nine."""
+    source, target, best, least = torch.ones(size), torch.ones(size), math.inf, math.inf
     for _ in range(9):
-        start = time.perf_counter()
+        start, begin = time.perf_counter(), time.process_time()
         target.copy_(source)
-        best = min(best, time.perf_counter() - start)
-    return best
+        best, least = min(best, time.perf_counter() - start), min(least, time.process_time() - begin)
+    return best, least
 
 
 def measure_case(case: Case, repeats: int, folder: Path) -> dict[str, Any]:
     """Seconds of each repeat, peak memory in vectors, and how far the result is from ours."""
     layout = image_tower(case.scale)
     if case.by == "floor":
-        return {"seconds": [copy_seconds(layout.size)]}
+        seconds, busy = copy_seconds(layout.size)
+        return {"seconds": [seconds], "busy": [busy]}
     files = vector_files(folder, case.scale, case.spectrum, case.tasks)
     warm_layout = image_tower("warm-up")
     warm_files = vector_files(folder, "warm-up", case.spectrum, case.tasks)
@@ -446,7 +448,7 @@ def stored(file: Path) -> dict[Case, dict[str, Any]]:
     results = {}
     for line in file.read_text().splitlines() if file.exists() else []:
         row = json.loads(line)
-        if "failed" not in row:
+        if "failed" not in row and "busy" in row:
             results[Case(**row.pop("case"))] = row
     return results
 
@@ -488,21 +490,22 @@ def report(args: argparse.Namespace, rows: dict[Case, dict[str, Any]]) -> None:
     beside_floor: dict[tuple[str, str], float] = {}
     for (method, by), row in at_once.items():
         if "failed" in row:
-            lines.append([method, by, row["failed"], *[""] * 5])
+            lines.append([method, by, row["failed"], *[""] * 6])
             continue
         spread = f"{median(row['seconds']):.3g} ({min(row['seconds']):.3g}-{max(row['seconds']):.3g})"
         faster = ratio(method, by) if by != "ours" else None
         difference = f"{row['difference']:.1e} {row.get('compared', '')}".strip() if "difference" in row else ""
-        lines.append([method, by, spread, f"{seconds[method, by] / floor:.1f}"])
-        lines[-1] += [f"{median(row.get('busy', [math.nan])):.3g}", f"{faster:.1f} x" if faster else ""]
+        lines.append([method, by, spread])
+        lines[-1] += [f"{median(row['busy']):.3g}", f"{faster:.1f} x" if faster else ""]
         lines[-1] += [f"{row['peak']:.2f}", difference]
-        floors = [(args.tasks + 1) / 2 * copy for copy in row.get("copies", [])]
-        if floors:
-            times = median(second / beside for second, beside in zip(row["seconds"], floors, strict=True))
-            beside_floor[method, by] = times
-            lines[-1][3] = f"{times:.1f}"
+        copied = (args.tasks + 1) / 2
+        pairs = list(zip(row["seconds"], row["busy"], row["copies"], strict=True))
+        beside_floor[method, by] = median(second / (copied * copy) for second, _, (copy, _) in pairs)
+        of_copy = median(busy / (copied * copy) for _, busy, (_, copy) in pairs)
+        lines[-1][3:3] = [f"{beside_floor[method, by]:.1f}"]
+        lines[-1][5:5] = [f"{of_copy:.1f}"]
     if lines:
-        header = ["merge", "by", "seconds (min-max)", "x floor", "processor seconds"]
+        header = ["merge", "by", "seconds (min-max)", "x floor", "processor seconds", "x a copy's"]
         header += ["ours is faster", "extra memory", "differs from ours"]
         print(padded(header, lines), "\n\nExtra memory: in vectors, the result included.\n")
     kinds = {
