@@ -51,6 +51,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "fraction": {"fraction": 0.5},
     "tsv-m": {"merge": "tsv-m"},
     "kept moments": {"keep-optimizer": True},
+    "client momentum": {"client-momentum": 0.5},
 }
 
 

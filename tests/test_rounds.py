@@ -13,7 +13,7 @@ from torch import Tensor
 from atm_fl.clients.app import app as client_app
 from atm_fl.errors import SettingError
 from atm_fl.federation import client as party_module
-from atm_fl.federation.client import Party, Update
+from atm_fl.federation.client import Party, Update, parties_of
 from atm_fl.federation.client_state import ClientState
 from atm_fl.federation.loop import run_loop
 from atm_fl.federation.shared_model import shared_model
@@ -217,6 +217,59 @@ def test_a_lost_optimizer_starts_anew_and_says_so(config: dict[str, Any]) -> Non
     resumed = run_loop(Settings.parse({**config, "rounds": 3, "resume": True}))
     said = {line["round"] for line in lines(resumed.directory, "tuning") if line.get("optimizer_lost")}
     assert said == {3}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"local-epochs": 2.0},
+        {"local-epochs": 0.5},
+        {"privacy": "dp-sgd", "dp-noise": 1.0},
+        {"private": "last-1"},
+        {"keep-optimizer": True},
+    ],
+)
+def test_client_momentum_adds_its_part_of_the_last_step_to_a_vector(
+    config: dict[str, Any], changed: dict[str, Any]
+) -> None:
+    """At a learning rate of next to nothing a vector is that alone, of a round after none in two the half of it."""
+    config |= {"client-momentum": 0.3, "learning-rate": 1e-12, "weight-decay": 0.0, **changed}
+    party = parties_of(Settings.parse(config))[0]
+    random = torch.Generator().manual_seed(0)
+    layout, run = party.model.layout, "0" * 16
+    bases = [party.model.pretrained + torch.randn(layout.size, generator=random) / 100 for _ in range(3)]
+    for number, base, step in (
+        (1, bases[0], torch.zeros(layout.size)),
+        (2, bases[1], bases[1] - bases[0]),
+        (4, bases[2], (bases[2] - bases[1]) / 2),
+    ):
+        arrays = party.train(base, number, run).arrays
+        assert arrays is not None
+        vector = party.chain.decode(arrays, party.context(number))
+        assert torch.allclose(vector, 0.3 * step, atol=2e-6)  # of weights around 1, moved step by step
+
+
+def test_client_momentum_outlives_the_process_and_its_loss_is_told(config: dict[str, Any]) -> None:
+    config |= {"client-momentum": 0.5}
+    whole = run_loop(Settings.parse(config))
+    plain = run_loop(Settings.parse({**config, "client-momentum": 0.0, "run-dir": config["run-dir"] + "-plain"}))
+    assert not torch.equal(plain.base, whole.base)
+    for name, lose in (("-broken", False), ("-lost", True)):
+        settings = Settings.parse({**config, "rounds": 2, "run-dir": config["run-dir"] + name})
+        run = serve(InProcessGrid(client_app, len(settings.task_names), settings.as_config()), settings)
+        if lose:
+            ClientState.forget(run.id)
+        resumed = run_loop(Settings.parse({**config, "run-dir": config["run-dir"] + name, "resume": True}))
+        said = {line["round"] for line in lines(resumed.directory, "tuning") if line.get("tuned_from_lost")}
+        assert said == ({3} if lose else set())
+        assert torch.equal(resumed.base, whole.base) != lose
+
+
+@pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan")])
+def test_a_client_momentum_that_is_none_is_refused(value: float) -> None:
+    with pytest.raises(SettingError, match="client-momentum=.*: it must be 0 or more"):
+        Settings.parse({"client-momentum": value})
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,10 @@ class Scenario:
         settings = self.settings
         if settings.secure_aggregation:
             raise SettingError("secure-aggregation=true: the server sees no single vector that could be attacked")
+        if settings.client_momentum:
+            raise SettingError(
+                f"client-momentum={settings.client_momentum:g}: the attacks know one round; leave it out"
+            )
         if settings.private:
             raise SettingError(f"private={settings.private!r}: the attacks know whole models alone; leave it out")
         if settings.transforms:

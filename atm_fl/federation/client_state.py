@@ -3,6 +3,7 @@
     $ATM_FL_CACHE/runs/<run>/<task>/base.safetensors             the base it was last sent: of steps and max-update-norm
                                     residual-00007.safetensors   what the encoding of round 7's task vector lost
                                     optimizer-00007.safetensors  the optimizer's state after round 7 (keep-optimizer)
+                                    tuned_from-00007.safetensors the base that round 7 began with (client-momentum)
                                     buffers-00007.safetensors    its own buffers after round 7 (buffers=private)
                                     private-00007.safetensors    its own entries after round 7 (private)
                                     measured.json                accuracies that it may not tell (private and dp-sgd)

@@ -16,6 +16,7 @@ DISCLOSED = {
     "residual_lost": "whether a file of the party was lost",
     "optimizer_lost": "whether a file of the party was lost",
     "private_lost": "whether a file of the party was lost",
+    "tuned_from_lost": "whether a file of the party was lost",
     "seconds_evaluate": "time on validation and test records",
     "seconds_encode": "time on the noised vector",
     "seconds_receive": "time on the base",

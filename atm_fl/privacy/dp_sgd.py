@@ -27,7 +27,7 @@ from atm_fl.models.buffers import train_mode
 from atm_fl.privacy.noise import Noise, add_noise
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
-from atm_fl.training.local import State, Tuned, keep_state, make_optimizer
+from atm_fl.training.local import State, Tuned, keep_state, make_optimizer, move
 from atm_fl.vectors import Layout
 
 
@@ -81,13 +81,15 @@ def tune_privately(
     settings: Settings,
     noise: Noise,
     state: State | None = None,
+    drift: Tensor | None = None,
 ) -> Tuned:
     """Tune `model`, whose entries of `layout` are bound to `flat`, in place with DP-SGD, whose random numbers are all
     `noise`'s. All other entries stay as they are.
 
     A batch goes through the model in parts of batch-size / accumulate records, whose gradients take that many vectors
     of memory. `images` of the result is the expected number, and its loss is NaN: the real ones would tell of records.
-    state: as `training.local.tune` takes and leaves it; it is made of noised gradients, and costs no privacy.
+    state and drift: as `training.local.tune` takes and leaves them; the one is made of noised gradients, the other of
+    bases, and neither costs privacy.
     """
     optimizer = make_optimizer(flat, settings, state)
     random = noise.generator()
@@ -109,6 +111,7 @@ def tune_privately(
         if start is not None:
             flat.grad.add_(flat.detach() - start, alpha=settings.proximal)
         optimizer.step()
+        move(flat, drift, steps)
     model.eval()
     keep_state(optimizer, state)
     return Tuned(steps, round(steps * rate * len(data)), float("nan"))

@@ -114,7 +114,9 @@ def check(settings: Settings) -> None:
         raise SettingError(f"local-epochs={epochs:g}: it must be a whole number, or 1/m as 0.5, 0.25, 0.2, 0.1")
     if settings.keep_optimizer and settings.optimizer == "sgd" and not settings.momentum:
         raise SettingError("keep-optimizer=true: sgd with momentum=0 has no state; choose adamw, or a momentum")
-    for name in ("proximal", "alignment", "keep_optimizer"):
+    if not 0 <= settings.client_momentum < math.inf:
+        raise SettingError(f"client-momentum={settings.client_momentum:g}: it must be 0 or more")
+    for name in ("proximal", "alignment", "keep_optimizer", "client_momentum"):
         if getattr(settings, name) and settings.trainable == "lora":
             raise SettingError(
                 f"{kebab(name)}={getattr(settings, name)}: not with trainable='lora', which tunes B and A"

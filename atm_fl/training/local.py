@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -52,12 +53,14 @@ def tune(
     seed: int,
     epoch_chunk: int = 0,
     state: State | None = None,
+    drift: Tensor | None = None,
 ) -> Tuned:
     """Tune `model`, whose entries and gradients are bound to `flat`, in place for `local-epochs` over `data`.
 
     The head stays frozen. The optimizer goes on from `state` and leaves its own there; a new one starts without. The
     order of the images derives from `seed` alone; of an epoch spread over several rounds `epoch_chunk` says which part
-    this one is. The last batch of an epoch, or of its part, may be smaller.
+    this one is. The last batch of an epoch, or of its part, may be smaller. drift, float32 [k], is added to the first k
+    entries, an equal part of it after each step.
     """
     optimizer = make_optimizer(flat, settings, state)
     # Gradients of half precision would vanish; with another precision this changes nothing.
@@ -65,9 +68,12 @@ def tune(
     random = torch.Generator().manual_seed(seed)
     assert flat.grad is not None
     start = flat.detach().clone() if settings.proximal else None
-    steps, seen, order, total = 0, 0, torch.empty(0), 0.0
+    order = torch.arange(len(data)).tensor_split(settings.chunks_per_epoch)[epoch_chunk]
+    epochs = max(1, round(settings.local_epochs))
+    parts = epochs * math.ceil(len(order) / settings.batch_size)
+    steps, seen, total = 0, 0, 0.0
     train_mode(model, frozen=settings.buffers == "frozen")
-    for _ in range(max(1, round(settings.local_epochs))):
+    for _ in range(epochs):
         order = (
             torch.randperm(len(data), generator=random)
             .tensor_split(settings.chunks_per_epoch)[epoch_chunk]
@@ -88,10 +94,17 @@ def tune(
                 nn.utils.clip_grad_norm_(flat, settings.clip_norm)
             scaler.step(optimizer)
             scaler.update()
+            move(flat, drift, parts)
             steps += 1
     model.eval()
     keep_state(optimizer, state)
     return Tuned(steps, seen, total / len(order))
+
+
+def move(flat: Tensor, drift: Tensor | None, parts: int) -> None:
+    """Add a part of `drift`, float32 [k], of so many to the first k entries of `flat`."""
+    if drift is not None:
+        flat.detach()[: len(drift)].add_(drift, alpha=1 / parts)
 
 
 def full_gradient(model: nn.Module, head: nn.Module, flat: nn.Parameter, data: Split, workers: int = 0) -> Tensor:
