@@ -46,6 +46,19 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def report() -> None:
+    """In this test runs write their reports."""
+
+
+@pytest.fixture(autouse=True)
+def _without_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this process draw no report, which takes four fifths of a tiny run, unless a test asks for `report`."""
+    if "report" not in request.fixturenames:
+        for module in ("atm_fl.federation.loop", "atm_fl.server.app"):
+            monkeypatch.setattr(f"{module}.write_report", lambda directory: directory / "report.html")
+
+
 def make_folder(root: Path, seed: int, classes: int = 3, images: int = 12) -> Path:
     """A folder task whose classes differ in colour: `images` a class to train on, a third of that in val and test."""
     random = np.random.default_rng(seed)

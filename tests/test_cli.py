@@ -78,6 +78,7 @@ def test_the_command_line_says_so_in_one_line_with_a_status(
     assert "is not valid TOML" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("report")
 @pytest.mark.parametrize("runtime", ["plain", "in-process"])
 def test_a_run_ends_with_a_table_and_a_report(
     runtime: str, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -400,9 +400,6 @@ def fuzz_the_server(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, examples: int, scenarios: Iterable[str]
 ) -> int:
     """Play `examples` runs of each scenario, with bounded memory; how many replies were tampered with."""
-    monkeypatch.setattr(
-        "atm_fl.server.app.write_report", lambda directory: directory
-    )  # seconds, and nothing of a client's
     drawn_before(DEEDS)
     replies = 0
     for scenario in scenarios:
@@ -547,7 +544,6 @@ def fuzz_the_client(config: dict[str, Any], known: dict[Any, Update], examples: 
 def test_whatever_a_server_sends_a_client_answers_and_tells_no_more(
     config: dict[str, Any], remembered: dict[Any, Update], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("atm_fl.server.app.write_report", lambda directory: directory)
     assert fuzz_the_client(config, remembered, 50) >= 200
 
 
@@ -555,5 +551,4 @@ def test_whatever_a_server_sends_a_client_answers_and_tells_no_more(
 def test_whatever_many_servers_send_a_client_answers_and_tells_no_more(
     config: dict[str, Any], remembered: dict[Any, Update], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("atm_fl.server.app.write_report", lambda directory: directory)
     assert fuzz_the_client(config, remembered, 500) >= 2000

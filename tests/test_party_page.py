@@ -69,6 +69,7 @@ def test_the_page_shows_the_partys_pictures_with_the_models_answers(
     assert path.read_text() == page
 
 
+@pytest.mark.usefixtures("report")
 def test_who_lacks_the_pictures_gets_none(
     finished: Run, folders: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -185,6 +185,7 @@ def test_a_lifetime_ends_a_run_and_any_later_one(config: dict[str, Any], tmp_pat
 
 
 @pytest.mark.parametrize("tell", [(), ("validation",), ("test", "norm"), ("loss", "counts"), ("alignment",), TELL])
+@pytest.mark.usefixtures("report")
 def test_what_a_party_does_not_tell_is_sent_nowhere_and_the_run_completes(
     config: dict[str, Any], tmp_path: Path, tell: tuple[str, ...]
 ) -> None:

@@ -171,6 +171,7 @@ def test_the_secret_is_the_owners_alone(tmp_path: Path) -> None:
     assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.usefixtures("report")
 def test_a_run_stops_or_warns_when_its_budget_is_spent(config: dict[str, Any]) -> None:
     target = {"privacy": "dp-sgd", "batch-size": 12, "dp-epsilon": 3.0, "learning-rate": 0.01, "rounds": 2}
     run = run_loop(Settings.parse({**config, **target}))

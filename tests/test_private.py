@@ -48,10 +48,8 @@ def two_blocks() -> models.Backbone:
 
 
 @pytest.fixture
-def config(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Two rounds of a model of two blocks, the last of which is private, without report and pictures."""
-    for module in ("atm_fl.federation.loop", "atm_fl.server.app"):
-        monkeypatch.setattr(f"{module}.write_report", lambda directory: None)
+def config(config: dict[str, Any]) -> dict[str, Any]:
+    """Two rounds of a model of two blocks, the last of which is private."""
     return {**config, "model": "two_blocks", "private": "last-1", "rounds": 2, "metric-sinks": ""}
 
 

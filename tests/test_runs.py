@@ -291,6 +291,7 @@ def test_too_few_parties_end_the_run_in_bounded_time(config: dict[str, Any]) -> 
         serve(InProcessGrid(client_app, 2, settings.as_config()), settings)
 
 
+@pytest.mark.usefixtures("report")
 def test_config_json_says_what_decides_the_result(settings: Settings) -> None:
     run = run_loop(dataclasses.replace(settings, rounds=1))
     actual = json.loads((run.directory / "config.json").read_text())

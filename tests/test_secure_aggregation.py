@@ -619,6 +619,7 @@ def secrets_left(config: dict[str, Any]) -> list[Path]:
         {"dp-client-clip": 0.05},
     ],
 )
+@pytest.mark.usefixtures("report")
 def test_a_secure_run_ends_with_the_bits_of_the_plain_loop(four: dict[str, Any], more: dict[str, Any]) -> None:
     config = four | more
     flower = in_process(Settings.parse({**config, "run-dir": four["run-dir"] + "-flower"}))

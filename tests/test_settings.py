@@ -349,10 +349,8 @@ class World:
 
 @pytest.fixture(autouse=True)
 def _same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise that a run draws again, and no reports, which take longer than the runs."""
+    """Noise that a run draws again."""
     monkeypatch.setattr("atm_fl.privacy.budget.Noise", lambda multiplier, key: Noise(multiplier, bytes(32)))
-    for module in ("atm_fl.server.app", "atm_fl.federation.loop"):
-        monkeypatch.setattr(f"{module}.write_report", lambda directory: directory)
     monkeypatch.setitem(TRANSFORMS._things, "halved", Halved)
 
 

@@ -28,6 +28,21 @@ def compare(
     run_study(config, contest, jobs, only_report)
 
 
+@app.command()
+def records(
+    config: Annotated[Path, typer.Argument(help="a contest's TOML file, whose rows are finished")],
+    ledger: Annotated[Path, typer.Option(help="the table, whose logs are in the folder of its name")] = Path(
+        "docs/records.md"
+    ),
+) -> None:
+    """Land what of a contest's `pairs` is a record: docs/records.md."""
+    from atm_fl.experiments import contest, read_study
+    from atm_fl.experiments.records import land
+
+    for line in land(read_study(config, contest), f"atm-fl compare {config}", ledger):
+        say(line)
+
+
 study = typer.Typer(no_args_is_help=True, help="Run a study, resuming what was begun, and print its table.")
 app.add_typer(study, name="study")
 

@@ -174,7 +174,9 @@ class Settings:
         False, "keep its state (AdamW's moments) on the party's disk from round to round; false: new every round"
     )
     client_momentum: float = setting(
-        0.0, "how much of the last merged step each party adds to its vector, spread over its steps (FedCM, FedPAC)"
+        0.0,
+        "how much of the last merged step each party adds to its vector, spread over its steps (FedCM, FedPAC)",
+        later=True,
     )
     learning_rate: float = setting(2e-4, "its learning rate, without schedule")
     weight_decay: float = setting(0.1, "its weight decay")
