@@ -12,12 +12,17 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from hypothesis import settings as hypothesis_settings
 from PIL import Image
 from timm.models.resnet import BasicBlock, ResNet
 
 from atm_fl import models, plugins, tasks
 from atm_fl.settings import Settings
 from atm_fl.tasks import Source
+
+# A slow machine is no failure: no test has a deadline.
+hypothesis_settings.register_profile("without deadlines", deadline=None)
+hypothesis_settings.load_profile("without deadlines")
 
 
 @models.backbone("tiny")

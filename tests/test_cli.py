@@ -307,7 +307,9 @@ with terminated_as_exit():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_closed_terminal_and_a_second_signal_let_a_command_end_what_it_started(number: int) -> None:
-    with subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True) as process:
+    # The tests may themselves run under nohup.
+    script = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)" + SLEEPER
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "at work\n"
         for _ in range(3):
