@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from atm_fl.errors import SettingError
@@ -60,3 +67,42 @@ def test_a_study_that_cannot_work_is_named(tmp_path: Path, merges: Path) -> None
     merges.write_text(merges.read_text().replace('reference = "mean"', 'reference = "men"'))
     with pytest.raises(SettingError, match="reference='men' is none of the study's rows"):
         read_study(merges, merge_table)
+
+
+SLEEPY = """
+import os, time
+from pathlib import Path
+FOLDER = Path(__file__).parent
+def read(values): return values
+def phases(study): yield [0, 1]
+def run_unit(unit):
+    (FOLDER / f"{unit}.pid").write_text(str(os.getpid()))
+    time.sleep(300)
+    return ""
+def table(study): return ""
+def page(study): return FOLDER
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_units_end_with_a_study_that_is_killed(number: int, tmp_path: Path) -> None:
+    (tmp_path / "sleepy.py").write_text(SLEEPY)
+    (tmp_path / "study.toml").write_text("[rows]\n")
+    code = "import sleepy; from pathlib import Path; from atm_fl.cli.study import run_study; "
+    code += "run_study(Path('study.toml'), sleepy, 2, False)"
+    paths = [str(tmp_path), str(Path(__file__).parents[1])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    files = [tmp_path / f"{unit}.pid" for unit in (0, 1)]
+
+    def wait(done: Callable[[], bool]) -> None:
+        begin = time.monotonic()
+        while not done():
+            assert time.monotonic() < begin + 120
+            time.sleep(0.1)
+
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment) as process:
+        wait(lambda: process.poll() is not None or all(file.exists() and file.read_text() for file in files))
+        assert process.poll() is None
+        process.send_signal(number)
+        units = [int(file.read_text()) for file in files]
+    wait(lambda: not any(psutil.pid_exists(unit) for unit in units))

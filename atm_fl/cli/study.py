@@ -79,11 +79,11 @@ def run_study(config: Path, kind: Study[Any, Any], jobs: int | None, only_report
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
 
-    from atm_fl.experiments import read_study
+    from atm_fl.experiments import end_with_parent, read_study
 
     study, begin = read_study(config, kind), time.monotonic()
     if not only_report:
-        with ProcessPoolExecutor(jobs or os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(jobs or os.cpu_count() or 1, get_context("spawn"), end_with_parent) as pool:
             for units in kind.phases(study):
                 for done in as_completed([pool.submit(kind.run_unit, unit) for unit in units]):
                     say(f"{(time.monotonic() - begin) / 60:5.1f} min: {done.result()}")

@@ -5,9 +5,12 @@ A study is a TOML file, and the module that runs it a `Study`.
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterator, Sequence
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol, TypeVar
 
 from atm_fl.errors import SettingError
@@ -43,6 +46,22 @@ MARKS = (
     ("rows", "atm-fl compare"),
 )
 """A key that only files of one kind have, the more special first, and the command for that kind."""
+
+
+def end_with_parent() -> None:
+    """In a process that another has started: end when that one does, however it ended.
+
+    Else a command that is killed would leave its units running, whose folders nobody else could have. Units go on
+    from where they were broken off.
+    """
+    parent = parent_process()
+    assert parent
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def command_for(values: dict[str, Any]) -> str:
