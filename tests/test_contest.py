@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PluginFiles, make_folder
+from safetensors.torch import load_file
 from test_transforms import HEAD, SUM, THERE_AND_BACK
 
 from atm_fl.errors import SettingError
@@ -17,7 +18,7 @@ from atm_fl.experiments import contest, read_study
 from atm_fl.experiments.joint import run_joint
 from atm_fl.federation.client import Party
 from atm_fl.federation.loop import run_loop
-from atm_fl.runs.checkpoints import load_checkpoint
+from atm_fl.runs.checkpoints import checkpoints, load_checkpoint
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.training.evaluation import mean_accuracy
@@ -57,6 +58,59 @@ def run(study: contest.Contest) -> list[str]:
 @pytest.fixture
 def study(config: dict[str, Any], tmp_path: Path) -> contest.Contest:
     return read_study(write(tmp_path / "contest.toml", config), contest)
+
+
+NOT_DEFAULT: dict[str, Any] = {
+    "merge": "tsv-m",
+    "scaling": 2.0,
+    "task-scaling": "red=0.5",
+    "layer-scaling": "*norm*=0.5",
+    "codec-up": "int8",
+    "codec-down": "int8",
+    "transforms": "",
+    "proportion": 7.0,
+    "alignment": True,
+    "keep-optimizer": True,
+    "client-momentum": 0.5,
+    "proximal": 0.1,
+    "accumulate": 2,
+    "participation": "red=2-",
+    "replay": 0.5,
+    "fraction": 0.5,
+    "privacy": "clip-only",
+    "dp-client-clip": 0.01,
+    "secure-aggregation": True,
+    "server-optimizer": "momentum",
+}
+BESIDE = {"replay": {"participation": "red=1-1"}}
+
+
+@pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, keys in contest.IDLE.items() for key in keys])
+def test_a_setting_without_effect_on_a_row_is_refused(
+    kind: str, key: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    value = json.dumps(NOT_DEFAULT[key])
+    for words in (f"{key} = {value}", f"tune = {{ {key} = [{value}] }}"):
+        rows = f'\n[rows]\nsingle = {{ kind = "single" }}\nx = {{ kind = "{kind}", {words} }}\n'
+        with pytest.raises(SettingError, match=f"row 'x': {key} has no effect on rows of kind {kind}; leave it out"):
+            read_study(write(tmp_path / "contest.toml", config, rows), contest)
+
+
+def test_what_is_refused_of_joint_rows_is_without_effect(config: dict[str, Any]) -> None:
+    """Their models have the same bits; so nothing is refused there that would do something.
+
+    But for `privacy`: heads are then made of other records, and still nothing is clipped or noised.
+    """
+    config = {**config, "rounds": 2, "run-dir": config["run-dir"] + "-joint"}
+
+    def base(settings: dict[str, Any]) -> list[torch.Tensor]:
+        run_joint(Settings.parse({**config, **settings}))
+        return list(load_file(checkpoints(Path(config["run-dir"]))[-1]).values())
+
+    before = base({})
+    for key in set(contest.IDLE["joint"]) - {"privacy"}:
+        after = base({key: NOT_DEFAULT[key], **BESIDE.get(key, {})})
+        assert all(map(torch.equal, before, after)), key
 
 
 def test_a_contest_runs_resumes_and_counts(study: contest.Contest, monkeypatch: pytest.MonkeyPatch) -> None:

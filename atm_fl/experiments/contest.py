@@ -69,6 +69,18 @@ from atm_fl.vectors import Layout
 RIGHTLY = "rightly.npz"
 """Of a unit: which test images its end classifies rightly, by client."""
 KINDS = ("single", "joint", "one-shot", "atm", "ph-atm")
+IDLE = {
+    "joint": (
+        *("merge", "scaling", "task-scaling", "layer-scaling", "codec-up", "transforms", "proportion", "alignment"),
+        *("keep-optimizer", "client-momentum", "proximal", "accumulate", "participation", "replay", "fraction"),
+        *("privacy", "dp-client-clip", "secure-aggregation"),
+    ),
+    "single": (
+        *("merge", "scaling", "task-scaling", "layer-scaling", "server-optimizer", "codec-down", "proportion"),
+        *("keep-optimizer", "client-momentum", "dp-client-clip"),
+    ),
+}
+"""Kind → settings that have no effect on a row of it, which may not name them; [settings] may, for the other rows."""
 BY_RUNS = ("atm", "joint", "ph-atm")
 """Kinds whose units are run directories."""
 Choice = dict[str, Any]
@@ -138,6 +150,10 @@ class Contest:
         if "single" not in kinds and {"one-shot", "ph-atm"} & set(kinds):
             raise SettingError("a contest with one-shot or ph-atm rows needs a row of kind single")
         for row in study.rows:
+            if idle := [key for key in IDLE.get(row.kind, ()) if key in {**row.settings, **row.tune}]:
+                raise SettingError(
+                    f"row {row.name!r}: {idle[0]} has no effect on rows of kind {row.kind}; leave it out"
+                )
             for choice in row.choices():
                 settings = ContestUnit(study, row, study.seeds[0], choice).parse()
                 if row.kind in ("single", "one-shot") and settings.secure_aggregation:
