@@ -81,7 +81,7 @@ class Policy:
     threads: int = rule(0, "the most CPU threads", "threads")
     workers: int = rule(0, "the most processes that decode images", "workers")
     batch_size: int = rule(0, "the largest batch", "batch-size")
-    local_epochs: float = rule(0.0, "the most epochs a round", "local-epochs")
+    local_epochs: float = rule(0.0, "the most epochs a round", "local-epochs, task-epochs")
     rounds: int = rule(0, "the most rounds of a run", "rounds")
     tell: tuple[str, ...] = rule(TELL, "numbers that it tells beside its vector", "", TELL)
     max_update_norm: float = rule(
@@ -262,7 +262,7 @@ _BROKEN: dict[str, Callable[[Any, Settings, str], str]] = {
         "" if run.batch_size <= value else f"the run has batch-size={run.batch_size}"
     ),
     "local_epochs": lambda value, run, task: (
-        "" if run.local_epochs <= value else f"the run has local-epochs={run.local_epochs:g}"
+        "" if (epochs := run.of_task(task).local_epochs) <= value else f"the run has local-epochs={epochs:g}"
     ),
     "rounds": lambda value, run, task: "" if run.rounds <= value else f"the run has rounds={run.rounds}",
 }

@@ -34,7 +34,8 @@ def tower_operations(name: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    configs = [Path(f"configs/paper_{name}.toml") for name in ("pa_atm", "ph_atm", "baselines")]
+    names = ("pa_atm", "ph_atm", "baselines", "converged")
+    configs = [Path(f"configs/paper_{name}.toml") for name in names]
     parser.add_argument("configs", nargs="*", type=Path, default=configs)
     for config in parser.parse_args().configs:
         settings = read_config(config, ["start=pretrained"])
@@ -46,11 +47,12 @@ def main() -> None:
             if settings.split == "validation"
             else [data_set.train - v for data_set, v in zip(sets, held, strict=True)]
         )
-        epochs = round(settings.rounds * settings.local_epochs)
-        steps = epochs * sum(math.ceil(count / settings.batch_size) for count in images)
-        training = step * epochs * sum(images)
+        epochs = [settings.rounds * settings.of_task(task).local_epochs for task in settings.client_tasks]
+        steps = round(sum(n * math.ceil(k / settings.batch_size) for n, k in zip(epochs, images, strict=True)))
+        training = step * sum(n * count for n, count in zip(epochs, images, strict=True))
         evaluation = forward * (sum(held) * (settings.rounds + 1) + 2 * sum(data_set.test for data_set in sets))
-        print(f"{config}: {settings.model}, {len(sets)} tasks, {settings.rounds} x {settings.local_epochs:g} epochs")
+        of_each = settings.task_epochs or f"{settings.local_epochs:g}"
+        print(f"{config}: {settings.model}, {len(sets)} tasks, {settings.rounds} x {of_each} epochs")
         print(f"  an image: {forward / 1e9:.1f} GFLOP forward, {step / 1e9:.1f} with backward")
         print(f"  {sum(images):,} images an epoch, {steps:,} optimizer steps")
         print(f"  {training / 1e15:.0f} PFLOP of training, {evaluation / 1e15:.0f} of evaluation")

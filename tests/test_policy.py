@@ -73,6 +73,12 @@ RULES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("workers = 1", {"workers": 2}, {"workers": 1}, "workers=1: the run has workers=2"),
     ("batch-size = 4", {}, {"batch-size": 4}, "batch-size=4: the run has batch-size=8"),
     ("local-epochs = 0.5", {}, {"local-epochs": 0.5}, "local-epochs=0.5: the run has local-epochs=1"),
+    (
+        "local-epochs = 1",
+        {"task-epochs": "red=2"},
+        {"task-epochs": "green=2"},
+        "local-epochs=1.0: the run has local-epochs=2",
+    ),
     ("rounds = 2", {}, {"rounds": 2}, "rounds=2: the run has rounds=3"),
 ]
 """(the policy's line, settings that break it, settings that keep it, what is said)."""

@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -264,6 +265,37 @@ def test_client_momentum_outlives_the_process_and_its_loss_is_told(config: dict[
         said = {line["round"] for line in lines(resumed.directory, "tuning") if line.get("tuned_from_lost")}
         assert said == ({3} if lose else set())
         assert torch.equal(resumed.base, whole.base) != lose
+
+
+def test_a_task_with_epochs_of_its_own_tunes_as_if_all_had_them(config: dict[str, Any]) -> None:
+    folders = config["tasks"].split(",")
+
+    def update(folder: str, **changed: Any) -> Update:
+        settings = Settings.parse({**config, **changed})
+        return Party(settings, folder).train(shared_model(settings.of_model()).pretrained, 1)
+
+    for folder, epochs in zip(folders, (3.0, 1.0, 2.0), strict=True):
+        own = update(folder, **{"task-epochs": "red=3, blue=2"})
+        all_alike = update(folder, **{"local-epochs": epochs})
+        assert own.arrays is not None
+        assert all_alike.arrays is not None
+        assert own.tuning["steps"] == all_alike.tuning["steps"]
+        assert all(np.array_equal(own.arrays[name], array) for name, array in all_alike.arrays.items())
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("rde=2", "there is no task 'rde'; did you mean 'red'?"),
+        ("red=0", "red must have a whole number, 1 or more"),
+        ("red=0.5", "red must have a whole number, 1 or more"),
+        ("red=two", "task-epochs='red=two'"),
+    ],
+)
+def test_epochs_that_a_task_cannot_have_are_refused(config: dict[str, Any], value: str, words: str) -> None:
+    with pytest.raises(SettingError) as error:
+        Settings.parse({**config, "task-epochs": value})
+    assert words in str(error.value)
 
 
 @pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan")])

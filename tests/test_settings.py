@@ -226,6 +226,7 @@ EFFECTS: dict[str, Effect] = {
     "rounds": Effect("bits", (2,)),
     "patience": Effect("bits", (1,), {"rounds": 6}, idle="of one round none is too many"),
     "local_epochs": Effect("bits", (2.0, 0.5)),
+    "task_epochs": Effect("bits", ("red=2",)),
     "split": Effect("bits"),
     "holdout": Effect("bits", (0.0, 0.5), {"split": "validation"}),
     "participation": Effect("bits", ("red=2-",), {"rounds": 2}),

@@ -85,6 +85,8 @@ class Scenario:
         settings = self.settings
         if settings.secure_aggregation:
             raise SettingError("secure-aggregation=true: the server sees no single vector that could be attacked")
+        if settings.task_epochs:
+            raise SettingError(f"task-epochs={settings.task_epochs!r}: attacks are on one task; set local-epochs")
         if settings.client_momentum:
             raise SettingError(
                 f"client-momentum={settings.client_momentum:g}: the attacks know one round; leave it out"

@@ -35,9 +35,9 @@ BEGIN, END = "<!-- records: made by atm-fl records -->", "<!-- end of records --
 class Record:
     """A row that beats `reference` on the mean test accuracy. Accuracies and differences in 0..1, over all seeds.
 
-    differences: by task, "mean" and "worst normalised task" (value, low, high of the 99 % interval, p). bytes and
-    seconds: mean over seeds, as the contest's table has them. settings: the row's, beside the defaults. commit: of the
-    checkout that landed it.
+    differences: by task, "mean" and "worst normalised task" (value, low, high of the 99 % interval, p). epochs: in all,
+    mean over tasks. bytes and seconds: mean over seeds, as the contest's table has them. settings: those of the row
+    that are not the defaults. commit: of the checkout that landed it.
     """
 
     row: str
@@ -92,7 +92,7 @@ def candidates(study: Contest, command: str, commit: str) -> list[Record]:
                 tuple(outcomes["tasks"]),
                 tuple(pair["seeds"]),
                 exchanges,
-                settings.rounds * settings.local_epochs,
+                settings.rounds * mean(settings.of_task(task).local_epochs for task in settings.client_tasks),
                 mean(mean(run["test"].values()) for run in runs),
                 mean(mean(run["test"].values()) for run in others),
                 pair["differences"],

@@ -56,6 +56,7 @@ class Party:
         check_model(settings, self.model.module)
         self.data = self._data(task)
         self.task = name or self.data.name
+        self.settings = settings = settings.of_task(self.task)
         self.client = client or self.task
         self.rightly: dict[str, Tensor] = {}
         """By split: which records the last evaluation classified rightly, bool [n]. Stays here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -120,6 +120,9 @@ class Settings:
     )
     local_epochs: float = setting(
         1.0, "epochs E that a client tunes a round; 1/m: the m-th part of an epoch, the next part in the next round"
+    )
+    task_epochs: str = setting(
+        "", "whole epochs a round of single tasks in place of local-epochs, as 'cars=35, dtd=76'", later=True
     )
     split: str = setting("train", "what a client tunes on", choices=("train", "validation"))
     holdout: float = setting(
@@ -325,6 +328,16 @@ class Settings:
     def task_scalings(self) -> dict[str, float]:
         """`task-scaling` as a table."""
         return read_factors("task-scaling", self.task_scaling)
+
+    @property
+    def epochs_of_tasks(self) -> dict[str, float]:
+        """`task-epochs` as a table."""
+        return read_factors("task-epochs", self.task_epochs)
+
+    def of_task(self, task: str) -> Settings:
+        """These settings as the clients of `task` have them: with its own `local-epochs`."""
+        epochs = self.epochs_of_tasks.get(task)
+        return self if epochs is None else replace(self, local_epochs=float(epochs), task_epochs="")
 
     @property
     def layer_scalings(self) -> dict[str, float]:
