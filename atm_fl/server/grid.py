@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from random import SystemRandom
 from threading import Event
 from typing import Any
 
@@ -31,6 +32,7 @@ LOST = (
 """What the SuperLink reports of a party whose answer was lost, as opposed to one that answered with an error. The last
 two: a message or a reply that is there in part, since the network was cut on its way."""
 LONGEST_POLL = 1.0
+CHANCE = SystemRandom()
 ROLL = 5.0
 """Seconds between two looks at which SuperNodes have started anew."""
 
@@ -56,6 +58,8 @@ class StreamingGrid(Grid):
         has forgotten its message, which nobody would report: it gets an error NODE_UNAVAILABLE.
         """
         sent = list(messages)
+        for message in sent:
+            message.metadata.ttl *= 1 - CHANCE.random() / 1000  # so that nobody foresees its id, by which objects go
         nodes = [message.metadata.dst_node_id for message in sent]
         lives = self._lives()
         ids = list(self.grid.push_messages(sent))

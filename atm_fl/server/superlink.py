@@ -12,6 +12,13 @@ sender whose key is registered. It also believes a registered party of whom a me
 another's name, or send messages in the SuperLink's; here each sends its own replies and nothing else. And it gives the
 memory of large arrays back to the system at once, which glibc else keeps for each of the threads that had some: half of
 it in all.
+
+Objects go by the hash of their bytes, and Flower keeps one tree of all: who announces an object first says of which
+others it is made, long before its bytes are there, and whoever announces it otherwise is refused. A record that is
+foreseen could so be taken from the party, or the ServerApp, that sends it. Here nobody says anything of an object but
+of the message that it sends itself: that is made of all others, and those of none (`flat`). A receiver needs no more,
+for it asks for all of them and joins them by what their bytes say. And a message is its sender's own, since its id must
+be the hash of what is announced of it, with the sender in it (`own_replies`).
 """
 
 from __future__ import annotations
@@ -26,18 +33,24 @@ from collections import defaultdict
 from contextlib import nullcontext, suppress
 from ipaddress import ip_address
 from pathlib import Path
+from typing import TypeVar
 
 from fastapi import HTTPException
 from flwr.common.serde import fab_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
+from flwr.proto.runtime_pb2 import PushAppMessagesRequest
 from flwr.supercore import sql_mixin
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import get_object_id, iterate_object_tree
 from flwr.superlink import extensions
 from flwr.superlink.cli import flower_superlink
 from flwr.superlink.dependencies.linkstate import get_linkstate
 from flwr.superlink.routers.fleet.node_auth import authenticate_node
 from flwr.superlink.servicer.fleet import fleet_handlers
+from flwr.superlink.servicer.runtime import runtime_handlers
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
@@ -61,6 +74,7 @@ AT_ONCE = 8
 PATIENCE = 60
 """Seconds for which one request waits until another has written to the database; Flower's own are 5. To delete a reply
 of half a gigabyte takes longer where the disk is slow, and on "database is locked" every SuperNode ends."""
+Messages = TypeVar("Messages", PushMessagesRequest, PushAppMessagesRequest)
 log = logging.getLogger("flwr")
 
 
@@ -188,17 +202,53 @@ def with_signatures(fab: Fab) -> Fab:
 
 
 def own_replies(request: PushMessagesRequest) -> PushMessagesRequest:
-    """The request by which a party sends its replies; 403 if one of them is no reply, or another party's.
+    """The request by which a party sends its replies, `flat`; 403 if one of them is no reply, or another party's.
 
     Who sends the request is known here, for Flower has authenticated it as `node`.
     """
-    sender = request.node.node_id
-    for metadata in (message.metadata for message in request.messages_list):
-        if metadata.src_node_id != sender or not metadata.reply_to_message_id:
-            what = f"one in the name of node {metadata.src_node_id}" if metadata.reply_to_message_id else "no reply"
-            log.warning("refused a message of node %s: %s", sender, what)
-            raise HTTPException(403, "a party sends its own replies alone")
+    sender, what = request.node.node_id, ""
+    if len(request.messages_list) != len(request.message_object_trees):
+        what = "messages without their trees"
+    for message, tree in zip(request.messages_list, request.message_object_trees, strict=False):
+        if not message.metadata.reply_to_message_id:
+            what = "no reply"
+        elif message.metadata.src_node_id != sender:
+            what = f"one in the name of node {message.metadata.src_node_id}"
+        elif not tree.object_id == message.metadata.message_id == _message_id(message, tree):
+            what = "one whose id is not its own"
+    if what:
+        log.warning("refused a message of node %s: %s", sender, what)
+        raise HTTPException(403, "a party sends its own replies alone")
+    return flat(request)
+
+
+def own_session(request: PushObjectRequest) -> PushObjectRequest:
+    """The request by which a party sends an object; 403 if it doesn't name the session in which it announced that.
+
+    Without one Flower takes it as sent by whoever is about to send it, and refuses theirs, which ends a ServerApp.
+    """
+    if not request.session_id:
+        log.warning("refused an object of node %s: no session", request.node.node_id)
+        raise HTTPException(403, "an object is sent in the session of its message alone")
     return request
+
+
+def flat(request: Messages) -> Messages:
+    """The request with trees that say of which objects each message is made, and nothing of what these are made."""
+    for tree in request.message_object_trees:
+        objects = dict.fromkeys(node.object_id for node in iterate_object_tree(tree))
+        del objects[tree.object_id], tree.children[:]
+        tree.children.extend(ObjectTree(object_id=object_id) for object_id in objects)
+    return request
+
+
+def _message_id(message: ProtoMessage, tree: ObjectTree) -> str:
+    """The hash of the object that Flower makes of a message with the content that its tree names."""
+    bare = ProtoMessage(metadata=message.metadata, error=message.error if message.HasField("error") else None)
+    bare.metadata.message_id = ""
+    body = bare.SerializeToString(deterministic=True)
+    head = f"Message {','.join(child.object_id for child in tree.children)} {len(body)}"
+    return get_object_id(head.encode() + b"\0" + body)
 
 
 def be_patient() -> None:
@@ -219,8 +269,10 @@ def main() -> None:
     return_memory()
     be_patient()
     extensions.get_middleware = lambda: (Middleware(LocalControl), Middleware(WholeBodies))
-    push = fleet_handlers.push_messages
+    push, push_object, send = fleet_handlers.push_messages, fleet_handlers.push_object, runtime_handlers.push_messages
     fleet_handlers.push_messages = lambda request, state: push(own_replies(request), state)
+    fleet_handlers.push_object = lambda request, state: push_object(own_session(request), state)
+    runtime_handlers.push_messages = lambda request, state, task: send(flat(request), state, task)
     fleet_handlers.fab_to_proto = lambda fab: fab_to_proto(with_signatures(fab))
     flower_superlink()
 
