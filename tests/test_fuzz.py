@@ -396,9 +396,7 @@ def hostile_runs(fuzz: Fuzz, examples: int) -> None:
     check()
 
 
-def fuzz_the_server(
-    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, examples: int, scenarios: Iterable[str]
-) -> int:
+def fuzz_the_server(config: dict[str, Any], examples: int, scenarios: Iterable[str]) -> int:
     """Play `examples` runs of each scenario, with bounded memory; how many replies were tampered with."""
     drawn_before(DEEDS)
     replies = 0
@@ -417,18 +415,14 @@ def fuzz_the_server(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("remembered")
-def test_whatever_a_client_sends_a_run_ends_by_policy_with_the_honest_bits(
-    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert fuzz_the_server(config, monkeypatch, 2, SCENARIOS) >= 40
+def test_whatever_a_client_sends_a_run_ends_by_policy_with_the_honest_bits(config: dict[str, Any]) -> None:
+    assert fuzz_the_server(config, 2, SCENARIOS) >= 40
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("remembered")
-def test_whatever_many_clients_send_runs_end_by_policy_with_the_honest_bits(
-    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert fuzz_the_server(config, monkeypatch, 120, SCENARIOS) >= 2000
+def test_whatever_many_clients_send_runs_end_by_policy_with_the_honest_bits(config: dict[str, Any]) -> None:
+    assert fuzz_the_server(config, 120, SCENARIOS) >= 2000
 
 
 # --------------------------------------------------------------------------------------------------- a hostile server
@@ -542,13 +536,13 @@ def fuzz_the_client(config: dict[str, Any], known: dict[Any, Update], examples: 
 
 
 def test_whatever_a_server_sends_a_client_answers_and_tells_no_more(
-    config: dict[str, Any], remembered: dict[Any, Update], monkeypatch: pytest.MonkeyPatch
+    config: dict[str, Any], remembered: dict[Any, Update]
 ) -> None:
     assert fuzz_the_client(config, remembered, 50) >= 200
 
 
 @pytest.mark.slow
 def test_whatever_many_servers_send_a_client_answers_and_tells_no_more(
-    config: dict[str, Any], remembered: dict[Any, Update], monkeypatch: pytest.MonkeyPatch
+    config: dict[str, Any], remembered: dict[Any, Update]
 ) -> None:
     assert fuzz_the_client(config, remembered, 500) >= 2000

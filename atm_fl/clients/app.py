@@ -58,8 +58,9 @@ def party_of(context: Context) -> Party:
     secure.check(settings, secure.trusted(context))
     if "task" in node or "data" in node:
         data, name = str(node.get("data", node.get("task"))), str(node.get("task", ""))
-        policy.check(settings, name or Path(data).name)
-        policy.check_imports(settings, name or Path(data).name)
+        held = name or Path(data).name
+        policy.check(settings, held)
+        policy.check_imports(settings, held)
         return _party(settings, policy, data, name)
     if "partition-id" not in node:
         raise SettingError(

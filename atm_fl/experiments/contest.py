@@ -27,7 +27,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import product
@@ -356,16 +356,18 @@ def _rightly(study: Contest, row: ContestRow, seed: int) -> dict[str, np.ndarray
         return dict(file)
 
 
-def _test_groups(study: Contest, row: ContestRow, seed: int) -> dict[str, np.ndarray]:
-    """By client of a row: which test images show one thing, for the tasks that have such."""
+def _test_groups(
+    study: Contest, row: ContestRow, seed: int, of_task: Callable[[str], np.ndarray | None]
+) -> dict[str, np.ndarray]:
+    """By client of a row: which test images show one thing, for the tasks that have such. of_task: of one task."""
     settings = ContestUnit(study, row, seed, best_choice(study, row)).settings()
     named = zip(settings.party_names, settings.task_names, strict=True)
-    return {client: groups for client, task in named if (groups := tasks.test_groups(task)) is not None}
+    return {client: groups for client, task in named if (groups := of_task(task)) is not None}
 
 
 def _pairs(study: Contest) -> list[dict[str, Any]]:
     """The tested differences of `pairs`, over the seeds that both rows have."""
-    outcomes = []
+    outcomes, groups_of_task = [], cache(tasks.test_groups)
     for names in study.pairs:
         rows = [
             {seed: there for seed in study.seeds if (there := _rightly(study, study.row(name=name), seed))}
@@ -380,7 +382,7 @@ def _pairs(study: Contest) -> list[dict[str, Any]]:
             single = {seed: there for seed in seeds if (there := _rightly(study, alone, seed))}
         one, other = ([row[seed] for seed in seeds] for row in rows)
         alone_too = list(single.values()) if len(single) == len(seeds) else []
-        groups = _test_groups(study, study.row(name=names[0]), seeds[0])
+        groups = _test_groups(study, study.row(name=names[0]), seeds[0], groups_of_task)
         tested = differences(one, other, alone_too, groups=groups)
         outcomes.append({"rows": list(names), "seeds": seeds, "differences": {k: asdict(v) for k, v in tested.items()}})
     return outcomes

@@ -127,7 +127,7 @@ def land(study: Contest, command: str, ledger: Path) -> list[str]:
         path = ledger.with_suffix("") / f"{slug}.json"
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
-        known = logs(ledger)
+        known.append(record)
         lines.append(f"{record.row}: a record against {record.reference}, {record.rounds} rounds → {path}")
     write_table(ledger)
     return lines or ["no row of the contest's pairs beats its reference with p < 0.01"]

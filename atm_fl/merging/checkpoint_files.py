@@ -35,7 +35,7 @@ from atm_fl.merging.checkpoint_names import Plan, make_plan
 from atm_fl.merging.checkpoint_outputs import Output, fits, is_folder, output
 from atm_fl.merging.checkpoint_vectors import BaseParts, FileVector
 from atm_fl.merging.kinds import Elementwise, LinearCombination, Streaming, TensorWise
-from atm_fl.merging.scaling import Factor, check_task_scaling, factors
+from atm_fl.merging.scaling import Factor, check_tasks, factors
 from atm_fl.vectors.blocks import Block, blocks, in_parallel, parts, stretches
 from atm_fl.vectors.mapped import MappedVectors
 from atm_fl.vectors.model_files import Checkpoint, few
@@ -129,7 +129,7 @@ def prepare(
     merge = make_merge(method, layout, seed=seed, **chosen or {})
     merge.check_count(len(files))
     tasks, task_scaling, layer_scaling = task_names(files), task_scaling or {}, layer_scaling or {}
-    check_task_scaling(task_scaling, tuple(tasks))
+    check_tasks("task-scaling", task_scaling, tuple(tasks))
     used = {item.name: getattr(merge, item.name) for item in options(type(merge))}
     scalings = {"task-scaling": dict(task_scaling), "layer-scaling": dict(layer_scaling)}
     made = {"method": method, "options": used, **scalings, "seed": seed, "base": base.name, "files": tasks}

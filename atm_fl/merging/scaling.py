@@ -100,11 +100,11 @@ def factors(names: Sequence[str], table: Factor | Mapping[str, Factor], key: str
     return [at(name) for name in names]
 
 
-def check_task_scaling(table: Mapping[str, Any], tasks: tuple[str, ...]) -> None:
-    """SettingError if `table` (task → factor on its vector before the merge) names a task that is not there."""
+def check_tasks(key: str, table: Mapping[str, Any], tasks: tuple[str, ...]) -> None:
+    """SettingError if the setting `key`, a table by task, names one that is not there."""
     for task in table:
         if task not in tasks:
-            raise SettingError(f"task-scaling: there is no task {task!r}{did_you_mean(task, tasks)}")
+            raise SettingError(f"{key}: there is no task {task!r}{did_you_mean(task, tasks)}")
 
 
 def check_layer_scaling(table: Mapping[str, float], layout: Layout) -> None:

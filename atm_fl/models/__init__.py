@@ -121,13 +121,10 @@ def load_backbone(name: str, weights: str = "pretrained") -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         family = _family(name)
-        made = (
-            family[0](name.partition("/")[2], weights)
-            if family
-            else make_imported(name)
-            if is_imported(name)
-            else BACKBONES[name]()
-        )
+        if family:
+            made = family[0](name.partition("/")[2], weights)
+        else:
+            made = make_imported(name) if is_imported(name) else BACKBONES[name]()
         _check_encoder(name, made)
         if not family and weights != "pretrained":
             made.notes = [*getattr(made, "notes", ()), *load_weights(made, weights)]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 
-from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.errors import SettingError
 
 
 def read_participation(text: str) -> dict[str, tuple[int, float]]:
@@ -19,10 +18,3 @@ def read_participation(text: str) -> dict[str, tuple[int, float]]:
             raise SettingError(f"participation={text!r}: {item.strip()!r} is not of the form mnist=2-5 or mnist=2-")
         periods[read[1]] = first, last
     return periods
-
-
-def check_participation(table: Mapping[str, tuple[int, float]], tasks: tuple[str, ...]) -> None:
-    """SettingError if `table` names a task that is not there."""
-    for task in table:
-        if task not in tasks:
-            raise SettingError(f"participation: there is no task {task!r}{did_you_mean(task, tasks)}")

@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from atm_fl import models, tasks
-from atm_fl.errors import SettingError, did_you_mean
+from atm_fl.errors import SettingError
 from atm_fl.merging import find_merge, merges_of_sum
-from atm_fl.merging.scaling import check_task_scaling
+from atm_fl.merging.scaling import check_tasks
 from atm_fl.models.buffers import measured, mixing
 from atm_fl.models.trainable import check_trainable
-from atm_fl.settings.participation import check_participation
 from atm_fl.settings.text import kebab
 from atm_fl.sinks import SINKS
 from atm_fl.transforms import make_transforms
@@ -155,13 +154,12 @@ def check(settings: Settings) -> None:
             f"base"
         )
     settings.make_merge(Layout((), ()), 0).check_count(min(settings.needed, fewest_tasks(settings)))
-    check_task_scaling(settings.task_scalings, settings.client_tasks)
+    check_tasks("task-scaling", settings.task_scalings, settings.client_tasks)
+    check_tasks("task-epochs", settings.epochs_of_tasks, settings.client_tasks)
+    check_tasks("participation", settings.participations, settings.client_tasks)
     for task, epochs in settings.epochs_of_tasks.items():
-        if task not in settings.client_tasks:
-            raise SettingError(f"task-epochs: there is no task {task!r}{did_you_mean(task, settings.client_tasks)}")
         if epochs < 1 or epochs != round(epochs):
             raise SettingError(f"task-epochs={settings.task_epochs!r}: {task} must have a whole number, 1 or more")
-    check_participation(settings.participations, settings.client_tasks)
     settings.layer_scalings, settings.uplink, settings.downlink, settings.make_server_optimizer()
     for task, name in zip(settings.client_tasks, settings.task_names, strict=True):
         if (settings.client_tasks.count(task) > 1 and "/" not in name) or settings.party_names.count(task) > 1:

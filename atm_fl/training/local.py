@@ -68,10 +68,8 @@ def tune(
     random = torch.Generator().manual_seed(seed)
     assert flat.grad is not None
     start = flat.detach().clone() if settings.proximal else None
-    order = torch.arange(len(data)).tensor_split(settings.chunks_per_epoch)[epoch_chunk]
     epochs = max(1, round(settings.local_epochs))
-    parts = epochs * math.ceil(len(order) / settings.batch_size)
-    steps, seen, total = 0, 0, 0.0
+    steps, seen, order, total = 0, 0, torch.empty(0), 0.0
     train_mode(model, frozen=settings.buffers == "frozen")
     for _ in range(epochs):
         order = (
@@ -94,7 +92,7 @@ def tune(
                 nn.utils.clip_grad_norm_(flat, settings.clip_norm)
             scaler.step(optimizer)
             scaler.update()
-            move(flat, drift, parts)
+            move(flat, drift, epochs * math.ceil(len(order) / settings.batch_size))
             steps += 1
     model.eval()
     keep_state(optimizer, state)
