@@ -11,7 +11,7 @@ import shutil
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.app.constants import DEFAULT_TTL
 from flwr.app.message import array, remove_content_from_message
 from flwr.app.message import message as message_module
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
@@ -65,6 +66,7 @@ from atm_fl.server import boundary
 from atm_fl.server.fetch import PIECE, Bound
 from atm_fl.server.grid import LOST, StreamingGrid
 from atm_fl.server.superlink import flat, own_replies, own_session
+from atm_fl.server.uploads import LARGEST, Uploads, largest_reply
 from atm_fl.vectors import Layout
 
 ELEMENTS = 1000
@@ -93,6 +95,7 @@ class Superlink:
         self.task: Any = SimpleNamespace(run_id=self.run_id, task_id=run.primary_task_id)
         self.pulled: list[str] = []
         self.asked: set[str] = set()
+        self.uploads = Uploads(2**30)
         self.ours = True
         """Whether requests are checked and changed as our launcher does, or taken as Flower has it."""
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, self.run_id, SUPERLINK_NODE_ID
@@ -139,6 +142,7 @@ class Superlink:
             message_object_trees=[tree],
         )
         answer = fleet_handlers.push_messages(own_replies(request) if self.ours else request, self.state)
+        self.uploads.begin(request, answer)
         return answer.session_id, list(answer.objects_to_push)
 
     def send(self, sender: str, session: str, contents: Contents) -> None:
@@ -147,7 +151,8 @@ class Superlink:
         for object_id, content in contents.items():
             request = PushObjectRequest(node=node, run_id=self.run_id, object_id=object_id, object_content=content)
             request.session_id = session
-            request = own_session(request) if self.ours else request
+            if self.ours:
+                self.uploads.take(own_session(request))
             assert fleet_handlers.push_object(request, self.state).stored
 
     def delete(self, sender: str, object_id: str) -> None:
@@ -610,6 +615,61 @@ def test_an_upload_that_is_given_up_is_a_lost_reply(superlink: Superlink) -> Non
     replies = asked.replies
     assert not replies["red"].has_error()
     assert replies["green"].error.code in LOST
+
+
+# ------------------------------------------------------------------------------------------- what the SuperLink keeps
+
+
+def test_no_party_fills_the_superlinks_disk(superlink: Superlink) -> None:
+    """One reply's room a question, however often and with whatever objects it is announced."""
+    superlink.uploads = Uploads(largest=2**20)
+    asked = Asked(superlink, timeout=1.0)
+    room = 0
+
+    def upload(first: int) -> None:
+        """Announce a reply of eight pieces of 300,000 bytes, and send those that are wanted."""
+        nonlocal room
+        pieces = [ArrayChunk(bytes([number]) * 300_000).deflate() for number in range(first, first + 8)]
+        contents = {get_object_id(piece): piece for piece in pieces}
+        reply, tree = anyones(superlink, asked["green"], [ObjectTree(object_id=key) for key in contents])
+        session, lacking = superlink.announce(reply, tree, "green")
+        for key in set(lacking) & set(contents):
+            with pytest.raises(HTTPException, match=r"413: .* 1 MiB") if room + 300_000 > 2**20 else nullcontext():
+                superlink.send("green", session, {key: contents[key]})
+                room += len(contents[key])
+
+    upload(0)
+    assert room > 900_000
+    upload(0)  # again
+    with suppress(HTTPException, AssertionError):  # another one to the same question, of which Flower wants nothing
+        upload(8)
+    upload(0)
+    superlink.answer("red", asked["red"], vector(by="red"))
+    assert asked.replies.keys() == {"red"}
+    again = Asked(superlink)
+    for name in superlink.nodes:
+        superlink.answer(name, again[name], vector(by=name))
+    assert again.replies.keys() == {"red", "green"}
+    assert superlink.kept == 0
+
+
+def test_an_upload_is_of_what_its_sender_announced_last(superlink: Superlink) -> None:
+    asked = Asked(superlink, timeout=1.0)
+    reply = superlink.reply("green", asked["green"], vector())
+    contents, tree = deflated(reply)
+    session, lacking = superlink.announce(reply, tree, "green")
+    for sender, said in (("red", session), ("green", superlink.announce(reply, tree, "green")[0] + "x")):
+        with pytest.raises(HTTPException, match="403: a party uploads what it announced last"):
+            superlink.send(sender, said, {lacking[0]: contents[lacking[0]]})
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "8 GiB", "1e3", "²"])
+def test_the_largest_reply_is_a_number_of_mebibytes(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LARGEST, said)
+    with pytest.raises(SystemExit, match=f"{LARGEST}={said!r}: it must be a whole number of MiB"):
+        largest_reply()
+    monkeypatch.setenv(LARGEST, "3")
+    assert largest_reply() == 3 * 2**20
 
 
 # -------------------------------------------------------------------------------------------------------- any objects

@@ -18,7 +18,7 @@ others it is made, long before its bytes are there, and whoever announces it oth
 foreseen could so be taken from the party, or the ServerApp, that sends it. Here nobody says anything of an object but
 of the message that it sends itself: that is made of all others, and those of none (`flat`). A receiver needs no more,
 for it asks for all of them and joins them by what their bytes say. And a message is its sender's own, since its id must
-be the hash of what is announced of it, with the sender in it (`own_replies`).
+be the hash of what is announced of it, with the sender in it (`own_replies`). What it may hold is in uploads.py.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ from typing import TypeVar
 
 from fastapi import HTTPException
 from flwr.common.serde import fab_to_proto
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest, PushMessagesResponse
 from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
+from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest, PushObjectResponse
 from flwr.proto.runtime_pb2 import PushAppMessagesRequest
+from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore import sql_mixin
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.supercore.fab import Fab
@@ -59,6 +60,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from atm_fl.deployment import pace
+from atm_fl.server.uploads import Uploads, largest_reply
 
 OPEN = ("/v1/fleet/", "/health")
 """What begins the paths that other machines may ask for."""
@@ -270,8 +272,18 @@ def main() -> None:
     be_patient()
     extensions.get_middleware = lambda: (Middleware(LocalControl), Middleware(WholeBodies))
     push, push_object, send = fleet_handlers.push_messages, fleet_handlers.push_object, runtime_handlers.push_messages
-    fleet_handlers.push_messages = lambda request, state: push(own_replies(request), state)
-    fleet_handlers.push_object = lambda request, state: push_object(own_session(request), state)
+    uploads = Uploads(largest_reply())
+
+    def push_reply(request: PushMessagesRequest, state: LinkState) -> PushMessagesResponse:
+        answer = push(own_replies(request), state)
+        uploads.begin(request, answer)
+        return answer
+
+    def push_counted(request: PushObjectRequest, state: LinkState) -> PushObjectResponse:
+        uploads.take(own_session(request))
+        return push_object(request, state)
+
+    fleet_handlers.push_messages, fleet_handlers.push_object = push_reply, push_counted
     runtime_handlers.push_messages = lambda request, state, task: send(flat(request), state, task)
     fleet_handlers.fab_to_proto = lambda fab: fab_to_proto(with_signatures(fab))
     flower_superlink()
