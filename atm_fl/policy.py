@@ -87,6 +87,9 @@ class Policy:
     max_update_norm: float = rule(
         0.0, "L2 norm by which the base may move from one message to the next", "max-update-norm"
     )
+    largest_message: int = rule(
+        0, "the most MB of one message, as it comes and as it is joined; 0: an eighth of the machine's memory"
+    )
 
     @classmethod
     def read(cls, path: Path) -> Policy:
@@ -267,7 +270,7 @@ _BROKEN: dict[str, Callable[[Any, Settings, str], str]] = {
     "rounds": lambda value, run, task: "" if run.rounds <= value else f"the run has rounds={run.rounds}",
 }
 """Rule → what a run does that breaks it, "" if nothing. A rule at its default is not asked. The others (`tell`,
-`apps`, `max-update-norm`, `trusted-parties`) bound what this party does, not what a run may say."""
+`apps`, `max-update-norm`, `trusted-parties`, `largest-message`) bound what this party does, not what a run may say."""
 
 
 NODE = {

@@ -128,6 +128,7 @@ def test_every_rule_is_tested_here() -> None:
         "apps",
         "max_update_norm",
         "trusted_parties",
+        "largest_message",
     }
 
 

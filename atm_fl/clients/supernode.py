@@ -6,7 +6,8 @@ tries again, and ends if it cannot go on, so that what supervises it starts it a
 
 It also gives a ClientApp's process START seconds until its first sign of life. Flower's own gives 30, then reports a
 failure and lets the process be: on a machine so busy that Python takes longer to start, each new try makes it busier.
-Who starts those processes is `clients/superexec.py`, and which apps they may run is `clients/signed.py`.
+Who starts those processes is `clients/superexec.py`, which apps they may run is `clients/signed.py`, and how much
+of the SuperLink's messages is taken in is `clients/received.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.nodestate import InMemoryNodeState, nodestate_factory
 
+from atm_fl.clients.received import BoundedClient, bounded
 from atm_fl.clients.signed import guarded
 from atm_fl.deployment import pace
 
@@ -71,7 +73,8 @@ def main() -> None:
     pace.set_variables()
     start_client_internal.time = pace.CappedSleep  # type: ignore[assignment]
     start_client_internal.subprocess = OurSuperExec  # type: ignore[assignment]
-    start_client_internal._pull_and_store_message = guarded(start_client_internal._pull_and_store_message)
+    start_client_internal._pull_and_store_message = bounded(guarded(start_client_internal._pull_and_store_message))
+    fleet_http_connection.FleetHttpClient = BoundedClient  # type: ignore[misc]
     nodestate_factory.InMemoryNodeState = PatientState  # type: ignore[misc]
     fleet_http_connection.make_simple_http_retry_invoker = patient_invoker
     try:

@@ -233,6 +233,15 @@ def _plugins(machine: Machine) -> str:
     return "; ".join(f"{plugin}: {', '.join(things)}" for plugin, things in loaded.items()) or "none"
 
 
+def machine_memory() -> int:
+    """Bytes of memory of this machine, or of this container if that may have less."""
+    limits = [psutil.virtual_memory().total]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if Path(file).exists() and (limit := Path(file).read_text().strip()).isdigit():
+            limits.append(int(limit))
+    return min(limits)
+
+
 def _disk(machine: Machine) -> str:
     folder = tasks.cache_dir()
     while not folder.exists():
@@ -244,10 +253,7 @@ def _disk(machine: Machine) -> str:
 
 
 def _memory(machine: Machine) -> str:
-    free = psutil.virtual_memory().available
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # a container's limit
-        if Path(file).exists() and (limit := Path(file).read_text().strip()).isdigit():
-            free = min(free, int(limit))
+    free = min(psutil.virtual_memory().available, machine_memory())
     if free / 1e9 < machine.memory:
         raise Wrong(f"{free / 1e9:.1f} GB of memory are free, {machine.memory:g} GB are needed")
     return f"{free / 1e9:.1f} GB free"

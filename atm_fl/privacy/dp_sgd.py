@@ -68,8 +68,12 @@ def clipped_sum(gradients: Tensor, norm: float) -> Tensor:
     One that is not finite counts as zero: a base can be made that overflows on one kind of image alone, and no noise
     hides a NaN.
     """
-    gradients[~gradients.isfinite().all(dim=1)] = 0.0
-    return clip_factors(gradients, norm) @ gradients
+    lengths = gradients.norm(dim=1)  # of a gradient that is not finite, neither is its length
+    factors = (norm / lengths).clamp_max(1.0)
+    if not (finite := lengths.isfinite()).all():
+        gradients[~finite] = 0.0
+        factors[~finite] = 0.0
+    return factors @ gradients
 
 
 def tune_privately(
