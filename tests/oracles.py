@@ -364,3 +364,19 @@ def iso_cts(vectors: Vectors, layout: Layout, seed: int, scaling: float, split_q
         return values.mean() * polar(u) @ polar(v).T
 
     return scaling * by_matrix(vectors, layout, split_qkv, merge)
+
+
+@oracle("wudi")
+def wudi(vectors: Vectors, layout: Layout, seed: int, scaling: float, split_qkv: bool, pull: float) -> Array:
+    """As a least-squares problem in all tasks' own rows, without a Gram matrix."""
+
+    def merge(matrices: list[Array]) -> Array:
+        told = [matrix / np.linalg.norm(matrix) for matrix in matrices if matrix.any()]
+        columns = matrices[0].shape[1]
+        weight = pull * len(told) / columns or 1.0
+        inputs = np.concatenate([*told, weight**0.5 * np.eye(columns)])
+        outputs = [unit @ matrix.T for unit, matrix in zip(told, (m for m in matrices if m.any()), strict=True)]
+        outputs.append(weight**0.5 * sum(matrices).T)
+        return np.linalg.lstsq(inputs, np.concatenate(outputs), rcond=None)[0].T
+
+    return scaling * by_matrix(vectors, layout, split_qkv, merge)

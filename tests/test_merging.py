@@ -151,6 +151,7 @@ CHOICES: dict[str, list[dict[str, Any]]] = {
     "tsv-m": [{"split_qkv": True}],
     "iso-c": [{"split_qkv": True}],
     "iso-cts": [{"split_qkv": True}, {"common": 0.6}, {"common": 1.0}],
+    "wudi": [{"split_qkv": True}, {"pull": 1e-3}, {"pull": 100.0}],
 }
 """Options to try beside the defaults."""
 
@@ -302,7 +303,7 @@ def test_the_cagrad_step_helps_the_worst_off_task_most(maker: Callable[..., np.n
         assert float((stack @ step).min()) >= float((stack @ best).min()) - slack
 
 
-@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts"])
+@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts", "wudi"])
 @pytest.mark.parametrize("difference", [1.0, 0.1, 0.01, 0.001])
 def test_matrices_that_are_much_alike_are_merged_as_exactly_as_others(name: str, difference: float) -> None:
     random = np.random.default_rng(0)
@@ -311,7 +312,7 @@ def test_matrices_that_are_much_alike_are_merged_as_exactly_as_others(name: str,
     agree(make_merge(name, layout), name, {str(i): torch.from_numpy(m).float() for i, m in enumerate(matrices)})
 
 
-@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts"])
+@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts", "wudi"])
 @pytest.mark.parametrize("weakest", [1e-2, 1e-3, 1e-4])
 def test_weak_directions_are_merged_exactly(name: str, weakest: float) -> None:
     random = np.random.default_rng(0)
@@ -322,7 +323,7 @@ def test_weak_directions_are_merged_exactly(name: str, weakest: float) -> None:
     agree(make_merge(name, Layout(("weight",), ((20, 12),))), name, vectors)
 
 
-@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts"])
+@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts", "wudi"])
 @pytest.mark.parametrize("shape", [(30, 10), (10, 30), (10, 10)])
 def test_matrices_of_low_rank(name: str, shape: tuple[int, int]) -> None:
     random = np.random.default_rng(0)
@@ -390,7 +391,7 @@ def test_leading_eigenvectors_are_as_exact_as_is_said(kind: str, scale: float, m
     assert len(whole) <= 5 - few
 
 
-@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts"])
+@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts", "wudi"])
 @pytest.mark.parametrize("kind", SPECTRA)
 def test_large_matrices_are_merged_more_exactly_than_by_float32(name: str, kind: str) -> None:
     random = np.random.default_rng(0)
@@ -515,7 +516,7 @@ def test_the_result_goes_into_given_memory(name: str, dtype: torch.dtype) -> Non
         make_merge(name, MIXED).combine(vectors, out=vector)
 
 
-@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts"])
+@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts", "wudi"])
 @pytest.mark.parametrize("rank", [1, 2])
 def test_many_tasks_of_low_rank_in_large_matrices(name: str, rank: int) -> None:
     layout = Layout(("weight",), ((300, 256),))
@@ -566,7 +567,7 @@ def test_a_wide_matrix_is_merged_as_its_transpose_is(name: str) -> None:
     assert_near(tall.view(11, 6).T.reshape(-1), wide.numpy(), size_of(vectors))
 
 
-@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts"])
+@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts", "wudi"])
 @pytest.mark.parametrize("fused", ["attn.qkv.weight", "attn.in_proj_weight"])
 def test_a_fused_projection_is_one_matrix_unless_it_is_split(name: str, fused: str) -> None:
     whole = Layout((fused,), ((12, 8),))
@@ -750,6 +751,7 @@ EQUAL: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
     "tsv-m": ({}, lambda count: 1),  # of entries that are no matrices
     "iso-c": ({}, lambda count: 1),
     "iso-cts": ({}, lambda count: 1),
+    "wudi": ({}, lambda count: 1),
 }
 """Options, and what factor on a vector τ comes of several τ."""
 
