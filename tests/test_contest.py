@@ -72,6 +72,7 @@ NOT_DEFAULT: dict[str, Any] = {
     "alignment": True,
     "keep-optimizer": True,
     "client-momentum": 0.5,
+    "gradient-surgery": True,
     "proximal": 0.1,
     "accumulate": 2,
     "participation": "red=2-",

@@ -52,6 +52,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "tsv-m": {"merge": "tsv-m"},
     "kept moments": {"keep-optimizer": True},
     "client momentum": {"client-momentum": 0.5},
+    "gradient surgery": {"gradient-surgery": True},
 }
 
 

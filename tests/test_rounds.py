@@ -251,6 +251,31 @@ def test_client_momentum_adds_its_part_of_the_last_step_to_a_vector(
         assert torch.allclose(vector, 0.3 * step, atol=2e-6)  # of weights around 1, moved step by step
 
 
+@pytest.mark.parametrize("changed", [{}, {"private": "last-1"}, {"privacy": "clip-only", "dp-clip": 1e6}])
+def test_gradient_surgery_takes_back_nothing_of_the_last_step(config: dict[str, Any], changed: dict[str, Any]) -> None:
+    """One step of SGD on all images: the whole vector is known from the gradient, with and against the last step."""
+    one_step = {"optimizer": "sgd", "batch-size": 200, "weight-decay": 0.0, "learning-rate": 0.1}
+    party = parties_of(Settings.parse(config | one_step | changed | {"gradient-surgery": True}))[0]
+    plain = parties_of(Settings.parse(config | one_step | changed))[0]
+    random, run = torch.Generator().manual_seed(0), "0" * 16
+    base = party.model.pretrained.double()
+
+    def vector(of: Party, base: Tensor, number: int) -> Tensor:
+        arrays = of.train(base.float(), number, run).arrays
+        assert arrays is not None
+        return of.chain.decode(arrays, of.context(number)).double()
+
+    against = 0
+    for number in range(1, 7):
+        before, base = base, base + torch.randn(len(base), generator=random).double() / 100
+        free, last = vector(plain, base, number), base - before
+        against += number > 1 and float(free @ last) < 0
+        if number > 1 and float(free @ last) < 0:
+            free = free - (free @ last) / (last @ last) * last
+        assert torch.allclose(vector(party, base, number), free, atol=1e-6, rtol=1e-3)
+    assert 1 <= against <= 4  # of five rounds
+
+
 def test_client_momentum_outlives_the_process_and_its_loss_is_told(config: dict[str, Any]) -> None:
     config |= {"client-momentum": 0.5}
     whole = run_loop(Settings.parse(config))

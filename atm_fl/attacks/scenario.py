@@ -87,10 +87,9 @@ class Scenario:
             raise SettingError("secure-aggregation=true: the server sees no single vector that could be attacked")
         if settings.task_epochs:
             raise SettingError(f"task-epochs={settings.task_epochs!r}: attacks are on one task; set local-epochs")
-        if settings.client_momentum:
-            raise SettingError(
-                f"client-momentum={settings.client_momentum:g}: the attacks know one round; leave it out"
-            )
+        for name in ("client_momentum", "gradient_surgery"):
+            if value := getattr(settings, name):
+                raise SettingError(f"{kebab(name)}={value}: the attacks know one round; leave it out")
         if settings.private:
             raise SettingError(f"private={settings.private!r}: the attacks know whole models alone; leave it out")
         if settings.transforms:

@@ -72,12 +72,21 @@ KINDS = ("single", "joint", "one-shot", "atm", "ph-atm")
 IDLE = {
     "joint": (
         *("merge", "scaling", "task-scaling", "layer-scaling", "codec-up", "transforms", "proportion", "alignment"),
-        *("keep-optimizer", "client-momentum", "proximal", "accumulate", "participation", "replay", "fraction"),
+        *(
+            "keep-optimizer",
+            "client-momentum",
+            "gradient-surgery",
+            "proximal",
+            "accumulate",
+            "participation",
+            "replay",
+            "fraction",
+        ),
         *("privacy", "dp-client-clip", "secure-aggregation"),
     ),
     "single": (
         *("merge", "scaling", "task-scaling", "layer-scaling", "server-optimizer", "codec-down", "proportion"),
-        *("keep-optimizer", "client-momentum", "dp-client-clip"),
+        *("keep-optimizer", "client-momentum", "gradient-surgery", "dp-client-clip"),
     ),
 }
 """Kind → settings that have no effect on a row of it, which may not name them; [settings] may, for the other rows."""

@@ -183,22 +183,23 @@ class Party:
         kept = context.recall("optimizer") if settings.keep_optimizer else {}
         if kept is None:
             context.numbers["optimizer_lost"] = 1
-        state, drift = kept or {}, self._drift(base, context) if settings.client_momentum else None
+        wanted = settings.client_momentum or settings.gradient_surgery
+        state, last_step = kept or {}, self._last_step(base, context) if wanted else None
         if settings.dp_sgd:
-            vector, tuned = self._tune_privately(base, data, context, run, seed, state, drift)
+            vector, tuned = self._tune_privately(base, data, context, run, seed, state, last_step)
         else:
             if run:
                 self.budget.expose(run)
-            vector, tuned = self.model.tune(base, self.head, data, settings, seed, chunk, None, state, drift)
+            vector, tuned = self.model.tune(base, self.head, data, settings, seed, chunk, None, state, last_step)
             context.numbers["loss"] = tuned.loss
         if settings.keep_optimizer:
             context.keep("optimizer", state)
         return vector, tuned
 
-    def _drift(self, base: Tensor, context: Context) -> Tensor | None:
-        """`client-momentum` times the base's step a round since this party's last one, float32 [n]; None at first.
+    def _last_step(self, base: Tensor, context: Context) -> Tensor | None:
+        """The base's step a round since this party's last one, float32 [n]; None at first.
 
-        The client-level momentum of FedCM (Xu et al. 2021, arXiv:2106.10874), and the alignment term of FedPAC
+        It is the client-level momentum of FedCM (Xu et al. 2021, arXiv:2106.10874), and the alignment term of FedPAC
         (arXiv:2602.19271): the party knows the step by itself, and nothing more travels.
         """
         base = base[: self.model.layout.size]
@@ -209,7 +210,7 @@ class Party:
         if not last:
             return None
         rounds = context.round_number - float(last["round"])
-        return (base - last["base"]) * (self.settings.client_momentum / rounds)
+        return (base - last["base"]) / rounds
 
     def _seed_and_chunk(self, context: Context) -> tuple[int, int]:
         """(the seed of a round's order of images, which part of the epoch it is)."""
@@ -218,7 +219,7 @@ class Party:
         return derive_seed(self.settings.seed, "tune", self.task, first), chunk
 
     def _tune_privately(
-        self, base: Tensor, data: Split, context: Context, run: str, seed: int, state: State, drift: Tensor | None
+        self, base: Tensor, data: Split, context: Context, run: str, seed: int, state: State, last_step: Tensor | None
     ) -> tuple[Tensor, Tuned]:
         """As `SharedModel.tune` by DP-SGD, with the release in the ledger and what it cost in the context's numbers.
 
@@ -229,7 +230,9 @@ class Party:
             release = self.budget.spend(run, context.round_number, base, anew)
             left = {name: value.clone() for name, value in state.items()}
             self.model.load(base)
-            vector, tuned = self.model.tune(base, self.head, data, self.settings, seed, 0, release.noise, left, drift)
+            vector, tuned = self.model.tune(
+                base, self.head, data, self.settings, seed, 0, release.noise, left, last_step
+            )
             if self.budget.ledger.seal(release.entry, vector):
                 break
         state.update(left)

@@ -100,25 +100,25 @@ class SharedModel:
         epoch_chunk: int = 0,
         noise: Noise | None = None,
         state: State | None = None,
-        drift: Tensor | None = None,
+        last_step: Tensor | None = None,
     ) -> tuple[Tensor, Tuned]:
         """Tune `base`, which is loaded, on `data`: (the task vector, float32 [n] on the CPU, what was done).
 
         The private entries are tuned with it. With `noise` they are held where they are, and the shared ones are tuned
-        by DP-SGD that draws it. state: as `training.local.tune` takes and leaves it. drift: float32 [n], which a party
-        adds to its vector, an equal part after each step; not of LoRA.
+        by DP-SGD that draws it. state: as `training.local.tune` takes and leaves it. last_step: the
+        federation's, float32 [n]; not with LoRA.
         """
         if self.lora:
             self.lora.reset(derive_seed(seed, "lora"))
         flat = self.lora.flat if self.lora else self.flat
-        drift = None if drift is None else drift.to(self.device)
+        last_step = None if last_step is None else last_step.to(self.device)
         with own_draws(self.device, derive_seed(seed, "passes")):
             if noise is None:
-                tuned = tune(self.module, head, flat, data, settings, seed, epoch_chunk, state, drift)
+                tuned = tune(self.module, head, flat, data, settings, seed, epoch_chunk, state, last_step)
             else:
                 flat = flat if self.lora else self.shared
                 layout = vectors.Layout.of(self.module) if self.lora else self.layout
-                tuned = tune_privately(self.module, head, flat, layout, data, settings, noise, state, drift)
+                tuned = tune_privately(self.module, head, flat, layout, data, settings, noise, state, last_step)
         before = base[: self.layout.size].to(self.device)
         vector = self.lora.vector()[: self.layout.size] if self.lora else task_vector(self.shared, before)
         return vector.cpu(), tuned

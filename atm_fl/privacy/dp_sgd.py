@@ -27,7 +27,7 @@ from atm_fl.models.buffers import train_mode
 from atm_fl.privacy.noise import Noise, add_noise
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
-from atm_fl.training.local import State, Tuned, keep_state, make_optimizer, move
+from atm_fl.training.local import State, Tuned, along, keep_state, make_optimizer, move
 from atm_fl.vectors import Layout
 
 
@@ -85,15 +85,15 @@ def tune_privately(
     settings: Settings,
     noise: Noise,
     state: State | None = None,
-    drift: Tensor | None = None,
+    last_step: Tensor | None = None,
 ) -> Tuned:
     """Tune `model`, whose entries of `layout` are bound to `flat`, in place with DP-SGD, whose random numbers are all
     `noise`'s. All other entries stay as they are.
 
     A batch goes through the model in parts of batch-size / accumulate records, whose gradients take that many vectors
     of memory. `images` of the result is the expected number, and its loss is NaN: the real ones would tell of records.
-    state and drift: as `training.local.tune` takes and leaves them; the one is made of noised gradients, the other of
-    bases, and neither costs privacy.
+    state and last_step: as `training.local.tune` takes and leaves them; the one is made of noised gradients, the other
+    of bases, and neither costs privacy.
     """
     optimizer = make_optimizer(flat, settings, state)
     random = noise.generator()
@@ -114,8 +114,9 @@ def tune_privately(
         flat.grad.div_(min(settings.batch_size, len(data)))
         if start is not None:
             flat.grad.add_(flat.detach() - start, alpha=settings.proximal)
+        along(flat.grad, last_step, settings)
         optimizer.step()
-        move(flat, drift, steps)
+        move(flat, last_step, settings, steps)
     model.eval()
     keep_state(optimizer, state)
     return Tuned(steps, round(steps * rate * len(data)), float("nan"))

@@ -115,7 +115,7 @@ def check(settings: Settings) -> None:
         raise SettingError("keep-optimizer=true: sgd with momentum=0 has no state; choose adamw, or a momentum")
     if not 0 <= settings.client_momentum < math.inf:
         raise SettingError(f"client-momentum={settings.client_momentum:g}: it must be 0 or more")
-    for name in ("proximal", "alignment", "keep_optimizer", "client_momentum"):
+    for name in ("proximal", "alignment", "keep_optimizer", "client_momentum", "gradient_surgery"):
         if getattr(settings, name) and settings.trainable == "lora":
             raise SettingError(
                 f"{kebab(name)}={getattr(settings, name)}: not with trainable='lora', which tunes B and A"

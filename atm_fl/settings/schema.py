@@ -181,6 +181,9 @@ class Settings:
         "how much of the last merged step each party adds to its vector, spread over its steps (FedCM, FedPAC)",
         later=True,
     )
+    gradient_surgery: bool = setting(
+        False, "free each of the clients' gradients of what opposes the last merged step (PCGrad)", later=True
+    )
     learning_rate: float = setting(2e-4, "its learning rate, without schedule")
     weight_decay: float = setting(0.1, "its weight decay")
     momentum: float = setting(0.0, "its momentum, of sgd only")

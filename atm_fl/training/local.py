@@ -53,14 +53,13 @@ def tune(
     seed: int,
     epoch_chunk: int = 0,
     state: State | None = None,
-    drift: Tensor | None = None,
+    last_step: Tensor | None = None,
 ) -> Tuned:
     """Tune `model`, whose entries and gradients are bound to `flat`, in place for `local-epochs` over `data`.
 
     The head stays frozen. The optimizer goes on from `state` and leaves its own there; a new one starts without. The
     order of the images derives from `seed` alone; of an epoch spread over several rounds `epoch_chunk` says which part
-    this one is. The last batch of an epoch, or of its part, may be smaller. drift, float32 [k], is added to the first k
-    entries, an equal part of it after each step.
+    this one is. The last batch of an epoch, or of its part, may be smaller. last_step: as `along` and `move` take it.
     """
     optimizer = make_optimizer(flat, settings, state)
     # Gradients of half precision would vanish; with another precision this changes nothing.
@@ -88,21 +87,36 @@ def tune(
             scaler.unscale_(optimizer)
             if start is not None:
                 flat.grad.add_(flat.detach() - start, alpha=settings.proximal)
+            along(flat.grad, last_step, settings)
             if settings.clip_norm:
                 nn.utils.clip_grad_norm_(flat, settings.clip_norm)
             scaler.step(optimizer)
             scaler.update()
-            move(flat, drift, epochs * math.ceil(len(order) / settings.batch_size))
+            move(flat, last_step, settings, epochs * math.ceil(len(order) / settings.batch_size))
             steps += 1
     model.eval()
     keep_state(optimizer, state)
     return Tuned(steps, seen, total / len(order))
 
 
-def move(flat: Tensor, drift: Tensor | None, parts: int) -> None:
-    """Add a part of `drift`, float32 [k], of so many to the first k entries of `flat`."""
-    if drift is not None:
-        flat.detach()[: len(drift)].add_(drift, alpha=1 / parts)
+def along(gradient: Tensor, last_step: Tensor | None, settings: Settings) -> None:
+    """`gradient-surgery`: free a gradient of its part against the federation's last step, float32 [k], in place.
+
+    A step down a gradient whose product with the last step is positive takes some of that back. The projection is
+    PCGrad's (Yu et al. 2020, arXiv:2001.06782), of a party's own gradient and of what all parties have agreed on, on
+    the first k entries.
+    """
+    if settings.gradient_surgery and last_step is not None:
+        shared = gradient[: len(last_step)]
+        against, square = torch.dot(shared, last_step), torch.dot(last_step, last_step)
+        if against > 0:  # then neither is zero
+            shared.sub_(last_step * (against / square))
+
+
+def move(flat: Tensor, last_step: Tensor | None, settings: Settings, parts: int) -> None:
+    """`client-momentum`: add a part, of so many, of that much of the last step, float32 [k], to the first k entries."""
+    if settings.client_momentum and last_step is not None:
+        flat.detach()[: len(last_step)].add_(last_step, alpha=settings.client_momentum / parts)
 
 
 def full_gradient(model: nn.Module, head: nn.Module, flat: nn.Parameter, data: Split, workers: int = 0) -> Tensor:
