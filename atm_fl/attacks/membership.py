@@ -39,7 +39,7 @@ from atm_fl.federation.client import Party, Update
 from atm_fl.federation.loop import play_round
 from atm_fl.federation.shared_model import shared_model
 from atm_fl.files import atomic_write
-from atm_fl.models import EVALUATION_BATCH
+from atm_fl.models import EVALUATION_BATCH, TaskHead
 from atm_fl.privacy.budget import Account, Budget
 from atm_fl.runs.claims import claim
 from atm_fl.runs.run import Run
@@ -65,11 +65,11 @@ GAMMA = 2.0
 
 
 @torch.inference_mode()
-def confidences(model: nn.Module, head: nn.Module, data: Split) -> Tensor:
+def confidences(model: nn.Module, head: TaskHead, data: Split) -> Tensor:
     """φ, float32 [n], of the right label of every item of `data`."""
     scores = []
     for images, labels in data.batches(batch_size=EVALUATION_BATCH):
-        logits = head(model(images))
+        logits = head.logits(model, images)
         right = logits.gather(1, labels[:, None])
         scores.append(right[:, 0] - logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1))
     return torch.cat(scores).cpu()

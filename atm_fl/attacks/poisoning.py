@@ -388,7 +388,7 @@ def _triggered(party: Party, base: Tensor) -> tuple[float, float]:
     """Of stamped test images: the part that is taken for `TARGET` (of other classes' images), and the accuracy."""
     party.model.load(base)
     guesses = [
-        (party.head(party.model.module(stamp(images))).argmax(1), labels)
+        (party.head.logits(party.model.module, stamp(images)).argmax(1), labels)
         for images, labels in party.splits["test"].batches()
     ]
     guessed, labels = (torch.cat(parts) for parts in zip(*guesses, strict=True))

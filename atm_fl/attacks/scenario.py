@@ -179,6 +179,7 @@ def victims(scenario: Scenario, base: Tensor | None = None) -> Iterator[Victim]:
     # The attacker's own copy; the party's is one flat tensor that tuning changes.
     model = models.load_image_backbone(settings.model, settings.weights)
     set_trainable(model, settings.trainable)
+    assert isinstance(party.head, models.Head)  # of every image model
     head = party.head if scenario.head_known else random_head(party.head, settings.seed)
     random = torch.Generator().manual_seed(derive_seed(settings.seed, "victims", party.task))
     order = torch.randperm(len(party.tuned_on), generator=random)

@@ -69,20 +69,26 @@ class Shape(StrEnum):
 @app.command()
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="EXPORT", help="a folder of `atm-fl export` with heads in it")],
-    images: Annotated[list[Path], typer.Argument(help="picture files")],
+    images: Annotated[list[Path] | None, typer.Argument(help="picture files")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="a text, of a model of texts; --text for each")] = None,
     task: Annotated[str | None, typer.Option(help="whose head; default: every one")] = None,
-    top: Annotated[int, typer.Option(min=1, help="classes a picture, the most probable first")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="classes a picture or text, the most probable first")] = 5,
     shape: Annotated[Shape, typer.Option("--format", help="csv: a line a class; json: an object a line")] = Shape.CSV,
 ) -> None:
-    """Classify pictures with an exported model: classes with their probabilities on standard output."""
+    """Classify pictures or texts with an exported model: classes with their probabilities on standard output."""
+    from atm_fl.errors import SettingError
     from atm_fl.exports import Predictor
+
+    if bool(images) == bool(text):
+        raise SettingError("predict takes pictures, or texts with --text: one of the two")
+    kind = "text" if text else "image"
 
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if shape is Shape.CSV:
-        writer.writerow(("image", "task", "class", "probability"))
-    for one in Predictor(folder).predict(images, task):
+        writer.writerow((kind, "task", "class", "probability"))
+    for one in Predictor(folder).predict(images or (), task, text or ()):
         best = list(one.classes.items())[:top]
         if shape is Shape.JSON:
-            print(json.dumps({"image": one.image, "task": one.task, "classes": dict(best)}, ensure_ascii=False))
+            print(json.dumps({kind: one.item, "task": one.task, "classes": dict(best)}, ensure_ascii=False))
         else:
-            writer.writerows((one.image, one.task, name, f"{value:.6f}") for name, value in best)
+            writer.writerows((one.item, one.task, name, f"{value:.6f}") for name, value in best)

@@ -569,7 +569,7 @@ def _curve(folder: Path, elements: int = 0) -> dict[int, dict[str, Any]]:
 def _operations(model: str, weights: str) -> int:
     """FLOPs of tuning on one image."""
     backbone = load_backbone(model, weights)
-    return operations(backbone, backbone.example())[1]
+    return operations(backbone, *backbone.example())[1]
 
 
 def results(study: Contest) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn import functional
+from torch import Tensor, nn
 
 from atm_fl.errors import SettingError
 from atm_fl.federation.client import Party, evaluated_splits
 from atm_fl.federation.client_state import ClientState
 from atm_fl.federation.shared_model import own_draws
+from atm_fl.models import Head, TaskHead
 from atm_fl.models.buffers import train_mode
 from atm_fl.runs.run import Run
 from atm_fl.seeds import derive_seed
@@ -42,6 +42,8 @@ def run_joint(settings: Settings) -> list[Party]:
     size, flat = model.layout.size, model.flat
     model.load(model.pretrained)
     everything, own = _with_all_private(flat, size, len(parties))
+    texts = any(isinstance(party.tuned_on.images, Tensor) and party.tuned_on.images.ndim == 2 for party in parties)
+    apart = bool(own) or texts or not all(isinstance(head, Head) for head in heads)
     assert everything.grad is not None
     optimizer = make_optimizer(everything, settings)
     with closing(Run(settings)) as run:
@@ -67,18 +69,13 @@ def run_joint(settings: Settings) -> list[Party]:
                 for step, batch in enumerate(batches):
                     everything.grad.zero_()
                     present = [number for number, parts in enumerate(held) if len(parts[step])]
-                    # Of models that differ in their private entries each makes its own pass.
-                    for together in [[number] for number in present] if own else [present]:
+                    # Models that differ in their private entries, texts of other lengths, and heads that ask the model
+                    # themselves make a pass for each task.
+                    for together in [[number] for number in present] if apart else [present]:
                         if own:
                             _enter(flat, size, everything, own[together[0]])
                         taken = [next(readers[number]) for number in together]
-                        features = model.module(torch.cat([images for images, _ in taken]))
-                        parts = features.split([len(labels) for _, labels in taken])
-                        loss = sum(
-                            functional.cross_entropy(heads[number](features_of_party), labels, reduction="sum")
-                            for number, features_of_party, (_, labels) in zip(together, parts, taken, strict=True)
-                        )
-                        assert isinstance(loss, torch.Tensor)
+                        loss = _loss(model.module, [heads[number] for number in together], taken)
                         (loss / len(batch)).backward()
                         if own:
                             _leave(flat, size, everything, own[together[0]])
@@ -108,6 +105,18 @@ def run_joint(settings: Settings) -> list[Party]:
             run.record("evaluation", run.rounds_done, task=party.task, **accuracies)
         ClientState.forget(run.id)
     return parties
+
+
+def _loss(model: nn.Module, heads: list[TaskHead], taken: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of the losses of (inputs, labels), each with its head; of several in one pass of the model."""
+    if len(taken) == 1:
+        return heads[0].loss(model, *taken[0], "sum")
+    parts = model(torch.cat([inputs for inputs, _ in taken])).split([len(labels) for _, labels in taken])
+    there = nn.Identity()  # of features there is nothing left to compute
+    losses = (
+        head.loss(there, part, labels, "sum") for head, part, (_, labels) in zip(heads, parts, taken, strict=True)
+    )
+    return sum(losses, torch.zeros(()))
 
 
 def _with_all_private(flat: nn.Parameter, size: int, parties: int) -> tuple[nn.Parameter, list[slice]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from atm_fl import tasks
 from atm_fl.errors import printable
 from atm_fl.exports.formats import Format
+from atm_fl.models import Backbone, LanguageModel, TextModel
 from atm_fl.runs.report import Record
 from atm_fl.settings import defaults
 from atm_fl.tables import markdown
@@ -16,7 +17,13 @@ NOT_SHOWN = ("run-dir", "resume", "resume-from", "tasks", "metric-sinks")
 
 
 def card(
-    record: Record, number: int, name: str, format: Format, classes: Mapping[str, Sequence[str]], owner: str = ""
+    record: Record,
+    number: int,
+    name: str,
+    format: Format,
+    model: Backbone | TextModel,
+    classes: Mapping[str, Sequence[str]],
+    owner: str = "",
 ) -> str:
     """README.md of an export of the model after round `number`. classes: of the heads that are in it, by client.
 
@@ -29,7 +36,7 @@ def card(
             f"library_name: {format.library}",
             "license: other",
             "license_name: see-the-data",
-            "pipeline_tag: image-feature-extraction",
+            f"pipeline_tag: {_pipeline(model)}",
             "tags: [atm-fl, federated-learning, model-merging, task-vectors]",
             "---",
             f"# {_plain(name)}",
@@ -42,7 +49,7 @@ def card(
             format.loads.replace("FOLDER", _plain(name)),
             "```",
             "",
-            *_heads(name, classes),
+            *_heads(name, model, classes),
             "## Base",
             "",
             f"`{_plain(settings['model'])}` with weights `{_plain(settings['weights'])}`, started from "
@@ -136,23 +143,36 @@ def _changed(settings: Mapping[str, object]) -> list[tuple[str, object]]:
     ]
 
 
-def _heads(name: str, classes: Mapping[str, Sequence[str]]) -> Iterable[str]:
+def _what(model: Backbone | TextModel) -> str:
+    if isinstance(model, LanguageModel):
+        return "the tokens of a prompt and of each class's answer, whose probabilities behind a text are compared"
+    return "made of its party's data: logits = scale · normalised features · weightᵀ + bias"
+
+
+def _pipeline(model: Backbone | TextModel) -> str:
+    """What Hugging Face's hub calls the kind of model."""
+    if isinstance(model, LanguageModel):
+        return "text-generation"
+    return "feature-extraction" if isinstance(model, TextModel) else "image-feature-extraction"
+
+
+def _heads(name: str, model: Backbone | TextModel, classes: Mapping[str, Sequence[str]]) -> Iterable[str]:
     if not classes:
         return []
     rows = [(_plain(task), _plain(", ".join(names))) for task, names in classes.items()]
+    given = 'texts=["…"]' if isinstance(model, TextModel) else '["picture.png"]'
     return [
         "## Classes",
         "",
         markdown(("task", "classes"), rows),
         "",
-        "`heads.safetensors` has a head for each task, made of its party's data: logits = scale · normalised features "
-        "· weightᵀ + bias. atm-fl applies them:",
+        f"`heads.safetensors` has a head for each task: {_what(model)}. atm-fl applies them:",
         "",
         "```python",
         "import atm_fl",
         "",
         f'classify = atm_fl.predictor("{_plain(name)}")',
-        f'classify(["picture.png"], task="{_plain(next(iter(classes)))}")',
+        f'classify({given}, task="{_plain(next(iter(classes)))}")',
         "```",
         "",
     ]

@@ -18,7 +18,7 @@ from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.exports.card import card
 from atm_fl.exports.formats import FORMATS, Format
 from atm_fl.federation.client_state import ClientState
-from atm_fl.models import Backbone, load_image_backbone
+from atm_fl.models import KINDS, Backbone, TextModel, load_library_model
 from atm_fl.models.trainable import set_trainable, shared_and_private
 from atm_fl.runs.checkpoints import rounds_of, whole_checkpoint
 from atm_fl.runs.report import Record
@@ -70,7 +70,9 @@ def export(
     number, model = model_of(directory, round, notes, owner)
     held = _heads(record.config["run"], settings, heads, owner)
     about = {"format": to, "model": settings.model, "image_size": model.image_size}
-    about |= {"mean": _listed(model.mean), "std": _listed(model.std), "run": record.config["run"], "round": number}
+    if isinstance(model, Backbone):
+        about |= {"mean": _listed(model.mean), "std": _listed(model.std)}
+    about |= {"run": record.config["run"], "round": number}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         unfinished = Path(temporary) / folder.name
@@ -81,7 +83,7 @@ def export(
         if held:
             _write_heads(unfinished / HEADS, held)
         classes = {task: names for task, (_, names) in held.items()}
-        (unfinished / "README.md").write_text(card(record, number, folder.name, chosen, classes, owner))
+        (unfinished / "README.md").write_text(card(record, number, folder.name, chosen, model, classes, owner))
         os.replace(unfinished, folder)
     return Export(folder, number, tuple(held), tuple(notes))
 
@@ -126,13 +128,13 @@ def _own_entries(run: str, settings: Settings, owner: str, rounds: int) -> dict[
     return kept or {}
 
 
-def model_of(directory: Path, round: int | None, notes: list[str], owner: str = "") -> tuple[int, Backbone]:
+def model_of(directory: Path, round: int | None, notes: list[str], owner: str = "") -> tuple[int, Backbone | TextModel]:
     """(round, the model after it) of a run's directory, in evaluation mode. SettingError if it has no such checkpoint.
 
     notes: what there is to say is appended. owner: see `owner_of`.
     """
     settings, run = settings_of(directory), Record.read(directory).config["run"]
-    model = load_image_backbone(settings.model, settings.weights)
+    model = load_library_model(settings.model, settings.weights)
     if settings.private and not owner:
         notes.append(f"private={settings.private!r}: these entries are the pretrained model's, no party's own")
     if round == 0:
@@ -157,7 +159,7 @@ def model_of(directory: Path, round: int | None, notes: list[str], owner: str = 
     return number, _loaded(model, layout.views(base) | own)
 
 
-def _loaded(model: Backbone, values: dict[str, Tensor]) -> Backbone:
+def _loaded(model: Backbone | TextModel, values: dict[str, Tensor]) -> Backbone | TextModel:
     state = model.state_dict()
     with torch.no_grad():
         for name, value in values.items():
@@ -170,17 +172,22 @@ def _listed(values: Tensor) -> list[float]:
     return [float(value) for value in values.flatten().expand(3)]
 
 
-def _check(chosen: Format, model: Backbone, folder: Path, about: dict[str, Any], to: str) -> None:
-    """SettingError unless the library's own loader gives a model with the same features as `model`."""
+def _check(chosen: Format, model: Backbone | TextModel, folder: Path, about: dict[str, Any], to: str) -> None:
+    """SettingError unless the library's own loader gives a model that makes of inputs what `model` makes of them."""
     read = chosen.read(folder, about)
     if read is None:
         return
     random = torch.Generator().manual_seed(0)
-    size = model.image_size
-    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=random)
     with torch.inference_mode():
-        pixels = model.normalise(images)
-        expected, got = model.vit(pixels), read.eval()(pixels)
+        if isinstance(model, Backbone):
+            size = model.image_size
+            images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=random)
+            pixels = model.normalise(images)
+            expected, got = model.vit(pixels), read.eval()(pixels)
+        else:
+            most = model.network.config.vocab_size + 1
+            texts = [torch.randint(1, most, each.shape, generator=random, dtype=each.dtype) for each in model.example()]
+            expected, got = model(*texts), read.eval()(*texts)
     scale = float(expected.abs().max())
     if expected.shape != got.shape or not torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * scale):
         raise SettingError(
@@ -226,7 +233,8 @@ def read_heads(path: Path) -> dict[str, tuple[dict[str, Tensor], tuple[str, ...]
     with safe_open(str(path), "pt") as file:
         classes = json.loads((file.metadata() or {})["classes"])
     tensors = load_file(path)
-    return {
-        client: ({name: tensors[f"{client}.{name}"] for name in ("weight", "bias", "scale")}, tuple(names))
-        for client, names in classes.items()
-    }
+    held = {}
+    for client, names in classes.items():
+        parts = next(kind.parts for kind in KINDS if f"{client}.{kind.parts[0]}" in tensors)
+        held[client] = ({name: tensors[f"{client}.{name}"] for name in parts}, tuple(names))
+    return held

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from atm_fl.errors import SettingError
-from atm_fl.models import Backbone, load_image_backbone, load_weights
+from atm_fl.models import Backbone, TextModel, load_image_backbone, load_library_model, load_weights
 from atm_fl.models.hubs import load_clip
 from atm_fl.models.loading import is_path
+from atm_fl.models.texts import CausalModel, load_text_model
 from atm_fl.models.transformers_names import Place, place
 from atm_fl.plugins import Registry
 from atm_fl.settings import Settings
@@ -34,11 +35,15 @@ class Format(ABC):
     """As Hugging Face's hub calls it, for the card."""
 
     @abstractmethod
-    def write(self, model: Backbone, settings: Settings, folder: Path) -> None:
-        """Write the weights and what the loader needs. SettingError if the library has no such model."""
+    def write(self, model: Any, settings: Settings, folder: Path) -> None:
+        """Write the weights and what the loader needs of a `Backbone` or a `TextModel`.
+
+        SettingError if the library has no such model.
+        """
 
     def read(self, folder: Path, about: dict[str, Any]) -> nn.Module | None:
-        """The module, normalised pixels [n, 3, s, s] → features [n, d], by the library's loader; None if there is none.
+        """The module by the library's loader: of a `Backbone` normalised pixels [n, 3, s, s] → features [n, d], of a
+        `TextModel` another. None if there is no loader.
 
         about: what atm-fl.json says.
         """
@@ -54,9 +59,20 @@ def export_format(name: str) -> Callable[[_Class], _Class]:
     return FORMATS.register(name)
 
 
-def entries(model: Backbone) -> dict[str, Tensor]:
-    """A backbone's entries by the names of the library that its module comes from."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.vit.state_dict().items()}
+def entries(model: Backbone | TextModel) -> dict[str, Tensor]:
+    """A model's entries by the names of the library that its module comes from; of entries that are one, the first."""
+    state = {name: tensor.detach() for name, tensor in model.network.state_dict().items()}
+    first = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
+    return {name: tensor.cpu().contiguous() for name, tensor in state.items() if first[tensor.data_ptr()] == name}
+
+
+def _of_images(model: Backbone | TextModel, settings: Settings, to: str) -> Backbone:
+    """SettingError if the model, which is to go to a library of image models, reads texts."""
+    if not isinstance(model, Backbone):
+        raise SettingError(
+            f"to={to!r}: model={settings.model!r} reads texts; choose transformers, safetensors or task-vector"
+        )
+    return model
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -70,10 +86,12 @@ class Safetensors(Format):
     library = "safetensors"
     loads = 'from safetensors.torch import load_file\n\nstate = load_file("FOLDER/model.safetensors")'
 
-    def write(self, model: Backbone, settings: Settings, folder: Path) -> None:
+    def write(self, model: Backbone | TextModel, settings: Settings, folder: Path) -> None:
         save_file(entries(model), folder / WEIGHTS, {"format": "pt"})
 
-    def read(self, folder: Path, about: dict[str, Any]) -> nn.Module:
+    def read(self, folder: Path, about: dict[str, Any]) -> nn.Module | None:
+        if not about["image_size"]:  # the file of a model of texts has no tokenizer
+            return None
         return load_image_backbone(about["model"], str((folder / WEIGHTS).resolve())).vit
 
 
@@ -84,8 +102,8 @@ class TaskVector(Format):
     library = "safetensors"
     loads = 'from safetensors.torch import load_file\n\nvector = load_file("FOLDER/task_vector.safetensors")'
 
-    def write(self, model: Backbone, settings: Settings, folder: Path) -> None:
-        before = entries(load_image_backbone(settings.model, settings.weights))
+    def write(self, model: Backbone | TextModel, settings: Settings, folder: Path) -> None:
+        before = entries(load_library_model(settings.model, settings.weights))
         vector = {name: after - before[name] for name, after in entries(model).items() if after.is_floating_point()}
         save_file(vector, folder / "task_vector.safetensors", {"format": "pt"})
 
@@ -97,7 +115,8 @@ class Timm(Format):
     library = "timm"
     loads = 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)'
 
-    def write(self, model: Backbone, settings: Settings, folder: Path) -> None:
+    def write(self, model: Backbone | TextModel, settings: Settings, folder: Path) -> None:
+        model = _of_images(model, settings, "timm")
         vit = model.vit
         known = settings.model.startswith("timm/")
         if not known and type(vit).__module__ != "timm.models.vision_transformer":
@@ -154,9 +173,10 @@ class OpenClip(Format):
         'tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")'
     )
 
-    def write(self, model: Backbone, settings: Settings, folder: Path) -> None:
+    def write(self, model: Backbone | TextModel, settings: Settings, folder: Path) -> None:
         import open_clip
 
+        model = _of_images(model, settings, "open_clip")
         if not settings.model.startswith("open_clip/"):
             raise SettingError(f"to='open_clip': model={settings.model!r} is no CLIP; choose another format")
         name = settings.model.removeprefix("open_clip/")
@@ -185,7 +205,7 @@ def _quick(module: nn.Module) -> bool:
 
 @export_format("transformers")
 class Transformers(Format):
-    """A ViT, a DINOv2 or a CLIP's image tower of transformers, with its image processor."""
+    """A ViT, a DINOv2 or a CLIP's image tower of transformers, with its image processor; a model of texts as it is."""
 
     library = "transformers"
     loads = (
@@ -193,8 +213,17 @@ class Transformers(Format):
         'model, processor = AutoModel.from_pretrained("FOLDER"), AutoImageProcessor.from_pretrained("FOLDER")'
     )
 
-    def write(self, model: Backbone, settings: Settings, folder: Path) -> None:
+    def write(self, model: Backbone | TextModel, settings: Settings, folder: Path) -> None:
         transformers = _transformers()
+        if isinstance(model, TextModel):
+            kind = "AutoModelForCausalLM" if isinstance(model, CausalModel) else "AutoModel"
+            self.loads = (
+                f"from transformers import {kind}, AutoTokenizer\n\n"
+                f'model, tokenizer = {kind}.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")'
+            )
+            model.network.save_pretrained(folder)
+            model.tokenizer.library.save_pretrained(folder)
+            return
         kinds = {
             "timm.models.vision_transformer": _their_vit,
             "open_clip.transformer": _their_clip,
@@ -231,6 +260,9 @@ class Transformers(Format):
 
     def read(self, folder: Path, about: dict[str, Any]) -> nn.Module:
         transformers = _transformers()
+        if not about["image_size"]:
+            language = about["model"].startswith("causal-lm/")
+            return load_text_model(str(folder.resolve()), "pretrained", about["model"], language)
         (kind,) = json.loads((folder / "config.json").read_text())["architectures"]
         more = {"add_pooling_layer": False} if kind == "ViTModel" else {}
         return _Features(getattr(transformers, kind).from_pretrained(folder, **more).eval())

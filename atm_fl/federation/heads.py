@@ -12,14 +12,17 @@ from torch import Tensor
 from atm_fl import models, tasks
 from atm_fl.federation.shared_model import SharedModel
 from atm_fl.files import atomic_write
+from atm_fl.models.heads import answers_head, described
 from atm_fl.models.hubs import zero_shot
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Dataset
 from atm_fl.tasks.images import decoder
 
+MAKERS = (models.prototypes, models.linear_probe, zero_shot, described, answers_head)
 
-def kept_head(settings: Settings, data: Dataset, model: SharedModel, task: str) -> models.Head:
+
+def kept_head(settings: Settings, data: Dataset, model: SharedModel, task: str) -> models.TaskHead:
     """The head of `task`, on the model's device; on disk it outlives rounds and restarts. It never leaves this machine.
 
     The model is left with its pretrained weights if the head is made here.
@@ -27,7 +30,7 @@ def kept_head(settings: Settings, data: Dataset, model: SharedModel, task: str) 
     # A head out of the records that are tuned on would tell of them in every gradient, past any accountant.
     source = data.validation if settings.dp_sgd and settings.split == "train" else data.train
     seed = derive_seed(settings.seed, "head", task)
-    made_by = [inspect.getsource(made) for made in (models.Head, models.prototypes, models.linear_probe, zero_shot)]
+    made_by = [inspect.getsource(made) for made in (*models.KINDS, *MAKERS)]
     if not isinstance(source.images, Tensor):
         made_by.append(decoder())
     machine = str(model.device), settings.threads, torch.__version__
@@ -54,4 +57,5 @@ def kept_head(settings: Settings, data: Dataset, model: SharedModel, task: str) 
         with atomic_write(path, private=True) as temporary:
             save_file(made.state(), str(temporary), {"task": task, "classes": json.dumps(data.classes)})
     # Tensors out of a file are not aligned as torch's own are, and with that a product's last bits may differ.
-    return models.Head(**{name: tensor.clone() for name, tensor in load_file(str(path)).items()}).to(model.device)
+    state = {name: tensor.clone() for name, tensor in load_file(str(path)).items()}
+    return models.restored(state).to(model.device)

@@ -108,7 +108,7 @@ def write_party_page(directory: Path, client: str, data: str = "") -> Path:
 def _answers(model: Any, head: Any, dataset: tasks.Dataset, workers: int) -> tuple[list[Answer], list[Answer], int]:
     """(pictures spread over the test split, the surest mistakes, how many answers of all are right)."""
     test = dataset.test
-    logits = [head(model(images)).cpu() for images, _ in test.batches(None, EVALUATION_BATCH, workers)]
+    logits = [head.logits(model, images).cpu() for images, _ in test.batches(None, EVALUATION_BATCH, workers)]
     probabilities, answers = torch.cat(logits).softmax(-1).max(-1)
     labels = test.labels.cpu()
     wrong = (answers != labels).nonzero()[:, 0]

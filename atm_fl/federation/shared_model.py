@@ -93,7 +93,7 @@ class SharedModel:
     def tune(
         self,
         base: Tensor,
-        head: nn.Module,
+        head: models.TaskHead,
         data: Split,
         settings: Settings,
         seed: int,
@@ -124,7 +124,7 @@ class SharedModel:
         return vector.cpu(), tuned
 
     def tune_private(
-        self, head: nn.Module, data: Split, settings: Settings, seed: int, epoch_chunk: int, state: State
+        self, head: models.TaskHead, data: Split, settings: Settings, seed: int, epoch_chunk: int, state: State
     ) -> Tuned:
         """Tune the private entries alone, without noise, and hold the shared ones where they are."""
         with own_draws(self.device, derive_seed(seed, "passes")):

@@ -1,8 +1,9 @@
 """Backbones and heads.
 
-A model is an `Encoder`: it maps images or texts to one feature vector each. `Backbone` is a timm VisionTransformer; the
-embedded ones are the same module code with other sizes and weights. A head belongs to a task, is made once from the
-pretrained features, and stays frozen.
+A model is an `Encoder`, which maps images or texts to one feature vector each, or a `LanguageModel`, which says how
+probable an answer to a text is. `Backbone` is a timm VisionTransformer; the
+embedded ones are the same module code with other sizes and weights. A head belongs to a task, is made once with the
+pretrained model, and stays frozen.
 
 To add a model, register a function that returns an `Encoder`::
 
@@ -29,6 +30,7 @@ from atm_fl.models.backbones import (
     PRECISIONS,
     Backbone,
     Encoder,
+    LanguageModel,
     backbone,
     dinov2,
     dinov2_s6,
@@ -40,32 +42,42 @@ from atm_fl.models.backbones import (
 )
 from atm_fl.models.heads import (
     HEADS,
+    KINDS,
     LOGIT_SCALE,
+    Answers,
     Head,
     HeadSource,
     MakeHead,
+    TaskHead,
     features,
     head,
     linear_probe,
     linear_probe_head,
     prototype_head,
     prototypes,
+    restored,
 )
 from atm_fl.models.imported import check_path, imported_plugin, is_imported, make_imported
 from atm_fl.models.loading import is_path, load_weights
+from atm_fl.models.texts import TextModel
 
 __all__ = [
     "BACKBONES",
     "EVALUATION_BATCH",
     "FAMILIES",
     "HEADS",
+    "KINDS",
     "LOGIT_SCALE",
     "PRECISIONS",
+    "Answers",
     "Backbone",
     "Encoder",
     "Head",
     "HeadSource",
+    "LanguageModel",
     "MakeHead",
+    "TaskHead",
+    "TextModel",
     "backbone",
     "backbones",
     "check_backbone",
@@ -81,8 +93,10 @@ __all__ = [
     "linear_probe_head",
     "load_backbone",
     "load_image_backbone",
+    "load_library_model",
     "prototype_head",
     "prototypes",
+    "restored",
     "untrained_vit_micro",
     "vit",
     "vit_micro",
@@ -115,7 +129,10 @@ def check_backbone(name: str, weights: str = "pretrained") -> None:
 
 
 def load_backbone(name: str, weights: str = "pretrained") -> Any:
-    """The `Encoder` called `name`, in evaluation mode; those of libraries with the `weights` that hubs.py explains."""
+    """The `Encoder` or `LanguageModel` called `name`, in evaluation mode.
+
+    weights: those of libraries as hubs.py and texts.py explain them.
+    """
     check_backbone(name, weights)
     # A ViT draws its initial weights before ours are loaded: without the fork each client's draws would be disturbed.
     with torch.random.fork_rng(devices=[]):
@@ -137,6 +154,14 @@ def _check_encoder(name: str, made: Any) -> None:
             f"model={name!r} is a {type(made).__name__} without what atm_fl.models.Encoder asks for: a "
             "torch.nn.Module with an image_size"
         )
+
+
+def load_library_model(name: str, weights: str = "pretrained") -> Backbone | TextModel:
+    """`load_backbone` where only a module of a library will do. SettingError if it is anyone's own."""
+    model = load_backbone(name, weights)
+    if not isinstance(model, Backbone | TextModel):
+        raise SettingError(f"model={name!r} is a module of your own, which no library loads; save it yourself")
+    return model
 
 
 def load_image_backbone(name: str, weights: str = "pretrained") -> Backbone:

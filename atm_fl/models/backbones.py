@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from atm_fl.errors import SettingError
 from atm_fl.plugins import Registry
+from atm_fl.tasks import Tokenizer
 from atm_fl.tasks.photos import package_dir
 
 EVALUATION_BATCH = 256
@@ -37,6 +38,24 @@ class Encoder(Protocol):
         """Features float32 [k, d] of k records, whose first axis they are: of images uint8 [k, 3, h, w]."""
 
 
+@runtime_checkable
+class LanguageModel(Protocol):
+    """The other kind of model: texts and answers → how probable these are, which is the loss. Else as `Encoder`."""
+
+    image_size: int
+    """0: it reads no images."""
+    tokenizer: Tokenizer
+
+    def answers(self, sentences: Sequence[str]) -> Tensor:
+        """Each sentence as what may follow a text, with the model's mark of the end: int32 [c, a] as texts are."""
+
+    def __call__(self, texts: Tensor, answers: Tensor) -> Tensor:
+        """log P(answer | text), float32 [k], of texts int32 [k, l] and an answer each, int32 [k, a]: a sum over tokens.
+
+        An answer follows its text's last token; neither depends on what else is in the batch.
+        """
+
+
 class Backbone(nn.Module):
     """Images uint8 [n, 3, h, w] → features float32 [n, d]: the final class token of `vit`.
 
@@ -59,6 +78,11 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).view(1, -1, 1, 1) * 255, False)
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).view(1, -1, 1, 1) * 255, False)
 
+    @property
+    def network(self) -> Any:
+        """The library's module."""
+        return self.vit
+
     def normalise(self, images: Tensor) -> Tensor:
         """Images uint8 [n, 3, h, w] → the ViT's input, in its dtype and on its device."""
         pixels = images.to(self.mean.device, next(self.vit.parameters()).dtype)
@@ -76,9 +100,9 @@ class Backbone(nn.Module):
         with torch.autocast(pixels.device.type, self.precision, enabled=self.precision != torch.float32):
             return self.vit(pixels).to(pixels.dtype)
 
-    def example(self) -> Tensor:
-        """An input of one image, float32 [1, 3, s, s]."""
-        return torch.zeros(1, 3, self.image_size, self.image_size)
+    def example(self) -> tuple[Tensor, ...]:
+        """What a pass over one image takes: float32 [1, 3, s, s]."""
+        return (torch.zeros(1, 3, self.image_size, self.image_size),)
 
     def checkpoint_gradients(self) -> None:
         """Compute each block's activations again on the way back instead of keeping them."""

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def operations(module: nn.Module, image: Tensor) -> tuple[int, int]:
-    """FLOPs of one image's (forward, forward and backward) through `module`; `image` [1, 3, h, w], also on "meta"."""
+def operations(module: nn.Module, *inputs: Tensor) -> tuple[int, int]:
+    """FLOPs of one record's (forward, forward and backward) through `module`; `inputs` of a pass, also on "meta"."""
     with FlopCounterMode(display=False) as forward:
-        features = module(image)
+        features = module(*inputs)
     with FlopCounterMode(display=False) as backward:
         features.sum().backward()
     return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()

@@ -1,29 +1,58 @@
-"""Heads: a task's frozen classifier, made once from pretrained features."""
+"""Heads: what makes a model's output a task's classes. Each is made once, from the pretrained model, and is frozen.
+
+A `TaskHead` says how probable each class is (`logits`) and what is learned from (`loss`). `Head` is a classifier of
+features; `Answers` asks a language model for the classes' names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atm_fl.models.backbones import EVALUATION_BATCH, Encoder
+from atm_fl.errors import SettingError
+from atm_fl.models.backbones import EVALUATION_BATCH, Encoder, LanguageModel
 from atm_fl.plugins import Registry
 from atm_fl.tasks import Split, Tokenizer
-from atm_fl.tasks.texts import tokenise
+from atm_fl.tasks.texts import appended, tokenise
 
 LOGIT_SCALE = 20.0
 """Fixed scale of the cosine logits; CLIP's learned one is 100, for features that lie closer together."""
 
 
-class Head(nn.Module):
-    """A frozen classifier: logits = scale · normalised features · weightᵀ + bias.
+Model = Callable[..., Tensor]
+"""A model's pass: an `Encoder`'s or a `LanguageModel`'s."""
+
+
+class TaskHead(nn.Module):
+    """What makes a model's output the classes of one task. `parts`: the names of the tensors that it is made of."""
+
+    parts: ClassVar[tuple[str, ...]]
+
+    def logits(self, model: Model, inputs: Tensor) -> Tensor:
+        """Float32 [k, classes], whose softmax is each class's probability, of images or texts [k, …]."""
+        raise NotImplementedError
+
+    def loss(self, model: Model, inputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """The mean or, with "sum", the sum of the records' own losses; labels int64 [k]."""
+        return functional.cross_entropy(self.logits(model, inputs), labels, reduction=reduction)
+
+    def state(self) -> dict[str, Tensor]:
+        """The arguments that make this head again, as tensors."""
+        return {name: torch.as_tensor(getattr(self, name)).contiguous() for name in self.parts}
+
+
+class Head(TaskHead):
+    """A frozen classifier of features: logits = scale · normalised features · weightᵀ + bias.
 
     weight [classes, d], bias [classes], scale: a number. Prototypes, linear probes and zero-shot heads have this form.
     """
 
+    parts = ("weight", "bias", "scale")
     weight: Tensor
     bias: Tensor
 
@@ -34,23 +63,68 @@ class Head(nn.Module):
         self.register_buffer("bias", bias)
 
     def state(self) -> dict[str, Tensor]:
-        """The arguments that make this head again, as tensors."""
-        scale = torch.tensor(self.scale, dtype=torch.float64)
-        return {"weight": self.weight.contiguous(), "bias": self.bias.contiguous(), "scale": scale}
+        """The arguments that make this head again; the scale is float64, as Python's numbers are."""
+        return super().state() | {"scale": torch.tensor(self.scale, dtype=torch.float64)}
+
+    def logits(self, model: Model, inputs: Tensor) -> Tensor:
+        """Of the features of the inputs."""
+        return self(model(inputs))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.scale * functional.linear(functional.normalize(features, dim=-1), self.weight) + self.bias
+
+
+class Answers(TaskHead):
+    """A language model's answers: logits = log P(answer | text, prompt), the loss is minus that of the right one.
+
+    prompt: int32 [p], what every text is followed by; answers: int32 [classes, a], each class's words, as tokens are in
+    texts. The loss is no cross-entropy between the classes: the model learns to say the answer, whatever else it could.
+    """
+
+    parts = ("prompt", "answers")
+    prompt: Tensor
+    answers: Tensor
+
+    def __init__(self, prompt: Tensor, answers: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("prompt", prompt)
+        self.register_buffer("answers", answers)
+
+    def logits(self, model: Model, inputs: Tensor) -> Tensor:
+        """A pass for each class."""
+        asked = self._asked(inputs)
+        return torch.stack([model(asked, answer.expand(len(asked), -1)) for answer in self.answers], 1)
+
+    def loss(self, model: Model, inputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Of the right answers' tokens, summed over an answer."""
+        losses = -model(self._asked(inputs), self.answers[labels])
+        return losses.sum() if reduction == "sum" else losses.mean()
+
+    def _asked(self, texts: Tensor) -> Tensor:
+        return appended(texts, self.prompt.expand(len(texts), -1))
+
+
+KINDS = (Head, Answers)
+
+
+def restored(state: Mapping[str, Tensor]) -> TaskHead:
+    """The head whose `state` this is. SettingError if it is no head's."""
+    for kind in KINDS:
+        if state.keys() == set(kind.parts):
+            return kind(**state)
+    raise SettingError(f"these are no head's tensors: {', '.join(state)}")
 
 
 @dataclass(frozen=True)
 class HeadSource:
     """All that a party makes its head of.
 
-    backbone: the pretrained one; model, weights: the settings that name it. data: images that may be used; prompts:
-    each class's sentences; shots: the setting; seed: of what is drawn at random; workers: processes that decode images.
+    backbone: the pretrained `Encoder` or `LanguageModel`; model, weights: the settings that name it. data: images or
+    texts that may be used; prompts: each class's sentences; shots: the setting; seed: of what is drawn at random;
+    workers: processes that decode images.
     """
 
-    backbone: Encoder
+    backbone: Any
     data: Split
     classes: tuple[str, ...]
     prompts: Sequence[Sequence[str]]
@@ -61,7 +135,7 @@ class HeadSource:
     workers: int = 0
 
 
-MakeHead = Callable[[HeadSource], Head]
+MakeHead = Callable[[HeadSource], TaskHead]
 HEADS: Registry[MakeHead] = Registry("head")
 
 
@@ -109,6 +183,27 @@ def described(model: Encoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[s
     weights = [functional.normalize(model(tokenise(texts, tokenizer)).cpu(), dim=-1).mean(0) for texts in prompts]
     weight = functional.normalize(torch.stack(weights), dim=-1)
     return Head(weight, torch.zeros(len(weight)))
+
+
+@head("answers")
+def answers_head(source: HeadSource) -> Answers:
+    """What a language model says after a text: each class's first sentence.
+
+    What all of them begin with, as "This mail is a", is the prompt, and no part of the loss. SettingError if the tokens
+    of a class's sentence are those that another's begins with: the model could not tell the two apart.
+    """
+    model: LanguageModel = source.backbone
+    answers = model.answers([sentences[0] for sentences in source.prompts])
+    common = int((answers == answers[0]).all(0).long().cumprod(0).sum())
+    for number, answer in enumerate(answers):
+        length = int((answer > 0).sum())
+        same = (answers[:, :length] == answer[:length]).all(1).nonzero()[:, 0].tolist()
+        if other := [place for place in same if place != number]:
+            raise SettingError(
+                f"head='answers': the model's tokens of class {source.classes[number]!r} begin those of "
+                f"{source.classes[other[0]]!r}; give the classes other words in task.toml"
+            )
+    return Answers(answers[0, :common], answers[:, common:])
 
 
 @head("prototypes")

@@ -20,9 +20,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from atm_fl.models import TaskHead
 from atm_fl.models.buffers import train_mode
 from atm_fl.privacy.noise import Noise, add_noise
 from atm_fl.settings import Settings
@@ -42,13 +42,17 @@ def sampling_rate(images: int, settings: Settings) -> float:
 
 
 def record_gradients(
-    model: nn.Module, head: nn.Module, layout: Layout, flat: Tensor, images: Tensor, labels: Tensor
+    model: nn.Module, head: TaskHead, layout: Layout, flat: Tensor, images: Tensor, labels: Tensor
 ) -> Tensor:
     """The gradient of each record's own loss at `flat`, [k, n]; images uint8 [k, 3, h, w], labels int64 [k]."""
 
     def loss(flat: Tensor, image: Tensor, label: Tensor) -> Tensor:
-        features = torch.func.functional_call(model, layout.views(flat), (image[None],))
-        return functional.cross_entropy(head(features), label[None])
+        entries = layout.views(flat)
+
+        def passed(*inputs: Tensor) -> Tensor:
+            return torch.func.functional_call(model, entries, inputs)
+
+        return head.loss(passed, image[None], label[None])
 
     gradient: Callable[..., Tensor] = torch.func.grad(loss)
     each = torch.func.vmap(gradient, in_dims=(None, 0, 0), randomness="different")
@@ -78,7 +82,7 @@ def clipped_sum(gradients: Tensor, norm: float) -> Tensor:
 
 def tune_privately(
     model: nn.Module,
-    head: nn.Module,
+    head: TaskHead,
     flat: nn.Parameter,
     layout: Layout,
     data: Split,

@@ -32,7 +32,7 @@ OF_DEPLOYMENT = {"codec-up": "int4", "codec-down": "int4"}
 NEEDS: dict[str, tuple[str, Callable[[Settings], bool]]] = {
     "lora_rank": ("trainable='lora'", lambda run: run.trainable == "lora"),
     "lora_alpha": ("trainable='lora'", lambda run: run.trainable == "lora"),
-    "shots": ("head='prototypes'", lambda run: run.head not in ("linear-probe", "zero-shot")),
+    "shots": ("head='prototypes'", lambda run: run.head not in ("linear-probe", "zero-shot", "answers")),
     "holdout": ("split='validation'", lambda run: run.split == "validation"),
     "replay": (
         "a participation that ends, as participation='mnist=1-5'",
@@ -290,6 +290,11 @@ def fewest_tasks(settings: Settings) -> int:
 
 def check_model(settings: Settings, module: nn.Module) -> None:
     """SettingError for what the settings cannot be with the model that they name, once it is loaded."""
+    says = isinstance(module, models.LanguageModel)
+    if says != (settings.head == "answers") and not models.HEADS.plugin(settings.head):
+        fix = "choose head='answers'" if says else "choose another head, or a language model as causal-lm/NAME"
+        gives = "answers and no features" if says else "features and no answers"
+        raise SettingError(f"head={settings.head!r}: model={settings.model!r} gives {gives}; {fix}")
     needs = {
         "precision": "precision",
         "channels_last": "channels_last",

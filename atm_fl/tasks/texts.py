@@ -136,23 +136,34 @@ def dataset(name: str, rows: Rows, tokenizer: Tokenizer, where: str, described: 
     return Dataset(name, classes, splits["train"], splits["validation"], splits["test"], described.templates)
 
 
-def tokenise(texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:
-    """int32 [n, l]: each text's tokens plus one, and 0 behind its end; l is the longest text's length.
+def token_table(texts: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
+    """int32 [n, l]: each text's tokens plus one, and 0 behind its end; l is the longest text's length."""
+    tokens = tokenizer(texts)
+    table = np.zeros((len(tokens), max([1, *map(len, tokens)])), np.int32)
+    for row, of_text in zip(table, tokens, strict=True):
+        row[: len(of_text)] = np.asarray(of_text, np.int32) + 1
+    return table
 
-    Done once: the result is kept on this machine, for its user alone.
-    """
+
+def tokenise(texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:
+    """`token_table`, done once: the result is kept on this machine, for its user alone."""
     content = hashlib.sha256(tokenizer.key.encode())
     for text in texts:
         content.update(hashlib.sha256(text.encode()).digest())
     path = cache_dir() / "texts" / f"{content.hexdigest()[:24]}.npy"
     if not path.exists():
-        tokens = tokenizer(texts)
-        table = np.zeros((len(tokens), max(1, *map(len, tokens))), np.int32)
-        for row, of_text in zip(table, tokens, strict=True):
-            row[: len(of_text)] = np.asarray(of_text) + 1
+        table = token_table(texts, tokenizer)
         with atomic_write(path, private=True) as temporary, temporary.open("wb") as file:
             np.save(file, table)
     return torch.from_numpy(np.load(path))
+
+
+def appended(texts: Tensor, more: Tensor) -> Tensor:
+    """Texts int32 [k, l], each with its own of `more`, int32 [k, m], behind its last token: int32 [k, l + m]."""
+    length, both = (texts > 0).sum(1, keepdim=True), torch.cat([texts, more], 1)
+    place = torch.arange(both.shape[1], device=texts.device)
+    source = torch.where(place < length, place, place - length + texts.shape[1])
+    return torch.where(source < len(place), both.gather(1, source.clamp_max(len(place) - 1)), 0)
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from atm_fl.models import EVALUATION_BATCH
+from atm_fl.models import EVALUATION_BATCH, TaskHead
 from atm_fl.tasks import Split
 
 
 @torch.inference_mode()
-def classified_rightly(model: nn.Module, head: nn.Module, data: Split, workers: int = 0) -> Tensor:
+def classified_rightly(model: nn.Module, head: TaskHead, data: Split, workers: int = 0) -> Tensor:
     """Which of `data` model and head classify rightly, bool [n] on the CPU; `workers` processes decode image files."""
     batches = data.batches(batch_size=EVALUATION_BATCH, workers=workers)
-    return torch.cat([(head(model(images)).argmax(-1) == labels).cpu() for images, labels in batches])
+    return torch.cat([(head.logits(model, images).argmax(-1) == labels).cpu() for images, labels in batches])
 
 
 def accuracy(rightly: Tensor) -> float:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from atm_fl.models import EVALUATION_BATCH
+from atm_fl.models import EVALUATION_BATCH, TaskHead
 from atm_fl.models.buffers import train_mode
 from atm_fl.optimizers import OPTIMIZERS
 from atm_fl.settings import Settings
@@ -46,7 +45,7 @@ def keep_state(optimizer: torch.optim.Optimizer, state: State | None) -> None:
 
 def tune(
     model: nn.Module,
-    head: nn.Module,
+    head: TaskHead,
     flat: nn.Parameter,
     data: Split,
     settings: Settings,
@@ -81,7 +80,7 @@ def tune(
             flat.grad.zero_()
             size = settings.batch_size // settings.accumulate
             for batch, wanted in zip(images.split(size), labels.split(size), strict=True):
-                loss = functional.cross_entropy(head(model(batch)), wanted)
+                loss = head.loss(model, batch, wanted)
                 scaler.scale(loss * (len(wanted) / len(labels))).backward()
                 total += loss.item() * len(wanted)
             scaler.unscale_(optimizer)
@@ -119,12 +118,12 @@ def move(flat: Tensor, last_step: Tensor | None, settings: Settings, parts: int)
         flat.detach()[: len(last_step)].add_(last_step, alpha=settings.client_momentum / parts)
 
 
-def full_gradient(model: nn.Module, head: nn.Module, flat: nn.Parameter, data: Split, workers: int = 0) -> Tensor:
+def full_gradient(model: nn.Module, head: TaskHead, flat: nn.Parameter, data: Split, workers: int = 0) -> Tensor:
     """∇L(θ), float32 [n]: the gradient of the mean loss over all of `data` at what `flat` holds, which stays."""
     assert flat.grad is not None
     flat.grad.zero_()
     for images, labels in data.batches(batch_size=EVALUATION_BATCH, workers=workers):
-        (functional.cross_entropy(head(model(images)), labels, reduction="sum") / len(data)).backward()
+        (head.loss(model, images, labels, "sum") / len(data)).backward()
     return flat.grad.clone()
 
 
