@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from atm_fl.cli.terminal import app
-from atm_fl.clients.app import _party
+from atm_fl.clients.app import _parties
 from atm_fl.clients.app import app as client_app
 from atm_fl.errors import RunError, SettingError
 from atm_fl.federation import client as party_module
@@ -105,7 +105,7 @@ def test_a_run_that_asks_for_more_is_refused_before_data_are_read(
     message: str,
 ) -> None:
     grid, settings = grid_with({**config, **breaks, "rounds": 3}, tmp_path, line)
-    _party.cache_clear()
+    _parties.clear()
     loaded: list[str] = []
     load = party_module.tasks.load
     monkeypatch.setattr(party_module.tasks, "load", lambda name, size: loaded.append(name) or load(name, size))

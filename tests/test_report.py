@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from atm_fl.errors import RunError
+from atm_fl.runs import pages
 from atm_fl.runs.comparison import write_comparison
 from atm_fl.runs.pages import draw_lines, render
 from atm_fl.runs.report import accuracy_table, print_table, write_report
@@ -132,6 +133,17 @@ def test_names_in_any_script_have_their_glyphs() -> None:
         for kind in ("svg", "png"):
             drawn = {render(named(first, "Кириллица", "العربية", "हिन्दी"), kind) for first in ("漢字", "言語")}
             assert len(drawn) == 2
+
+
+def test_lines_of_many_tasks_are_drawn_as_the_band_they_fill(tmp_path: Path) -> None:
+    tasks = tuple(f"task{number}" for number in range(pages.MANY + 1))
+    text = write_report(write_run(tmp_path, whole_run(tasks), tasks)).read_text()
+    figures = "".join(re.findall("<svg.*?</svg>", text, re.DOTALL))
+    assert f"all {len(tasks)}" in figures
+    assert "task17" not in re.sub("<title>.*?</title>", "", figures.partition("Cosines of all pairs")[0])
+    fewer = tasks[1:]
+    text = write_report(write_run(tmp_path, whole_run(fewer), fewer)).read_text()
+    assert f"all {len(fewer)}" not in text
 
 
 def test_other_fonts_are_left_alone_where_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from itertools import chain
 from logging import WARNING
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from atm_fl import vectors
 from atm_fl.clients import secure
+from atm_fl.clients.kept import KeptParties
 from atm_fl.clients.mods import NamedErrors
 from atm_fl.codecs import Arrays, make_codec
 from atm_fl.errors import RunError, SettingError, printable
@@ -29,8 +32,7 @@ from atm_fl.vectors.npy import read_arrays
 app = NamedErrors()
 
 
-@lru_cache(maxsize=64)
-def _party(settings: Settings, policy: Policy, task: str, name: str, client: str = "") -> Party:
+def _made(settings: Settings, policy: Policy, task: str, name: str, client: str = "") -> Party:
     account = Account(lifetime=policy.lifetime_epsilon, delta=policy.delta or 1e-5)
     party = Party(settings, task, name, client, account)
     if policy.noise and party.budget.noise < policy.noise:
@@ -41,14 +43,27 @@ def _party(settings: Settings, policy: Policy, task: str, name: str, client: str
     return party
 
 
+_parties = KeptParties(_made)
+
+
+@lru_cache(maxsize=4, typed=True)
+def _parsed(*config: Any) -> Settings:
+    return Settings.parse(dict(zip(config[::2], config[1::2], strict=True)))
+
+
+def settings_of(context: Context) -> Settings:
+    """The run's settings, checked once in a process: of many parties that takes as long as a short round."""
+    return _parsed(*chain.from_iterable(context.run_config.items()))
+
+
 def party_of(context: Context) -> Party:
-    """The party behind this node, kept for the life of the process.
+    """The party behind this node, kept in this process as long as there is room (`kept.MOST`).
 
     In deployment `node-config` says it: task="mnist", or data="/path" (a folder of images) with an optional task for
     its name. In simulation, partition i holds the i-th of the setting `tasks`. RunError, before any data are read, for
     a run that its `trusted-parties` rules out.
     """
-    settings, node = Settings.parse(context.run_config), context.node_config
+    settings, node = settings_of(context), context.node_config
     policy = policy_of(node)
     if policy.apps and not node.get("apps-checked"):
         raise RunError(
@@ -61,7 +76,7 @@ def party_of(context: Context) -> Party:
         held = name or Path(data).name
         policy.check(settings, held)
         policy.check_imports(settings, held)
-        return _party(settings, policy, data, name)
+        return _parties(settings, policy, data, name)
     if "partition-id" not in node:
         raise SettingError(
             "this SuperNode has no task; start it with --node-config 'task=\"NAME\"' or 'data=\"/path\"'"
@@ -70,7 +85,7 @@ def party_of(context: Context) -> Party:
     if partition >= len(names):
         raise SettingError(f"partition {partition} has no task: tasks={settings.tasks!r} names only {len(names)}")
     policy.check(settings, settings.client_tasks[partition])
-    return _party(settings, policy, names[partition], "", settings.party_names[partition])
+    return _parties(settings, policy, names[partition], "", settings.party_names[partition])
 
 
 def check_plugins(settings: Settings, said: Mapping[str, object]) -> None:
@@ -192,7 +207,7 @@ def roll_call(message: Message, context: Context) -> Message:
     round."""
     said = message.content.config_records.get("plugins")
     if said is not None:  # an older server says nothing
-        check_plugins(Settings.parse(context.run_config), said)
+        check_plugins(settings_of(context), said)
     party = party_of(context)
     return reply(message, context, party, {"images": len(party.data.train.labels)})
 

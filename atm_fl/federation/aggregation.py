@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from statistics import median
 from typing import Any
 
@@ -22,6 +22,9 @@ from atm_fl.vectors.blocks import empty, inner_products, l2_norm, parts
 from atm_fl.vectors.mapped import MappedVectors
 from atm_fl.vectors.ring import WORD
 
+COMPARED = 64
+"""Tasks whose vectors' cosines are recorded, evenly chosen of more: all pairs of 1,000 would cost minutes a round."""
+
 
 class TaskVectorAggregator:
     """A round's vectors, each by itself, to be merged in the order of the tasks.
@@ -35,7 +38,8 @@ class TaskVectorAggregator:
         self._settings, self._layout, self._shared_buffers = run.settings, run.layout, run.shared_buffers
         self._chain = Chain(run.settings)
         self._round = run.rounds_done + 1
-        self._spill = MappedVectors(run.directory)
+        self._folder = run.directory
+        self._spill = MappedVectors(self._folder)
         self._images: dict[str, float] = {}
         self._buffers: dict[str, Tensor] = {}
         self.norms: dict[str, float] = {}
@@ -78,15 +82,24 @@ class TaskVectorAggregator:
         settings = self._settings
         spilled = {client: vector for client, vector in self._spill.vectors().items() if client in self.norms}
         begin = time.perf_counter()
-        vectors, context = by_task(spilled, self._images, settings), Context(settings, self._layout, self._round)
+        vectors = by_task(spilled, self._images, settings, MappedVectors(self._folder))
+        context = Context(settings, self._layout, self._round)
         merged = merge_tasks(vectors, self._chain, context)
         seconds = time.perf_counter() - begin
-        products = inner_products(list(vectors.values()))
+        beside = {"tasks": list(vectors), **_cosines(vectors), "seconds_merge": seconds, **context.numbers}
         self._spill.close()
-        norms = products.diagonal().sqrt().clamp_min(1e-30)
-        cosines = [[round(value, 6) for value in row] for row in (products / norms.outer(norms)).tolist()]
-        beside = {"tasks": list(vectors), "cosines": cosines, "seconds_merge": seconds, **context.numbers}
         return merged, beside | {"usual_norm": median(self.norms.values())}
+
+
+def _cosines(vectors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What is recorded of the cosines of all pairs of vectors [n]; of more than `COMPARED` only of some, and of
+    which."""
+    names = list(vectors)
+    chosen = names if len(names) <= COMPARED else [names[place * len(names) // COMPARED] for place in range(COMPARED)]
+    products = inner_products([vectors[name] for name in chosen])
+    norms = products.diagonal().sqrt().clamp_min(1e-30)
+    cosines = [[round(value, 6) for value in row] for row in (products / norms.outer(norms)).tolist()]
+    return {"cosines": cosines} | ({"cosines_of": chosen} if len(chosen) < len(names) else {})
 
 
 class SecureSumAggregator:
@@ -132,24 +145,39 @@ class SecureSumAggregator:
         words = self.words[: self._layout.size]
         total = self._chain.total(settings.ring.decode(words, factor), factor, context)
         merged = merge.from_sum(total, count, settings.ring.step * (count / 12) ** 0.5)
-        clients = [client for client in settings.party_names if client in self.clients]
+        there = set(self.clients)
+        clients = [client for client in settings.party_names if client in there]
         beside = {"tasks": clients, "seconds_merge": time.perf_counter() - begin, **context.numbers}
         return merged, beside | ({} if self._mean_norm is None else {"usual_norm": self._mean_norm})
 
 
-def by_task(vectors: Mapping[str, Tensor], images: Mapping[str, float], settings: Settings) -> dict[str, Tensor]:
+def by_task(
+    vectors: Mapping[str, Tensor],
+    images: Mapping[str, float],
+    settings: Settings,
+    spill: MappedVectors | None = None,
+) -> dict[str, Tensor]:
     """Each task's vector [n]: the mean of its clients' `vectors`, weighted by the `images` they were tuned on.
 
     In the order of the settings' tasks and clients: replies come in any, and the order of a sum decides its last bits.
+    spill: an empty one that means go to, which are in memory without it; it is closed.
     """
     clients: dict[str, list[str]] = {task: [] for task in settings.client_tasks}
     for client in settings.party_names:
         clients[settings.task_of[client]] += [client] if client in vectors else []
-    return {
-        task: mean([vectors[name] for name in clients_of_task], [images[name] for name in clients_of_task])
-        for task, clients_of_task in clients.items()
-        if clients_of_task
-    }
+    means = {}
+    for task, of_task in clients.items():
+        held, weights = [vectors[name] for name in of_task], [images[name] for name in of_task]
+        if spill and len(held) > 1:
+            for block in mean_blocks(held, weights):
+                spill.append(task, block)
+            means[task] = held[0]  # its place in the order, until the file can be read
+        elif held:
+            means[task] = mean(held, weights)
+    if spill:
+        means |= spill.vectors()
+        spill.close()
+    return means
 
 
 def merge_tasks(vectors: dict[str, Tensor], chain: Chain, context: Context) -> Tensor:
@@ -168,7 +196,16 @@ def mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
     if len(vectors) == 1:
         return vectors[0]
     result = torch.empty_like(vectors[0])
-    for chunk in parts(len(result)):
-        total = sum(weight * vector[chunk].double() for vector, weight in zip(vectors, weights, strict=True))
-        result[chunk] = total / sum(weights)
+    for chunk, block in zip(parts(len(result)), mean_blocks(vectors, weights), strict=True):
+        result[chunk] = block
     return result
+
+
+def mean_blocks(vectors: list[Tensor], weights: list[float]) -> Iterator[Tensor]:
+    """The same, block by block."""
+    total_weight = sum(weights)
+    for chunk in parts(len(vectors[0])):
+        total = torch.zeros_like(vectors[0][chunk], dtype=torch.float64)
+        for vector, weight in zip(vectors, weights, strict=True):
+            total += weight * vector[chunk].double()
+        yield (total / total_weight).to(vectors[0].dtype)

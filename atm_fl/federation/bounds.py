@@ -6,8 +6,9 @@ vector hold single images. To work it must look unlike a model that came out of 
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Mapping
-from statistics import median
 
 from torch import Tensor
 
@@ -28,6 +29,18 @@ def check_base(task: str, base: Tensor, limit: float, held: Tensor, name: str) -
         )
 
 
+def _ordered(norm: float) -> float:
+    """The norm, or infinity for what is not a number, which has no place among numbers."""
+    return norm if norm == norm else math.inf
+
+
+def _median_without(ordered: list[float], value: float) -> float:
+    """The median of ascending numbers but one that has this value; 0 of none."""
+    count, place = len(ordered) - 1, bisect_left(ordered, value)
+    middle = [ordered[at + (at >= place)] for at in ((count - 1) // 2, count // 2) if count]
+    return sum(middle) / 2
+
+
 def too_long(norms: Mapping[str, float], past: float, base: float, factor: float) -> dict[str, str]:
     """Whose vector is out of proportion, with the figures: the `norms` (L2) of one round's vectors, by client.
 
@@ -37,9 +50,9 @@ def too_long(norms: Mapping[str, float], past: float, base: float, factor: float
     scratch, a small part of it, so that one who sends next to nothing has nobody else refused.
     """
     reasons = {}
+    ordered = sorted(map(_ordered, norms.values()))
     for client, norm in norms.items():
-        others = [other for name, other in norms.items() if name != client]
-        usual = max(past, median(others) if others else 0.0) or base
+        usual = max(past, _median_without(ordered, _ordered(norm))) or base
         allowed = max(factor * usual, base)
         if not norm <= allowed:
             reasons[client] = (

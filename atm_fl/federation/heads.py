@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from functools import cache
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,12 @@ from atm_fl.tasks.images import decoder
 MAKERS = (models.prototypes, models.linear_probe, zero_shot, described, answers_head)
 
 
+@cache
+def _made_by() -> tuple[str, ...]:
+    """The source of what makes heads: one that another version made is made anew."""
+    return tuple(inspect.getsource(made) for made in (*models.KINDS, *MAKERS))
+
+
 def kept_head(settings: Settings, data: Dataset, model: SharedModel, task: str) -> models.TaskHead:
     """The head of `task`, on the model's device; on disk it outlives rounds and restarts. It never leaves this machine.
 
@@ -30,7 +37,7 @@ def kept_head(settings: Settings, data: Dataset, model: SharedModel, task: str) 
     # A head out of the records that are tuned on would tell of them in every gradient, past any accountant.
     source = data.validation if settings.dp_sgd and settings.split == "train" else data.train
     seed = derive_seed(settings.seed, "head", task)
-    made_by = [inspect.getsource(made) for made in (*models.KINDS, *MAKERS)]
+    made_by = [*_made_by()]
     if not isinstance(source.images, Tensor):
         made_by.append(decoder())
     machine = str(model.device), settings.threads, torch.__version__

@@ -38,7 +38,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, field, fields
 from hashlib import sha256
 
@@ -115,18 +116,17 @@ def check_keys(published: bytes) -> None:
             raise ValueError("keys that no secret can be agreed on with") from error
 
 
-def _shared(one: bytes, other: bytes) -> bool:
-    """Whether two have published the same public key, in whatever place."""
-    keys = [{each[:KEY_BYTES], each[KEY_BYTES : 2 * KEY_BYTES]} for each in (one, other)]
-    return bool(keys[0] & keys[1])
+def public_keys(published: bytes) -> set[bytes]:
+    """The public keys in what was published, whatever each is for."""
+    return {published[:KEY_BYTES], published[KEY_BYTES : 2 * KEY_BYTES]}
 
 
-def check_new(published: bytes, before: Iterable[bytes]) -> None:
-    """ValueError if one of these keys was published before.
+def check_new(published: bytes, before: Set[bytes]) -> None:
+    """ValueError if one of these keys is among the public keys of `before`.
 
     Who came first has them: nobody but the server sees another's keys before all are in.
     """
-    if any(_shared(published, other) for other in before):
+    if public_keys(published) & before:
         raise ValueError("keys that another has too")
 
 
@@ -186,7 +186,8 @@ class Member:
         if keys[self.name] != self._published():
             raise self._refusal("another key as its own")
         others = {name: key for name, key in keys.items() if name != self.name}
-        wrong = {name: reason for name, key in others.items() if (reason := self._wrong(name, key, keys))}
+        holders = Counter(key for published in keys.values() for key in public_keys(published))
+        wrong = {name: reason for name, key in others.items() if (reason := self._wrong(name, key, holders))}
         self.keys = {name: key for name, key in keys.items() if name not in wrong}
         if len(self.keys) < self.threshold:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
@@ -238,10 +239,9 @@ class Member:
         if set(summed) != set(self.summed):
             raise self._refusal(f"vectors of {', '.join(summed)}, where it had signed {', '.join(self.summed)}")
         if self.identity.trusted:
+            of_sum = self._of_sum()
             signers = [
-                name
-                for name in self.summed
-                if self.identity.signed(name, signatures.get(name, b""), "sum", *self._of_sum())
+                name for name in self.summed if self.identity.signed(name, signatures.get(name, b""), "sum", *of_sum)
             ]
             if len(signers) < self.threshold:
                 raise self._refusal(
@@ -277,14 +277,14 @@ class Member:
         """What a signature of the sum is on. The keys, its own new ones among them, make it of this time alone."""
         return self.session, self.summed, {name: self.keys[name].hex() for name in sorted(self.keys)}
 
-    def _wrong(self, name: str, published: bytes, every: Mapping[str, bytes]) -> str:
-        """Why what `name` published is not accepted, "" if it is."""
+    def _wrong(self, name: str, published: bytes, holders: Mapping[bytes, int]) -> str:
+        """Why what `name` published is not accepted, "" if it is. holders: how many have published each public key."""
         try:
             check_keys(published)
         except ValueError as error:
             return str(error)
         public, signature = published[:PUBLIC_BYTES], published[PUBLIC_BYTES:]
-        if any(_shared(published, other) for whose, other in every.items() if whose != name):
+        if any(holders[key] > 1 for key in public_keys(published)):
             return "keys that another has too"
         if self.identity.trusted and not self.identity.signed(name, signature, *self._of_keys(name, public)):
             return "keys that are not signed by the one it trusts"
@@ -336,7 +336,8 @@ def refused_keys(accepted: Mapping[str, Collection[str]], most: int) -> dict[str
     by = {name: [one for one in accepted if name not in accepted[one] and one != name] for name in accepted}
     out = {name: f"refused by {', '.join(ones)}" for name, ones in by.items() if len(ones) > most}
     for name, held in accepted.items():
-        if name not in out and (others := [other for other in accepted if other not in (*held, *out, name)]):
+        others = [other for other in accepted if other != name and other not in held and other not in out]
+        if name not in out and others:
             out[name] = f"it refuses {', '.join(others)}"
     return out
 

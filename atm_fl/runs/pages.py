@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -174,19 +175,37 @@ def axes(panels: int = 1, height: float = 3.2, share: bool = True, width: float 
     return drawing, list(drawing.subplots(1, panels, sharex=share, sharey=share, squeeze=False)[0])
 
 
+MANY = 40
+"""More lines than these in one figure, which are also as many as differ in style, are drawn as the band they fill."""
+
+
+def _draw_tasks(axis: Axes, curves: Mapping[str, Series]) -> None:
+    """A thin line per task, or of more than `MANY` tasks the bands that all and the middle four fifths of them fill."""
+    if len(curves) <= MANY:
+        for i, (name, series) in enumerate(curves.items()):
+            axis.plot(*points(series), label=short(name), **line_style(i), lw=1.2, **marks(series))
+        return
+    rounds = sorted({n for series in curves.values() for n in series})
+    values = {n: [series[n] for series in curves.values() if n in series] for n in rounds}
+    for low, high, name in ((0, 100, f"all {len(curves)}"), (10, 90, "four fifths of them")):
+        below, above = ([float(np.percentile(values[n], share)) for n in rounds] for share in (low, high))
+        axis.fill_between(rounds, below, above, color="C0", alpha=0.2, lw=0, label=name)
+
+
 def draw_lines(panels: Mapping[str, Mapping[str, Series]], bold: Mapping[str, Series], unit: str, name: str) -> Figure:
     """Panels by title, each a line per task (the same tasks in all) and a bold one, called `name`, over them."""
     tasks = list(dict.fromkeys(task for series in panels.values() for task in series))
     drawing, across = axes(len(panels), max(3.4, 0.5 + 0.19 * min(len(tasks), 30)))
     for axis, (title, series) in zip(across, panels.items(), strict=True):
-        for task, values in series.items():
-            axis.plot(*points(values), **line_style(tasks.index(task)), lw=1.2, **marks(values))
-        axis.plot(*points(bold[title]), color=INK, lw=2.4, **marks(bold[title]))
+        _draw_tasks(axis, {task: series.get(task, {}) for task in tasks})
+        axis.plot(*points(bold[title]), color=INK, lw=2.4, label=name, **marks(bold[title]))
         axis.set(title=title, xlabel="rounds")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     across[0].set_ylabel(unit)
-    handles = [across[0].lines[-1], *across[0].lines[:-1]]
-    drawing.legend(handles, [name, *map(short, tasks)], loc="outside right upper", ncols=1 + len(tasks) // 30)
+    *lines, mean = across[0].lines
+    handles = [*lines, *across[0].collections]
+    labels = [str(handle.get_label()) for handle in (mean, *handles)]
+    drawing.legend([mean, *handles], labels, loc="outside right upper", ncols=1 + len(handles) // 30)
     return drawing
 
 
@@ -203,13 +222,13 @@ def draw_curves(
     best: a round of the first bold line. form: how a value is written.
     """
     levels = references or {}
-    drawing, (axis,) = axes(1, 3.0 + 0.17 * -(-(len(curves) + len(bold) + len(levels)) // 3), width=NARROW)
+    named = len(curves) if len(curves) <= MANY else 2
+    drawing, (axis,) = axes(1, 3.0 + 0.17 * -(-(named + len(bold) + len(levels)) // 3), width=NARROW)
     many = len(bold) > 1
     for i, (name, series) in enumerate(bold.items()):
         style = line_style(i) if many else {"color": INK}
         axis.plot(*points(series), label=short(name), **style, lw=2.4, **marks(series))
-    for i, (name, series) in enumerate(curves.items()):
-        axis.plot(*points(series), label=short(name), **line_style(i), lw=1.2, **marks(series))
+    _draw_tasks(axis, curves)
     for i, (name, level) in enumerate(levels.items()):
         axis.axhline(level, label=f"{name} {level:{form}}", color=INK, lw=1.4, linestyle=DASHES[1 + i % 3], alpha=0.6)
     if best is not None:
@@ -217,7 +236,7 @@ def draw_curves(
         axis.plot([best], [value], "*", color="C1", markersize=13, label=f"best: round {best}")
     axis.set(xlabel="round", ylabel=unit)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    lines = {**bold, **curves}
+    lines = {**bold, **(curves if len(curves) <= MANY else {})}
     texts: dict[int, list[str]] = {}
     for name, series in lines.items():
         for n, value in series.items():

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.metrics import Followed
 from atm_fl.runs.report import duration
 from atm_fl.settings import Settings
 from atm_fl.training.evaluation import mean_accuracy
@@ -28,17 +28,18 @@ def progress(settings: Settings, console: Console) -> Iterator[None]:
     stop = threading.Event()
 
     def follow() -> None:
-        printed, warned, begin = -1, 0, time.monotonic()
+        printed, warned, begin, followed = -1, 0, time.monotonic(), Followed(path.parent)
         with console.status("starting") as live:
             while True:
                 last = stop.wait(POLL)
                 if path.exists() and path.stat().st_mtime_ns != already:
-                    lines = list(read_metrics(path.parent))
-                    warnings = [line["text"] for line in lines if line["kind"] == "warning"]
-                    for text in warnings[warned:]:
-                        console.print(f"warning: {text}", highlight=False, markup=False)
-                    warned = len(warnings)
-                    printed = _print_rounds(lines, settings, console, printed, last)
+                    new, lines = followed.look(), followed.lines
+                    if new or last:
+                        warnings = [line["text"] for line in lines if line["kind"] == "warning"]
+                        for text in warnings[warned:]:
+                            console.print(f"warning: {text}", highlight=False, markup=False)
+                        warned = len(warnings)
+                        printed = _print_rounds(lines, settings, console, printed, last)
                     live.update(_under_way(lines, settings, time.monotonic() - begin))
                 if last:
                     return

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -158,10 +158,20 @@ class Record:
             lines[line["kind"], line["round"], line.get("task", "")] = line
             seen |= dict.fromkeys([line["task"]] if "task" in line else line.get("failures", ()))
         names = [name.strip() for name in config["settings"].get("tasks", "").split(",")]
-        tasks = sorted(seen, key=lambda task: names.index(task) if task in names else len(names))
+        places = {name: place for place, name in reversed([*enumerate(names)])}
+        tasks = sorted(seen, key=lambda task: places.get(task, len(names)))
         return cls(config, lines, tuple(tasks))
 
-    @property
+    @cached_property
+    def _by_task(self) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
+        """The lines of each kind and task by round: to look through all of them for every task takes minutes of a
+        thousand."""
+        found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+        for (kind, number, task), line in self.lines.items():
+            found.setdefault((kind, task), {})[number] = line
+        return found
+
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """All settings, with the rounds that were planned; those from before a setting was there have its default."""
         return {**defaults(), **stored(self.config["settings"]), "rounds": self.config["rounds"]}
@@ -186,10 +196,8 @@ class Record:
         """A finite number of one task, or of the merge, by round."""
         values = {
             number: line[key]
-            for (its_kind, number, its_task), line in self.lines.items()
-            if (its_kind, its_task) == (kind, task)
-            and isinstance(line.get(key), (int, float))
-            and math.isfinite(line[key])
+            for number, line in self._by_task.get((kind, task), {}).items()
+            if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])
         }
         return dict(sorted(values.items()))
 
@@ -197,7 +205,7 @@ class Record:
         """The sum of a number over all lines of these kinds."""
         return sum(sum(self.series(kind, key, task).values()) for kind in kinds for task in ("", *self.clients))
 
-    @property
+    @cached_property
     def clients(self) -> tuple[str, ...]:
         """Everyone with a line; in a joint run also "joint"."""
         return tuple({task: None for _, _, task in self.lines if task})
@@ -391,7 +399,9 @@ def _cosines(record: Record) -> Iterable[str]:
     """Pairwise cosines; only rounds with at least two task vectors have any."""
     merges = record.merges().items()
     values = {
-        n: (line["tasks"], np.array(line["cosines"], float)) for n, line in merges if len(line.get("cosines", ())) > 1
+        n: (line.get("cosines_of", line["tasks"]), np.array(line["cosines"], float))
+        for n, line in merges
+        if len(line.get("cosines", ())) > 1
     }
     if not values:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from logging import INFO, WARNING
@@ -104,8 +105,9 @@ def roll_call(grid: Grid, settings: Settings) -> dict[int, str]:
             failures.append(message)
             continue
         holders[task].append(node)
+    asked_for = Counter(settings.client_tasks)
     for task, holding in holders.items():
-        if len(holding) > settings.client_tasks.count(task):
+        if len(holding) > asked_for[task]:
             message = f"nodes {' and '.join(map(str, sorted(holding)))} both hold task {task!r}"
             message += "; tasks names it once for each that should"
             if not skip:

@@ -18,6 +18,7 @@ from atm_fl.privacy.secure_aggregation import (
     UnjoinedShares,
     check_keys,
     check_new,
+    public_keys,
     refused_keys,
     session_of,
     unmask,
@@ -59,11 +60,13 @@ class SecureExchange:
 
     def advertise(self) -> None:
         """Collect the parties' public keys; what no party could use is not passed on."""
+        seen: set[bytes] = set()
         for client, record in self._ask("keys", {client: {} for client in self._nodes}):
             try:
                 check_keys(key := _content(record, "keys", bytes))
-                check_new(key, self._keys.values())
+                check_new(key, seen)
                 self._keys[client] = key
+                seen |= public_keys(key)
             except ValueError as error:
                 self._drop(client, str(error))
 
@@ -98,9 +101,8 @@ class SecureExchange:
                 self._drop(client, str(error))
         for client, why in unshared(self._opened, self._run.settings.threshold).items():
             self._drop(client, why)
-        self.clients = [
-            client for client in self._run.settings.party_names if client in self._opened.keys() - self.failures.keys()
-        ]
+        there = self._opened.keys() - self.failures.keys()
+        self.clients = [client for client in self._run.settings.party_names if client in there]
 
     def unmask(self, words: np.ndarray, summed: list[str]) -> str:
         """Take the masks off the sum of `summed`, in place. Returns who did not help.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -161,8 +162,9 @@ def check(settings: Settings) -> None:
         if epochs < 1 or epochs != round(epochs):
             raise SettingError(f"task-epochs={settings.task_epochs!r}: {task} must have a whole number, 1 or more")
     settings.layer_scalings, settings.uplink, settings.downlink, settings.make_server_optimizer()
+    holders, named = Counter(settings.client_tasks), Counter(settings.party_names)
     for task, name in zip(settings.client_tasks, settings.task_names, strict=True):
-        if (settings.client_tasks.count(task) > 1 and "/" not in name) or settings.party_names.count(task) > 1:
+        if (holders[task] > 1 and "/" not in name) or named[task] > 1:
             raise SettingError(
                 f"tasks={settings.tasks!r} names {task!r} twice; several clients of one task are folders of images, "
                 "as ./pets,./pets"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -287,24 +289,27 @@ class Settings:
         check(settings)
         return settings
 
-    @property
+    @cached_property
     def task_names(self) -> tuple[str, ...]:
         """The parties' tasks in order."""
         return tuple(name.strip() for name in self.tasks.split(","))
 
-    @property
+    @cached_property
     def party_names(self) -> tuple[str, ...]:
         """The clients' names in the run: their tasks', and of several clients of one task the second is pets.2."""
-        held = self.client_tasks
-        counts = (held[:place].count(task) for place, task in enumerate(held))
-        return tuple(f"{task}.{count + 1}" if count else task for task, count in zip(held, counts, strict=True))
+        before: Counter[str] = Counter()
+        names = []
+        for task in self.client_tasks:
+            names.append(f"{task}.{before[task] + 1}" if before[task] else task)
+            before[task] += 1
+        return tuple(names)
 
-    @property
+    @cached_property
     def client_tasks(self) -> tuple[str, ...]:
         """Each client's task: a registered task's own name, a folder's last part."""
         return tuple(name.rstrip("/").rsplit("/", 1)[-1] for name in self.task_names)
 
-    @property
+    @cached_property
     def task_of(self) -> dict[str, str]:
         """Client → task."""
         return dict(zip(self.party_names, self.client_tasks, strict=True))
@@ -332,7 +337,7 @@ class Settings:
         """`task-scaling` as a table."""
         return read_factors("task-scaling", self.task_scaling)
 
-    @property
+    @cached_property
     def epochs_of_tasks(self) -> dict[str, float]:
         """`task-epochs` as a table."""
         return read_factors("task-epochs", self.task_epochs)
@@ -377,7 +382,7 @@ class Settings:
         """Rounds that one epoch is spread over: m for local-epochs = 1/m."""
         return max(1, round(1 / self.local_epochs))
 
-    @property
+    @cached_property
     def participations(self) -> dict[str, tuple[int, float]]:
         """`participation` as a table: task → (first, last) round; the others take part in all."""
         return read_participation(self.participation)
@@ -385,14 +390,7 @@ class Settings:
     def part_taken(self, task: str, round_number: int) -> float:
         """The part of its epochs that `task` tunes in a round: 1, 0 if it takes no part, `replay` when it is past."""
         share = self._planned(task, round_number)
-        return share if share and (self.fraction == 1 or task in self._drawn(round_number)) else 0.0
-
-    def _drawn(self, round_number: int) -> set[str]:
-        """The tasks that are drawn for a round: `fraction` of those whose turn it is, one at least."""
-        planned = [task for task in dict.fromkeys(self.client_tasks) if self._planned(task, round_number)]
-        random = torch.Generator().manual_seed(derive_seed(self.seed, "fraction", round_number))
-        order = torch.randperm(len(planned), generator=random)
-        return {planned[place] for place in order[: max(1, round(self.fraction * len(planned)))]}
+        return share if share and (self.fraction == 1 or task in _drawn(self, round_number)) else 0.0
 
     def _planned(self, task: str, round_number: int) -> float:
         """The same by `participation` alone."""
@@ -458,6 +456,15 @@ class Settings:
     def as_config(self) -> dict[str, Any]:
         """All settings by kebab-case key, as `parse` takes them."""
         return {kebab(name): value for name, value in asdict(self).items()}
+
+
+@lru_cache(maxsize=16)
+def _drawn(settings: Settings, round_number: int) -> set[str]:
+    """The tasks that are drawn for a round: `fraction` of those whose turn it is, one at least."""
+    planned = [task for task in dict.fromkeys(settings.client_tasks) if settings._planned(task, round_number)]
+    random = torch.Generator().manual_seed(derive_seed(settings.seed, "fraction", round_number))
+    order = torch.randperm(len(planned), generator=random).tolist()
+    return {planned[place] for place in order[: max(1, round(settings.fraction * len(planned)))]}
 
 
 def defaults() -> dict[str, Any]:

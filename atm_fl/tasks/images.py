@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def _bytes(file: Path) -> int:
         raise SettingError(f"{file} cannot be read ({error.strerror}); bring the data set again") from error
 
 
+@cache
 def decoder() -> str:
     """What decodes files, as text: what is kept of decoded files is kept under it."""
     return inspect.getsource(pictures) + inspect.getsource(decode)

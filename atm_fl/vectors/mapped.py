@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
+"""MAP_NORESERVE: Linux would refuse a private map of more bytes than the machine has memory, written to or not."""
 
 
 class MappedVectors:
@@ -41,10 +46,13 @@ class MappedVectors:
     def vectors(self) -> dict[str, Tensor]:
         """The vectors by name, in the order of `add`, on the CPU; read from the file when they are looked at."""
         self._file.flush()
+        total = sum(dtype.itemsize * size for dtype, size in self._parts.values())
+        # One map of all: each would hold a file descriptor, of which a process has some thousand. Private, for torch
+        # wants writable memory, and what is written never reaches the file.
+        whole = mmap.mmap(self._file.fileno(), total, flags=mmap.MAP_PRIVATE | NO_RESERVE) if total else b""
         views, offset = {}, 0
         for name, (dtype, size) in self._parts.items():
-            # Mode c: torch wants writable memory, and what is written never reaches the file.
-            views[name] = torch.from_numpy(np.memmap(self._file, dtype, "c", offset, size))
+            views[name] = torch.from_numpy(np.frombuffer(whole, dtype, size, offset) if size else np.empty(0, dtype))
             offset += dtype.itemsize * size
         return views
 
