@@ -27,9 +27,9 @@ class Shrink(Transform):
 
     Gavish and Donoho 2017, "Optimal shrinkage of singular values" (arXiv:1405.7511), for the squared error: of a matrix
     [m, n], m ≤ n, with noise of deviation s, β = m / n, a value y √n s becomes √((y² − β − 1)² − 4 β) / y · √n s, and 0
-    if y ≤ 1 + √β. s² is the median of the squared values over that of Marchenko and Pastur's law, times 1 / n (Gavish and Donoho 2014,
-    arXiv:1305.5870), so that where more than half of the values are zero nothing is taken for noise. Entries that are no
-    matrices stay. It sees the vector alone, which costs no privacy.
+    if y ≤ 1 + √β. n s² is the median of the squared values over that of Marchenko and Pastur's law (Gavish and Donoho
+    2014, arXiv:1305.5870), so that where more than half of the values are zero nothing is taken for noise. Entries that
+    are no matrices stay. It sees the vector alone, which costs no privacy.
     """
 
     def client(self, vector: Tensor, context: Context) -> Tensor:
