@@ -303,7 +303,7 @@ def test_a_broken_file_or_a_name_that_is_taken_is_one_line_and_leaves_nothing(
         ({"model": "smaler"}, "model='smaler' is unknown; did you mean 'smaller'?"),
         ({"merge": "sign-meen"}, "merge='sign-meen' is unknown; did you mean 'sign-mean'?"),
         ({"tasks": "flatt"}, "task 'flatt' is unknown; did you mean 'flat'?"),
-        ({"head": "chance"}, "it takes one of answers, prototypes, linear-probe, zero-shot, random"),
+        ({"head": "chance"}, "it takes one of answers, sentences, prototypes, linear-probe, zero-shot, random"),
         ({"optimizer": "adam"}, "it takes one of adamw, sgd, adagrad"),
         ({"server-optimizer": "lzy"}, "server-optimizer='lzy' is unknown; did you mean 'lazy'?"),
         ({"metric-sinks": "line"}, "metric sink 'line' is unknown; did you mean 'lines'?"),

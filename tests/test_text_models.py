@@ -115,6 +115,7 @@ def test_the_order_of_the_tasks_does_not_matter(folders: dict[str, Path], tmp_pa
         {"secure-aggregation": True, "proportion": 0.0},
         {"gradient-checkpointing": True},
         {"head": "zero-shot"},
+        {"head": "sentences"},
     ],
     ids=str,
 )

@@ -92,6 +92,8 @@ class Scenario:
                 raise SettingError(f"{kebab(name)}={value}: the attacks know one round; leave it out")
         if settings.private:
             raise SettingError(f"private={settings.private!r}: the attacks know whole models alone; leave it out")
+        if settings.head in ("answers", "sentences"):
+            raise SettingError(f"head={settings.head!r}: the attacks know classifiers of features; choose prototypes")
         if settings.transforms:
             raise SettingError(f"transforms={settings.transforms!r}: the attacks know none; leave them out")
         if settings.dp_epsilon:

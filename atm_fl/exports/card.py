@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from atm_fl import tasks
 from atm_fl.errors import printable
 from atm_fl.exports.formats import Format
-from atm_fl.models import Backbone, LanguageModel, TextModel
+from atm_fl.models import Backbone, Clip, LanguageModel, TextModel
 from atm_fl.runs.report import Record
 from atm_fl.settings import defaults
 from atm_fl.tables import markdown
@@ -146,11 +146,16 @@ def _changed(settings: Mapping[str, object]) -> list[tuple[str, object]]:
 def _what(model: Backbone | TextModel) -> str:
     if isinstance(model, LanguageModel):
         return "the tokens of a prompt and of each class's answer, whose probabilities behind a text are compared"
-    return "made of its party's data: logits = scale · normalised features · weightᵀ + bias"
+    return (
+        "logits = scale · normalised features · weightᵀ + bias, made of its party's data (of a head that has sentences "
+        "in place of a weight, their features are it)"
+    )
 
 
 def _pipeline(model: Backbone | TextModel) -> str:
     """What Hugging Face's hub calls the kind of model."""
+    if isinstance(model, Clip):
+        return "zero-shot-image-classification"
     if isinstance(model, LanguageModel):
         return "text-generation"
     return "feature-extraction" if isinstance(model, TextModel) else "image-feature-extraction"

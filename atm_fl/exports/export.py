@@ -18,12 +18,13 @@ from atm_fl.errors import SettingError, did_you_mean
 from atm_fl.exports.card import card
 from atm_fl.exports.formats import FORMATS, Format
 from atm_fl.federation.client_state import ClientState
-from atm_fl.models import KINDS, Backbone, TextModel, load_library_model
+from atm_fl.models import KINDS, Backbone, Clip, TextModel, both_towers, load_library_model
 from atm_fl.models.trainable import set_trainable, shared_and_private
 from atm_fl.runs.checkpoints import rounds_of, whole_checkpoint
 from atm_fl.runs.report import Record
 from atm_fl.runs.start import first_base
 from atm_fl.settings import Settings
+from atm_fl.tasks.texts import token_table
 from atm_fl.vectors import Layout
 from atm_fl.vectors.model_files import checkpoints
 
@@ -179,15 +180,20 @@ def _check(chosen: Format, model: Backbone | TextModel, folder: Path, about: dic
         return
     random = torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        if isinstance(model, Backbone):
+        if isinstance(model, Clip):
+            again = both_towers(read.eval(), model.tokenizer.library)
+            images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8, generator=random)
+            texts = torch.from_numpy(token_table(["a photo of a cat.", "2"], model.tokenizer))
+            expected, got = (torch.cat([each(images), each(texts)]) for each in (model, again))
+        elif isinstance(model, Backbone):
             size = model.image_size
             images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=random)
             pixels = model.normalise(images)
             expected, got = model.vit(pixels), read.eval()(pixels)
         else:
             most = model.network.config.vocab_size + 1
-            texts = [torch.randint(1, most, each.shape, generator=random, dtype=each.dtype) for each in model.example()]
-            expected, got = model(*texts), read.eval()(*texts)
+            given = [torch.randint(1, most, each.shape, generator=random, dtype=each.dtype) for each in model.example()]
+            expected, got = model(*given), read.eval()(*given)
     scale = float(expected.abs().max())
     if expected.shape != got.shape or not torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * scale):
         raise SettingError(

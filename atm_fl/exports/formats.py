@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from atm_fl.errors import SettingError
-from atm_fl.models import Backbone, TextModel, load_image_backbone, load_library_model, load_weights
+from atm_fl.models import Backbone, Clip, TextModel, load_image_backbone, load_library_model, load_weights
 from atm_fl.models.hubs import load_clip
 from atm_fl.models.loading import is_path
 from atm_fl.models.texts import CausalModel, load_text_model
@@ -43,7 +43,7 @@ class Format(ABC):
 
     def read(self, folder: Path, about: dict[str, Any]) -> nn.Module | None:
         """The module by the library's loader: of a `Backbone` normalised pixels [n, 3, s, s] → features [n, d], of a
-        `TextModel` another. None if there is no loader.
+        `Clip` open_clip's whole, of a `TextModel` another. None if there is no loader.
 
         about: what atm-fl.json says.
         """
@@ -164,7 +164,7 @@ def _channels(values: Tensor) -> list[float]:
 
 @export_format("open_clip")
 class OpenClip(Format):
-    """The whole CLIP with this image tower: `open_clip.create_model("local-dir:FOLDER")`."""
+    """The whole CLIP with this image tower, or with these towers: `open_clip.create_model("local-dir:FOLDER")`."""
 
     library = "open_clip"
     loads = (
@@ -177,13 +177,14 @@ class OpenClip(Format):
         import open_clip
 
         model = _of_images(model, settings, "open_clip")
-        if not settings.model.startswith("open_clip/"):
+        if not settings.model.startswith(("open_clip/", "clip/")):
             raise SettingError(f"to='open_clip': model={settings.model!r} is no CLIP; choose another format")
-        name = settings.model.removeprefix("open_clip/")
-        clip = load_clip(name, settings.weights)
-        if is_path(settings.weights):
-            load_weights(clip, settings.weights)
-        clip.visual.load_state_dict(model.vit.state_dict())
+        name = settings.model.partition("/")[2]
+        clip = model.vit if isinstance(model, Clip) else load_clip(name, settings.weights)
+        if not isinstance(model, Clip):
+            if is_path(settings.weights):
+                load_weights(clip, settings.weights)
+            clip.visual.load_state_dict(model.vit.state_dict())
         quick = {"quick_gelu": True} if _quick(clip.visual) else {}
         config = {
             "model_cfg": open_clip.get_model_config(name) | quick,
@@ -196,7 +197,8 @@ class OpenClip(Format):
     def read(self, folder: Path, about: dict[str, Any]) -> nn.Module:
         import open_clip
 
-        return open_clip.create_model(f"local-dir:{folder.resolve()}").visual
+        clip = open_clip.create_model(f"local-dir:{folder.resolve()}")
+        return clip if about["model"].startswith("clip/") else clip.visual
 
 
 def _quick(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from atm_fl.errors import SettingError
 from atm_fl.exports.export import ABOUT, HEADS, read_heads
 from atm_fl.exports.formats import FORMATS
-from atm_fl.models import EVALUATION_BATCH, Backbone, TaskHead, TextModel, restored
+from atm_fl.models import EVALUATION_BATCH, Backbone, Clip, TaskHead, TextModel, both_towers, restored
 from atm_fl.tasks.images import decode
 from atm_fl.tasks.texts import token_table
 
@@ -52,9 +52,13 @@ class Predictor:
         module = FORMATS.find(about["format"], f"format={about['format']!r}")().read(folder, about)
         if module is None:
             raise SettingError(f"{folder} is a {about['format']}, no model; export the run as another format")
+        from open_clip import get_tokenizer
+
         self.model: Backbone | TextModel
         if isinstance(module, TextModel):
             self.model = module.eval()
+        elif about["model"].startswith("clip/"):
+            self.model = both_towers(module, get_tokenizer(about["model"].removeprefix("clip/"))).eval()
         else:
             scale = [tuple(value / 255 for value in about[name]) for name in ("mean", "std")]
             self.model = Backbone(module, about["image_size"], *scale).eval()
@@ -88,7 +92,7 @@ class Predictor:
 
     def _texts(self, texts: list[str]) -> Tensor:
         """int32 [k, l]."""
-        if not isinstance(self.model, TextModel):
+        if not isinstance(self.model, TextModel | Clip):
             raise SettingError(f"--text {texts[0]!r}: the model reads pictures and no texts; name files")
         return torch.from_numpy(token_table(texts, self.model.tokenizer))
 

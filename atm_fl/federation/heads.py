@@ -13,14 +13,14 @@ from torch import Tensor
 from atm_fl import models, tasks
 from atm_fl.federation.shared_model import SharedModel
 from atm_fl.files import atomic_write
-from atm_fl.models.heads import answers_head, described
+from atm_fl.models.heads import answers_head, described, sentences_head
 from atm_fl.models.hubs import zero_shot
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Dataset
 from atm_fl.tasks.images import decoder
 
-MAKERS = (models.prototypes, models.linear_probe, zero_shot, described, answers_head)
+MAKERS = (models.prototypes, models.linear_probe, zero_shot, described, answers_head, sentences_head)
 
 
 @cache

@@ -10,8 +10,8 @@ To add a model, register a function that returns an `Encoder`::
     @backbone("my_vit")
     def my_vit() -> Encoder: ...
 
-Those of open_clip, timm and transformers go by their own names: see hubs.py and texts.py. A function of an installed
-package goes by its path: see imported.py.
+Those of open_clip, timm and transformers go by their own names: see hubs.py, clip.py and texts.py. A function of an
+installed package goes by its path: see imported.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from atm_fl.errors import SettingError, did_you_mean
-from atm_fl.models import hubs, texts  # noqa: F401 (they register open_clip and timm, and transformers)
+from atm_fl.models import clip, hubs, texts  # noqa: F401 (they register the libraries' models)
 from atm_fl.models.backbones import (
     BACKBONES,
     EVALUATION_BATCH,
@@ -40,6 +40,7 @@ from atm_fl.models.backbones import (
     vit,
     vit_micro,
 )
+from atm_fl.models.clip import Clip, both_towers
 from atm_fl.models.heads import (
     HEADS,
     KINDS,
@@ -48,6 +49,7 @@ from atm_fl.models.heads import (
     Head,
     HeadSource,
     MakeHead,
+    Sentences,
     TaskHead,
     features,
     head,
@@ -71,15 +73,18 @@ __all__ = [
     "PRECISIONS",
     "Answers",
     "Backbone",
+    "Clip",
     "Encoder",
     "Head",
     "HeadSource",
     "LanguageModel",
     "MakeHead",
+    "Sentences",
     "TaskHead",
     "TextModel",
     "backbone",
     "backbones",
+    "both_towers",
     "check_backbone",
     "dinov2",
     "dinov2_s6",

@@ -1,7 +1,7 @@
 """Heads: what makes a model's output a task's classes. Each is made once, from the pretrained model, and is frozen.
 
 A `TaskHead` says how probable each class is (`logits`) and what is learned from (`loss`). `Head` is a classifier of
-features; `Answers` asks a language model for the classes' names.
+features, `Sentences` lets the model read the classes' names anew, `Answers` asks a language model for them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from atm_fl.errors import SettingError
 from atm_fl.models.backbones import EVALUATION_BATCH, Encoder, LanguageModel
 from atm_fl.plugins import Registry
 from atm_fl.tasks import Split, Tokenizer
-from atm_fl.tasks.texts import appended, tokenise
+from atm_fl.tasks.texts import appended, token_table, tokenise
 
 LOGIT_SCALE = 20.0
 """Fixed scale of the cosine logits; CLIP's learned one is 100, for features that lie closer together."""
@@ -104,7 +104,31 @@ class Answers(TaskHead):
         return appended(texts, self.prompt.expand(len(texts), -1))
 
 
-KINDS = (Head, Answers)
+class Sentences(TaskHead):
+    """Each class's sentence, read anew by the model in every pass: what reads them learns too.
+
+    logits = scale · cosine of the features of the inputs and of the sentences, int32 [classes, l], as texts are.
+    """
+
+    parts = ("sentences", "scale")
+    sentences: Tensor
+
+    def __init__(self, sentences: Tensor, scale: float | Tensor = LOGIT_SCALE) -> None:
+        super().__init__()
+        self.scale = float(scale)
+        self.register_buffer("sentences", sentences)
+
+    def state(self) -> dict[str, Tensor]:
+        """The arguments that make this head again; the scale is float64, as Python's numbers are."""
+        return super().state() | {"scale": torch.tensor(self.scale, dtype=torch.float64)}
+
+    def logits(self, model: Model, inputs: Tensor) -> Tensor:
+        """Two passes: of the inputs, and of all classes' sentences."""
+        weight = functional.normalize(model(self.sentences), dim=-1)
+        return self.scale * functional.linear(functional.normalize(model(inputs), dim=-1), weight)
+
+
+KINDS = (Head, Answers, Sentences)
 
 
 def restored(state: Mapping[str, Tensor]) -> TaskHead:
@@ -182,7 +206,7 @@ def described(model: Encoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[s
     """A head whose weights are the normalised means of the normalised features of each class's sentences."""
     weights = [functional.normalize(model(tokenise(texts, tokenizer)).cpu(), dim=-1).mean(0) for texts in prompts]
     weight = functional.normalize(torch.stack(weights), dim=-1)
-    return Head(weight, torch.zeros(len(weight)))
+    return Head(weight, torch.zeros(len(weight)), getattr(model, "logit_scale", LOGIT_SCALE))
 
 
 @head("answers")
@@ -195,15 +219,28 @@ def answers_head(source: HeadSource) -> Answers:
     model: LanguageModel = source.backbone
     answers = model.answers([sentences[0] for sentences in source.prompts])
     common = int((answers == answers[0]).all(0).long().cumprod(0).sum())
-    for number, answer in enumerate(answers):
-        length = int((answer > 0).sum())
-        same = (answers[:, :length] == answer[:length]).all(1).nonzero()[:, 0].tolist()
+    _told_apart(answers, source.classes, "answers")
+    return Answers(answers[0, :common], answers[:, common:])
+
+
+@head("sentences")
+def sentences_head(source: HeadSource) -> Sentences:
+    """Each class's first sentence, read anew by the model that is tuned. SettingError if two classes' are one to it."""
+    sentences = torch.from_numpy(token_table([each[0] for each in source.prompts], source.backbone.tokenizer))
+    _told_apart(sentences, source.classes, "sentences")
+    return Sentences(sentences, getattr(source.backbone, "logit_scale", LOGIT_SCALE))
+
+
+def _told_apart(rows: Tensor, classes: Sequence[str], head: str) -> None:
+    """SettingError if the tokens of a class, int32 [classes, l], are those that another's begin with."""
+    for number, row in enumerate(rows):
+        length = int((row > 0).sum())
+        same = (rows[:, :length] == row[:length]).all(1).nonzero()[:, 0].tolist()
         if other := [place for place in same if place != number]:
             raise SettingError(
-                f"head='answers': the model's tokens of class {source.classes[number]!r} begin those of "
-                f"{source.classes[other[0]]!r}; give the classes other words in task.toml"
+                f"head={head!r}: the model's tokens of class {classes[number]!r} begin those of "
+                f"{classes[other[0]]!r}; give the classes other words in task.toml"
             )
-    return Answers(answers[0, :common], answers[:, common:])
 
 
 @head("prototypes")

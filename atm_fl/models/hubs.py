@@ -21,16 +21,16 @@ from atm_fl.models.loading import is_path, load_weights
 RANDOM, PRETRAINED = "random", "pretrained"
 
 
-def clip_weights(name: str, weights: str) -> str | None:
+def clip_weights(name: str, weights: str, library: str = "open_clip") -> str | None:
     """What open_clip takes as `pretrained`: a tag, or None for random weights and those of a file, which we read.
 
-    SettingError if open_clip has no model `name`, or no weights `weights` for it.
+    library: what errors call it. SettingError if open_clip has no model `name`, or no weights `weights` for it.
     """
     import open_clip
 
     known = open_clip.list_models()
     if name not in known:
-        raise SettingError(f"model='open_clip/{name}' is unknown{did_you_mean(name, known)}")
+        raise SettingError(f"model='{library}/{name}' is unknown{did_you_mean(name, known)}")
     if weights == RANDOM or is_path(weights):
         return None
     tags = open_clip.list_pretrained_tags_by_model(name)

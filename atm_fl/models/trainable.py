@@ -87,7 +87,12 @@ def shared_and_private(module: nn.Module, private: str) -> tuple[Layout, Layout]
 def named_entries(module: nn.Module, setting: str, text: str, among: frozenset[str] | None = None) -> frozenset[str]:
     """The entries of a backbone that a list names, of those in `among` or of all. SettingError, naming the setting, if
     an item names none of them, or more blocks than there are."""
-    shapes = {name: p.dim() for name, p in module.named_parameters() if among is None or name in among}
+    untuned: frozenset[str] = getattr(module, "untuned", frozenset())
+    shapes = {
+        name: p.dim()
+        for name, p in module.named_parameters()
+        if (among is None or name in among) and name not in untuned
+    }
     level, depth = levels(module)
     attention = tuple(f"{name}." for name, part in module.named_modules() if type(part).__name__.endswith("Attention"))
 
@@ -120,8 +125,11 @@ def levels(module: nn.Module) -> tuple[dict[str, int], int]:
 
     Blocks are those that timm groups the entries of a model of its own in (`group_matcher`). In a ViT, and in a model
     of anyone else, they are the members of the outermost lists and sequences whose members are all of one class, in the
-    order of the module; what lies between two belongs to the one after it.
+    order of the module; what lies between two belongs to the one after it. A model that has `levels` says so itself.
     """
+    own: Any = getattr(module, "levels", None)
+    if own:
+        return own()
     for prefix, part in module.named_modules():
         if hasattr(part, "group_matcher") and not isinstance(part, VisionTransformer):
             return _timm_levels(module, prefix, part)

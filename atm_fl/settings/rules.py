@@ -33,7 +33,7 @@ OF_DEPLOYMENT = {"codec-up": "int4", "codec-down": "int4"}
 NEEDS: dict[str, tuple[str, Callable[[Settings], bool]]] = {
     "lora_rank": ("trainable='lora'", lambda run: run.trainable == "lora"),
     "lora_alpha": ("trainable='lora'", lambda run: run.trainable == "lora"),
-    "shots": ("head='prototypes'", lambda run: run.head not in ("linear-probe", "zero-shot", "answers")),
+    "shots": ("head='prototypes'", lambda run: run.head not in ("linear-probe", "zero-shot", "answers", "sentences")),
     "holdout": ("split='validation'", lambda run: run.split == "validation"),
     "replay": (
         "a participation that ends, as participation='mnist=1-5'",
@@ -145,7 +145,9 @@ def check(settings: Settings) -> None:
         raise SettingError(f"device={settings.device!r} is no device; it takes auto, cpu, cuda, cuda:1, …") from None
     models.check_backbone(settings.model, settings.weights)
     check_trainable(settings.trainable, settings.private)
-    if settings.head == "zero-shot" and not settings.model.startswith(("open_clip/", "transformers/", "minilm")):
+    if settings.head == "zero-shot" and not settings.model.startswith(
+        ("open_clip/", "clip/", "transformers/", "minilm")
+    ):
         raise SettingError(
             f"head='zero-shot': model={settings.model!r} has no text tower; choose prototypes or an open_clip model"
         )
@@ -297,6 +299,11 @@ def check_model(settings: Settings, module: nn.Module) -> None:
         fix = "choose head='answers'" if says else "choose another head, or a language model as causal-lm/NAME"
         gives = "answers and no features" if says else "features and no answers"
         raise SettingError(f"head={settings.head!r}: model={settings.model!r} gives {gives}; {fix}")
+    if settings.head == "sentences" and not hasattr(module, "tokenizer"):
+        raise SettingError(
+            f"head='sentences': model={settings.model!r} reads no sentences; choose both towers, model='clip/…', a "
+            "model of texts, or another head"
+        )
     needs = {
         "precision": "precision",
         "channels_last": "channels_last",

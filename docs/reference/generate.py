@@ -113,7 +113,7 @@ def task_page() -> None:
 
 
 NAMED: tuple[tuple[str, str, Registry[Any]], ...] = (
-    ("Models", "`model`; `timm/…`, `open_clip/…`, `transformers/…` and `causal-lm/…` are models too", BACKBONES),
+    ("Models", "`model`; `timm/…`, `open_clip/…`, `clip/…`, `transformers/…`, `causal-lm/…` are models too", BACKBONES),
     ("Heads", "`head`", HEADS),
     ("Optimizers of the clients", "`optimizer`", OPTIMIZERS),
     ("Transforms", "`transforms`; none comes with atm-fl: [a file of your own](../plugins.md) adds one", TRANSFORMS),
