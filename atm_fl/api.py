@@ -16,7 +16,7 @@ from atm_fl.options import read_choice
 from atm_fl.runs.comparison import write_comparison
 from atm_fl.runs.directory import swept_if_failed
 from atm_fl.runs.metrics import read_metrics
-from atm_fl.runs.report import Record, best_round, result_text, write_report
+from atm_fl.runs.report import Record, result_text, write_report
 from atm_fl.settings import Settings, defaults, read_toml
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Result:
     @property
     def best_round(self) -> int | None:
         """The round of the highest mean validation accuracy; None if fewer than two were measured."""
-        return best_round(self._record.means("validation"))
+        return self._record.best_round("validation")
 
     @property
     def epsilon(self) -> dict[str, float]:

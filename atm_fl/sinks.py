@@ -42,10 +42,12 @@ class TensorBoard(Sink):
     def started(self, directory: Path, settings: Mapping[str, Any], rounds_done: int) -> None:
         self._directory, self._first = directory, rounds_done + 1
         self._writer: Any = None
-        self._clients = len(str(settings["tasks"]).split(","))
+        self._clients = len([name for name in str(settings["tasks"]).split(",") if name.strip() != "*"])
         self._accuracies: dict[tuple[str, int], dict[str, float]] = {}
 
     def line(self, line: Mapping[str, Any]) -> None:
+        if line["kind"] == "membership":
+            self._clients += -1 if line["event"] == "is away" else 1
         for name, value in numbers(line).items():
             self._add(name, value, line["round"])
         for split in ("validation", "test") if line["kind"] == "evaluation" else ():

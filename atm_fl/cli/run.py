@@ -92,7 +92,9 @@ def run(
             from atm_fl.clients.app import app as client_app
             from atm_fl.server.app import logs_to, serve
             from atm_fl.server.grid import InProcessGrid
+            from atm_fl.settings import check_closed
 
+            check_closed(settings)
             with logs_to(Path(settings.run_dir) / "flower.log"):
                 serve(InProcessGrid(client_app, len(settings.task_names), settings.as_config()), settings)
         else:

@@ -12,7 +12,7 @@ from atm_fl.federation.server_round import ServerRound
 from atm_fl.runs.directory import told_if_full
 from atm_fl.runs.report import write_report
 from atm_fl.runs.run import Run
-from atm_fl.settings import Settings, defaults, kebab
+from atm_fl.settings import Settings, check_closed, defaults, kebab
 
 OF_FLOWER = ("on_failure", "node_timeout", "round_timeout", "max_update_norm", "secure_threshold")
 """Settings without effect in a plain loop, which has one process and no messages: nobody is late or fails alone."""
@@ -50,6 +50,7 @@ def run_loop(
     parties: those of the settings by default; an experiment may hand over others, in whatever order they are to act.
     after_round: is called after each round; the run ends when it returns True.
     """
+    check_closed(settings)
     with told_if_full(Path(settings.run_dir)), closing(Run(settings)) as run:
         parties = parties or parties_of(settings)
         stopped = False

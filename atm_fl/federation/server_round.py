@@ -53,9 +53,13 @@ class ServerRound:
 
     def _record(self, client: str, update: Update, costs: dict[str, float]) -> None:
         self.recorded.add(client)
+        tuning, settings = update.tuning, self.run.settings
+        if self.number == settings.participations.get(settings.task_of[client], (1, 0))[0]:
+            # Who joined an open run does not know that this is its first round, before which nothing could be lost.
+            tuning = {name: value for name, value in tuning.items() if not name.endswith("_lost")}
         if update.evaluation:
             self.run.record("evaluation", self.number - 1, task=client, **update.evaluation)
-        self.run.record("tuning", self.number, task=client, **update.tuning, **costs)
+        self.run.record("tuning", self.number, task=client, **tuning, **costs)
         budget, spent = self.run.settings.dp_epsilon, update.tuning.get("epsilon", 0.0)
         if budget and spent > budget:
             self.run.record("warning", self.number, text=f"{client}: its ε is {spent:.3f}, over dp-epsilon={budget:g}")

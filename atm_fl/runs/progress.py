@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from atm_fl.runs.membership import Membership, told
 from atm_fl.runs.metrics import Followed
 from atm_fl.runs.report import duration
 from atm_fl.settings import Settings
@@ -28,7 +29,7 @@ def progress(settings: Settings, console: Console) -> Iterator[None]:
     stop = threading.Event()
 
     def follow() -> None:
-        printed, warned, begin, followed = -1, 0, time.monotonic(), Followed(path.parent)
+        printed, warned, met, begin, followed = -1, 0, 0, time.monotonic(), Followed(path.parent)
         with console.status("starting") as live:
             while True:
                 last = stop.wait(POLL)
@@ -39,6 +40,10 @@ def progress(settings: Settings, console: Console) -> Iterator[None]:
                         for text in warnings[warned:]:
                             console.print(f"warning: {text}", highlight=False, markup=False)
                         warned = len(warnings)
+                        members = [told(line) for line in lines if line["kind"] == "membership"]
+                        for text in members[met:]:
+                            console.print(text, highlight=False, markup=False)
+                        met = len(members)
                         printed = _print_rounds(lines, settings, console, printed, last)
                     live.update(_under_way(lines, settings, time.monotonic() - begin))
                 if last:
@@ -101,7 +106,9 @@ def _under_way(lines: list[dict[str, Any]], settings: Settings, elapsed: float) 
     if done == settings.rounds:
         return "final evaluation"
     tuned = [line["task"] for line in lines if line["kind"] == "tuning" and line["round"] == done + 1]
-    text = f"round {done + 1}/{settings.rounds}: {len(tuned)} of {len(settings.task_names)} tasks"
+    membership = Membership.of(lines)
+    members = len(settings.task_names) + len(membership.joined) - len(membership.away)
+    text = f"round {done + 1}/{settings.rounds}: {len(tuned)} of {members} tasks"
     if left := _time_left(finished, settings, done):
         text += f", about {duration(left)} left"
     return f"{text} ({elapsed:.0f} s)"

@@ -28,10 +28,13 @@ from rich.table import Table
 from atm_fl.errors import RunError
 from atm_fl.files import atomic_write
 from atm_fl.runs import pages
+from atm_fl.runs.membership import Membership, told
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.pages import Series
 from atm_fl.runs.references import find_references
-from atm_fl.settings import defaults, stored
+from atm_fl.runs.validation import ValidationCurve
+from atm_fl.settings import defaults, stored, with_task
+from atm_fl.tasks import TASKS
 
 COLUMNS = 8
 """At most so many evaluated rounds in a table."""
@@ -112,7 +115,7 @@ def print_table(directory: Path) -> None:
 def best_text(record: Record, directory: Path) -> str:
     """The best round on validation and where its model is; empty if fewer than two rounds were measured."""
     means = record.means("validation")
-    best = best_round(means)
+    best = record.best_round("validation")
     if best is None:
         return ""
     file = directory / "checkpoint" / f"round-{best:05d}.safetensors"
@@ -173,8 +176,20 @@ class Record:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """All settings, with the rounds that were planned; those from before a setting was there have its default."""
-        return {**defaults(), **stored(self.config["settings"]), "rounds": self.config["rounds"]}
+        """All settings, with the rounds that were planned; those from before a setting was there have its default.
+
+        Of an open run, with the tasks that have joined.
+        """
+        values = {**defaults(), **stored(self.config["settings"]), "rounds": self.config["rounds"]}
+        for task, first in self.membership.joined.items():
+            named = with_task(values["tasks"], values["participation"], task, first, task in TASKS)
+            values["tasks"], values["participation"] = named
+        return values
+
+    @cached_property
+    def membership(self) -> Membership:
+        """Who has joined an open run, and who is away."""
+        return Membership.of(self.lines.values())
 
     @property
     def rounds_done(self) -> int:
@@ -247,6 +262,18 @@ class Record:
     def means(self, split: str) -> Series:
         """Accuracy in percent, the mean over the tasks that were measured, by round."""
         return {n: 100 * value for n, value in _over_tasks(fmean, self.by_task("evaluation", split)).items()}
+
+    def best_round(self, split: str) -> int | None:
+        """The first round of the highest mean; None where fewer than two were measured.
+
+        Of an open run, by those that are in it now, since the last one joined: as its checkpoints are kept.
+        """
+        curve = ValidationCurve(self.membership)
+        for task, series in self.by_task("evaluation", split).items():
+            for number, value in series.items():
+                curve.note({"kind": "evaluation", "round": number, "task": task, "validation": value})
+        means = curve.means()
+        return max(means, key=means.__getitem__) if len(means) > 1 else None
 
     def last_accuracies(self, split: str) -> tuple[int, dict[str, float]]:
         """(The last evaluated round, each task's accuracy in percent then); (0, {}) if there is none."""
@@ -336,6 +363,9 @@ def _result(record: Record, references: Mapping[str, Mapping[str, float]]) -> It
     for split in measured:
         table = _accuracy_table(record, split)
         yield pages.table(table.headings, table.cells(), table.caption, "numbers total")
+    members = [told(line) for (kind, *_), line in sorted(record.lines.items()) if kind == "membership"]
+    if members:
+        yield f"<p>{escape('; '.join(members))}.</p>"
 
 
 def result_text(record: Record, references: Mapping[str, Mapping[str, float]] | None = None) -> str:
@@ -356,7 +386,7 @@ def result_text(record: Record, references: Mapping[str, Mapping[str, float]] | 
     worst = min(accuracies, key=accuracies.__getitem__)
     text += f"; the worst task is {worst} with {accuracies[worst]:.1f} %" if len(accuracies) > 1 else ""
     validation = record.means("validation")
-    best = best_round(validation)
+    best = record.best_round("validation")
     if best is not None:
         text += f". Best round on validation: {best} ({validation[best]:.1f} %)"
     return f"{text}."
@@ -365,11 +395,6 @@ def result_text(record: Record, references: Mapping[str, Mapping[str, float]] | 
 def start_name(record: Record) -> str:
     """What the model before the first round is called."""
     return "pretrained" if record.settings["start"] == "pretrained" else "start"
-
-
-def best_round(means: Series) -> int | None:
-    """The first round of the highest mean; None where fewer than two were measured."""
-    return max(means, key=means.__getitem__) if len(means) > 1 else None
 
 
 def _levels(record: Record, split: str, references: Mapping[str, float]) -> dict[str, float]:
@@ -502,7 +527,7 @@ def _draw_split(record: Record, split: str, references: Mapping[str, float]) -> 
     percent = {task: {n: 100 * value for n, value in series.items()} for task, series in tasks.items()}
     means = record.means(split)
     levels = _levels(record, split, references)
-    return pages.draw_curves(percent, {"mean": means}, f"{split} accuracy %", levels, best_round(means))
+    return pages.draw_curves(percent, {"mean": means}, f"{split} accuracy %", levels, record.best_round(split))
 
 
 def _draw_range(apart: Mapping[int, np.ndarray]) -> Figure:

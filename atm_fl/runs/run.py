@@ -33,6 +33,7 @@ from atm_fl.models.trainable import set_trainable, shared_and_private
 from atm_fl.runs.checkpoints import checkpoints, load_checkpoint, rounds_of, save_checkpoint
 from atm_fl.runs.directory import check_run_dir, lock, noted_plugins
 from atm_fl.runs.downlink import Downlink
+from atm_fl.runs.membership import AWAY, JOINED, Membership
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.start import first_base
 from atm_fl.runs.validation import ValidationCurve
@@ -50,6 +51,7 @@ class Run:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        """Of an open run, with the tasks that have joined."""
         self.directory = Path(settings.run_dir)
         check_run_dir(settings)
         backbone = load_backbone(settings.model, settings.weights)
@@ -79,7 +81,8 @@ class Run:
         """Of the base."""
         self.id = self._known_id() or secrets.token_hex(8)
         """Of this run and no other, kept when it is resumed: clients keep files under it."""
-        self._validation = ValidationCurve()
+        self.membership = Membership()
+        self._validation = ValidationCurve(self.membership)
         self.usual_norm = 0.0
         """The largest of the past rounds' median norms of task vectors."""
         self._write_config()
@@ -89,6 +92,9 @@ class Run:
         self._sinks = [SINKS[name]() for name in settings.sinks]
         for sink in self._sinks:
             sink.started(self.directory, settings.as_config(), self.rounds_done)
+        for client in sorted(self.membership.away):
+            for sink in self._sinks:
+                sink.line({"kind": "membership", "round": self.rounds_done, "task": client, "event": AWAY, "time": 0.0})
         for text in warnings:
             self.record("warning", self.rounds_done, text=text)
 
@@ -100,15 +106,23 @@ class Run:
         bytes_down; residual_lost=1, optimizer_lost=1, buffers_lost=1, private_lost=1 or tuned_from_lost=1 if a client
         began without what its last round had left; with DP-SGD epsilon, epsilon_rdp, noise); "merge" (norm, tasks,
         cosines unless secure-aggregation, and of more than 64 tasks cosines_of, whose they are; seconds_merge, seconds,
-        failures; with secure-aggregation seconds_secure, with dp-client-noise epsilon); "warning" (text); "stop" (text)
-        if a run ends before its last round. Bytes are those of the arrays that travel, or in a plain loop would.
+        failures; with secure-aggregation seconds_secure, with dp-client-noise epsilon); "membership" (task, event: see
+        `runs.membership`) of an open run; "warning" (text); "stop" (text) if a run ends before its last round. Bytes
+        are those of the arrays that travel, or in a plain loop would.
         """
         line = {"kind": kind, "round": round_number, **values, "time": round(time.time() - self._begin, 3)}
         with open(self.directory / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         self._validation.note(line)
+        self.membership.note(line)
         for sink in self._sinks:
             sink.line(line)
+
+    def member(self, client: str, event: str) -> None:
+        """Record that of an open run a party has JOINED, or is AWAY or BACK, from the coming round on."""
+        self.record("membership", self.rounds_done + 1, task=client, event=event)
+        if event == JOINED:
+            self.settings = self.settings.joined(client, self.rounds_done + 1)
 
     def advance(self, merged: Tensor, buffers: Tensor | None = None) -> None:
         """End a round: base ← base + what the server optimizer makes of `merged`, float32 [n], which may be changed.
@@ -210,6 +224,9 @@ class Run:
         self.usual_norm = max((norm for norm in norms if isinstance(norm, float)), default=0.0)
         for line in kept:
             self._validation.note(line)
+            self.membership.note(line)
+        for task, first in self.membership.joined.items():
+            self.settings = self.settings.joined(task, first)
         with atomic_write(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 

@@ -6,6 +6,8 @@ from collections.abc import Collection
 from statistics import fmean, median
 from typing import Any
 
+from atm_fl.runs.membership import Membership
+
 COLLAPSE = 0.1
 """Accuracy that a base has lost to the best one when it is said to have collapsed."""
 
@@ -13,7 +15,10 @@ COLLAPSE = 0.1
 class ValidationCurve:
     """The bases' validation accuracies, in 0..1, by rounds done and client, out of the lines of metrics.jsonl."""
 
-    def __init__(self) -> None:
+    def __init__(self, membership: Membership | None = None) -> None:
+        """membership: of an open run. Bases are then compared by those that are in it now, since the last has joined:
+        a new task's first accuracies say nothing about the rounds before."""
+        self._membership = membership or Membership()
         self._by_round: dict[int, dict[str, float]] = {}
 
     def note(self, line: dict[str, Any]) -> None:
@@ -28,25 +33,37 @@ class ValidationCurve:
 
         Of equals the first by the mean, the last by the median; none if nothing is known.
         """
-        measured = {n: list(of_task.values()) for n, of_task in sorted(self._by_round.items()) if n in rounds}
+        measured = {n: values for n, values in self._measured().items() if n in rounds}
         if not measured:
             return set()
         means = {n: fmean(values) for n, values in measured.items()}
         return {_first_best(means), max(measured, key=lambda n: (median(measured[n]), n))}
 
+    def means(self) -> dict[int, float]:
+        """The tasks' mean by round, of the rounds that are compared."""
+        return {n: fmean(values) for n, values in self._measured().items()}
+
+    def _measured(self) -> dict[int, list[float]]:
+        here = {
+            n: [value for task, value in of_task.items() if task not in self._membership.away]
+            for n, of_task in sorted(self._by_round.items())
+            if n >= self._membership.settled
+        }
+        return {n: values for n, values in here.items() if values}
+
     def rounds_since_best(self) -> int:
         """How many rounds the last base that was measured is after the best one, by the tasks' mean."""
-        means = {n: fmean(of_task.values()) for n, of_task in sorted(self._by_round.items())}
+        means = self.means()
         return max(means) - _first_best(means) if means else 0
 
     def collapse(self, done: int) -> str:
         """A warning if the base after `done` rounds has just fallen below the first one and COLLAPSE below the best,
-        by the tasks that measured it; empty if it has not."""
-        now = self._by_round.get(done, {})
+        by the tasks that measured it and the first one; empty if it has not."""
+        now = self._by_round.get(done, {}).keys() & self._by_round.get(0, {}).keys()
         means = {
             n: fmean(of_task[task] for task in now)
             for n, of_task in sorted(self._by_round.items())
-            if now and now.keys() <= of_task.keys()
+            if now and now <= of_task.keys()
         }
         if not {0, done} <= means.keys():
             return ""

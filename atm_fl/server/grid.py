@@ -57,18 +57,34 @@ class StreamingGrid(Grid):
         An error that the SuperLink itself reports gets the silent node's id as its source. A SuperNode that starts anew
         has forgotten its message, which nobody would report: it gets an error NODE_UNAVAILABLE.
         """
+        lives = self._lives()
+        waiting = self.ask(messages)
+        del messages
+        unwanted = Event()
+        replies = self._replies(waiting, lives, timeout, unwanted)
+        if isinstance(self.grid, InProcessGrid):  # to fetch a reply is a client's whole work there
+            return replies
+        return _fetched_ahead(replies, unwanted)
+
+    def ask(self, messages: Iterable[Message]) -> dict[str, int]:
+        """Push messages whose replies `answers` looks for; the node of each message, by the message's id."""
         sent = list(messages)
         for message in sent:
             message.metadata.ttl *= 1 - CHANCE.random() / 1000  # so that nobody foresees its id, by which objects go
         nodes = [message.metadata.dst_node_id for message in sent]
-        lives = self._lives()
-        ids = list(self.grid.push_messages(sent))
-        del sent, messages
-        unwanted = Event()
-        replies = self._replies(dict(zip(ids, nodes, strict=True)), lives, timeout, unwanted)
-        if isinstance(self.grid, InProcessGrid):  # to fetch a reply is a client's whole work there
-            return replies
-        return _fetched_ahead(replies, unwanted)
+        return dict(zip(self.grid.push_messages(sent), nodes, strict=True))
+
+    def answers(self, waiting: dict[str, int]) -> Iterator[Message]:
+        """The replies that are here now, without waiting for any; their messages are taken out of `waiting`."""
+        for message_id, node in list(waiting.items()):
+            reply = self._pulled(message_id, node)
+            if reply:
+                del waiting[message_id]
+                for another in reply[1:]:  # one message has one reply
+                    boundary.forget(another)
+                del reply[1:]
+                reply[0].metadata.__dict__["_src_node_id"] = node
+                yield reply.pop()
 
     def _replies(
         self, waiting: dict[str, int], lives: dict[int, str], timeout: float | None, unwanted: Event
@@ -84,15 +100,7 @@ class StreamingGrid(Grid):
     ) -> Iterator[Message]:
         begin = looked = time.monotonic()
         while waiting and not unwanted.is_set():
-            for message_id, node in list(waiting.items()):
-                reply = self._pulled(message_id, node)
-                if reply:
-                    del waiting[message_id]
-                    for another in reply[1:]:  # one message has one reply
-                        boundary.forget(another)
-                    del reply[1:]
-                    reply[0].metadata.__dict__["_src_node_id"] = node
-                    yield reply.pop()
+            yield from self.answers(waiting)
             waited = time.monotonic() - begin
             if timeout is not None and waited > timeout:
                 return

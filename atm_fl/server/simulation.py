@@ -24,7 +24,7 @@ import torch
 import atm_fl
 from atm_fl.errors import RunError, SettingError
 from atm_fl.plugins import absolute
-from atm_fl.settings import Settings
+from atm_fl.settings import Settings, check_closed
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -46,6 +46,7 @@ def run_simulation(settings: Settings, app: Path, cpus: float = 1, gpus: float =
     reserves for one client. SettingError, before anything is started, if the machine has fewer. RunError, with the
     ServerApp's own message, if the run did not complete.
     """
+    check_closed(settings)
     check_resources(cpus, gpus)
     if app == Path.cwd() and not (app / "pyproject.toml").exists():
         app = installed_app(Path(settings.run_dir) / "flower" / "app")

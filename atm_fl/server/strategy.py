@@ -16,9 +16,11 @@ from atm_fl.errors import RunError
 from atm_fl.federation.client import evaluated_splits
 from atm_fl.federation.server_round import ServerRound
 from atm_fl.privacy.secure_aggregation import UnjoinedShares
+from atm_fl.runs.membership import AWAY, BACK, JOINED
 from atm_fl.runs.run import Run
 from atm_fl.server import boundary
 from atm_fl.server.grid import LOST, await_return
+from atm_fl.server.roll_call import Newcomers
 from atm_fl.server.secure import SecureExchange
 
 WHOLE = codecs.Fp32()
@@ -43,13 +45,17 @@ class AtmStrategy(Strategy):
     Under secure aggregation keys and shares are exchanged before, and the sum is unmasked when the vectors are in. If
     it stays masked, since a client dealt shares that do not join, the round is done again without that client.
 
+    Who is not online when a round of an open run begins, or was lost in it and stayed away, has left, which is no
+    failure; it is in the run again when it is back. Who has come since takes part from then on.
+
     nodes: node id → client (`Settings.party_names`), in the order of the setting `tasks`. One that has nothing to do in
-    a round, neither to tune nor to evaluate, is sent nothing.
+    a round, neither to tune nor to evaluate, is sent nothing. newcomers: of an open run.
     """
 
-    def __init__(self, run: Run, nodes: dict[int, str]) -> None:
+    def __init__(self, run: Run, nodes: dict[int, str], newcomers: Newcomers | None = None) -> None:
         self.run = run
         self.nodes = nodes
+        self._newcomers = newcomers
         self._digest = "" if run.downlink.delta is None else run.digest
         """Of the base that was sent last."""
         self._sent: tuple[Grid, str, int]
@@ -85,6 +91,7 @@ class AtmStrategy(Strategy):
     ) -> Iterable[Message]:
         if self.run.over:
             raise RunIsOver
+        self._meet(grid)
         return self._broadcast(grid, arrays, "train", self.run.rounds_done + 1)
 
     def aggregate_train(
@@ -154,6 +161,7 @@ class AtmStrategy(Strategy):
     ) -> Iterable[Message]:
         if not self.run.over:
             return []
+        self._meet(grid)
         return self._broadcast(grid, arrays, "evaluate", self.run.rounds_done)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -171,6 +179,21 @@ class AtmStrategy(Strategy):
                 boundary.forget(reply)
         self._enforce(failures, self._due(), "the final evaluation")
         return _flower_metrics(accuracies)
+
+    def _meet(self, grid: Grid) -> None:
+        """In an open run: take in who has come, and note who has left and who is back."""
+        if self._newcomers is None:
+            return
+        for client, node in ({} if self.run.over else self._newcomers.arrived(self.run, self.nodes)).items():
+            self.nodes = {other: name for other, name in self.nodes.items() if name != client} | {node: client}
+            if client not in self.run.settings.party_names:
+                self.run.member(client, JOINED)
+        online = set(grid.get_node_ids())
+        self._gone -= online
+        here = {client for node, client in self.nodes.items() if node in online}
+        for client in self.run.settings.party_names:
+            if (client in here) == (client in self.run.membership.away):
+                self.run.member(client, BACK if client in here else AWAY)
 
     def _broadcast(self, grid: Grid, arrays: ArrayRecord, kind: str, round_number: int) -> list[Message]:
         before = "" if self.run.downlink.delta is None else self._digest
@@ -200,7 +223,8 @@ class AtmStrategy(Strategy):
         """The clients that have something to do with the message that was sent last."""
         settings, (_, kind, round_number) = self.run.settings, self._sent
         everyone = kind == "evaluate" or evaluated_splits(settings, round_number - 1)
-        return list(settings.party_names) if everyone else self._takers(round_number)
+        due = settings.party_names if everyone else self._takers(round_number)
+        return [client for client in due if client not in self.run.membership.away]
 
     def _messages(self, nodes: Iterable[int], arrays: ArrayRecord, before: str = "") -> list[Message]:
         """One message to each of `nodes`; `before` is the digest of the base that a step starts from."""
@@ -276,6 +300,10 @@ class AtmStrategy(Strategy):
         expected = {"codec": codec, "layout": self.run.base_layout.digest, "base": self._digest, "needs-base": False}
         for reply in self._answers(replies):
             client = self.nodes[reply.metadata.src_node_id]
+            if reply.has_error() and self._newcomers and reply.metadata.src_node_id in self._gone:
+                del failures[client]
+                self.run.member(client, AWAY)
+                continue
             if reply.has_error():
                 failures[client] = boundary.reason(reply)
                 continue
@@ -298,13 +326,18 @@ class AtmStrategy(Strategy):
             self._warn(f"{when} goes on without {_told(failures)}")
 
     def _enough(self, failures: dict[str, str], counted: list[str], when: str) -> None:
-        needed, every = self.run.settings.needed, len(self.run.settings.party_names)
-        if failures and needed == every:  # whoever fails, be it in an evaluation only
+        settings = self.run.settings
+        needed, every = settings.needed, len(settings.party_names)
+        if failures and (settings.on_failure == "abort" or needed == every):  # whoever fails, be it in an evaluation
             counted = self._due()
-        succeeded = len(counted) - len(failures.keys() & counted)
-        if succeeded < min(needed, len(counted)):
-            of = f"{succeeded} of {len(counted)} clients succeeded, {min(needed, len(counted))} needed"
-            raise RunError(f"{when}: {of}. {_told(failures)}")
+            needed = max(needed, len(counted))
+        absent = failures | dict.fromkeys(sorted(self.run.membership.away), "it has left")
+        succeeded = len(counted) - len(absent.keys() & counted)
+        if not (settings.is_open and self._sent[1] == "train"):
+            needed = min(needed, len(counted))
+        if succeeded < needed:
+            of = f"{succeeded} of {len(counted)} clients succeeded, {needed} needed"
+            raise RunError(f"{when}: {of}. {_told(absent)}")
 
     def _out_of_proportion(self, current: ServerRound) -> dict[str, str]:
         """Leave vectors out of the round whose norms are out of proportion: client → the figures."""

@@ -57,8 +57,8 @@ NEEDS: dict[str, tuple[str, Callable[[Settings], bool]]] = {
     "secure_threshold": ("secure-aggregation=true", lambda run: run.secure_aggregation),
     "secure_range": ("secure-aggregation=true", lambda run: run.secure_aggregation),
     "min_successful": (
-        "on-failure=skip, for on-failure='abort' ends a run at the first failure",
-        lambda run: run.on_failure == "skip",
+        "on-failure=skip, for on-failure='abort' ends a run at the first failure, or tasks with a '*'",
+        lambda run: run.on_failure == "skip" or run.is_open,
     ),
     "resume_from": ("resume=true", lambda run: run.resume),
 }
@@ -123,6 +123,7 @@ def check(settings: Settings) -> None:
             )
     check_privacy(settings)
     check_sums(settings)
+    check_open(settings)
     check_transforms(settings)
     if settings.batch_size % settings.accumulate:
         raise SettingError(f"accumulate={settings.accumulate}: it must divide batch-size={settings.batch_size}")
@@ -156,7 +157,10 @@ def check(settings: Settings) -> None:
             f"max-update-norm={settings.max_update_norm:g}: with start={settings.start!r} nobody could check the first "
             f"base"
         )
-    settings.make_merge(Layout((), ()), 0).check_count(min(settings.needed, fewest_tasks(settings)))
+    fewest = fewest_tasks(settings)
+    settings.make_merge(Layout((), ()), 0).check_count(
+        settings.needed if settings.is_open else min(settings.needed, fewest)
+    )
     check_tasks("task-scaling", settings.task_scalings, settings.client_tasks)
     check_tasks("task-epochs", settings.epochs_of_tasks, settings.client_tasks)
     check_tasks("participation", settings.participations, settings.client_tasks)
@@ -176,7 +180,7 @@ def check(settings: Settings) -> None:
     for name in settings.sinks:
         SINKS.find(name, f"metric-sinks={settings.metric_sinks!r}: metric sink {name!r}")
     check_secure(settings)
-    if settings.min_successful > len(settings.task_names):
+    if settings.min_successful > len(settings.task_names) and not settings.is_open:
         raise SettingError(
             f"min-successful={settings.min_successful}: there are only {len(settings.task_names)} clients in tasks"
         )
@@ -236,6 +240,8 @@ def check_sums(settings: Settings) -> None:
                 f"merge={settings.merge!r}: not with {key}, which bounds what a sum tells; choose a merge of the sum "
                 f"alone: {', '.join(merges_of_sum())}"
             )
+        if wanted and settings.is_open:
+            raise SettingError(f"tasks={settings.tasks!r}: a '*' is not with {key}, whose sums are over known parties")
         if wanted and (settings.participation or settings.fraction < 1):
             name, value = (
                 ("participation", repr(settings.participation))
@@ -245,6 +251,31 @@ def check_sums(settings: Settings) -> None:
             raise SettingError(f"{name}={value}: not with {key}, whose sums are over all parties")
         if wanted and len(set(settings.client_tasks)) < len(settings.client_tasks):
             raise SettingError(f"tasks={settings.tasks!r}: several clients of one task, not with {key}")
+
+
+def check_open(settings: Settings) -> None:
+    """What an open run cannot be, of which nobody knows at its start who will be in it."""
+    if not settings.is_open:
+        return
+    if settings.fraction < 1:
+        raise SettingError(
+            f"fraction={settings.fraction:g}: not with tasks={settings.tasks!r}, for parties draw it from the tasks "
+            "that are named"
+        )
+    if settings.max_update_norm:
+        raise SettingError(
+            f"max-update-norm={settings.max_update_norm:g}: not with tasks={settings.tasks!r}, for who joins knows no "
+            "base before; parties have a rule of this name"
+        )
+
+
+def check_closed(settings: Settings) -> None:
+    """SettingError if `tasks` lets others join where nobody comes later."""
+    if settings.is_open:
+        raise SettingError(
+            f"tasks={settings.tasks!r}: only a deployment has parties that come online later; name all, and who joins "
+            "when in participation, as 'pets=3-'"
+        )
 
 
 def check_transforms(settings: Settings) -> None:
@@ -280,7 +311,12 @@ def check_secure(settings: Settings) -> None:
 
 
 def fewest_tasks(settings: Settings) -> int:
-    """The least number of tasks that take part in a round. SettingError if none does in one."""
+    """The least number of tasks that take part in a round. SettingError if none does in one.
+
+    Of an open run, of those that are named.
+    """
+    if settings.is_open and not settings.task_names:
+        return 0
     # Who takes part changes where a task begins or ends; between, every round has as many.
     spans = settings.participations.values()
     changes = {1} | {start for start, _ in spans} | {int(end) + 1 for _, end in spans if end < settings.rounds}

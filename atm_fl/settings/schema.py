@@ -22,7 +22,7 @@ from atm_fl.optimizers import OPTIMIZERS
 from atm_fl.options import Choice, read_choice
 from atm_fl.plugins import Plugin, Registry
 from atm_fl.seeds import derive_seed
-from atm_fl.settings.participation import read_participation
+from atm_fl.settings.participation import ANYONE, read_participation, with_task
 from atm_fl.settings.rules import OF_DEPLOYMENT, check, idle
 from atm_fl.settings.spelling import CHOSEN, modern
 from atm_fl.settings.text import kebab, typed
@@ -72,7 +72,7 @@ class Settings:
     tasks: str = setting(
         "solar,bluemarble,icons,strokes,scripts,radicals,mnist,digits",
         "the parties' tasks in order, separated by commas; one with a slash is a folder of images, and folders of one "
-        "name are several parties of one task",
+        "name are several parties of one task; with a '*' among them others may join a deployment's run later",
         names=tasks.TASKS,
         section="Tasks and model",
     )
@@ -291,8 +291,22 @@ class Settings:
 
     @cached_property
     def task_names(self) -> tuple[str, ...]:
-        """The parties' tasks in order."""
-        return tuple(name.strip() for name in self.tasks.split(","))
+        """The parties' tasks in order; of an open run those that are named, or have joined."""
+        return tuple(name for name in self._listed if name != ANYONE)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether parties that `tasks` does not name may join while the run goes on: it has a `*`."""
+        return ANYONE in self._listed
+
+    @property
+    def _listed(self) -> list[str]:
+        return [name.strip() for name in self.tasks.split(",")]
+
+    def joined(self, task: str, first: int) -> Settings:
+        """These settings, of an open run, once `task` has joined it with the round `first`."""
+        named = with_task(self.tasks, self.participation, task, first, task in tasks.TASKS)
+        return replace(self, tasks=named[0], participation=named[1])
 
     @cached_property
     def party_names(self) -> tuple[str, ...]:
@@ -327,8 +341,11 @@ class Settings:
 
     @property
     def needed(self) -> int:
-        """Clients that must succeed for a round to count: all, or under skip `min-successful` (or as few as can)."""
-        if self.on_failure == "abort":
+        """Clients that must succeed for a round to count: all, or under skip `min-successful` (or as few as can).
+
+        So in an open run, whose parties may leave; under abort those that have not left must succeed as well.
+        """
+        if self.on_failure == "abort" and not self.is_open:
             return len(self.task_names)
         return self.min_successful or (self.threshold if self.secure_aggregation else 1)
 
