@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import make_folder
-from federation import Federation, call, final, same, wait
+from federation import Federation, call, final, in_process, same, wait
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -487,6 +487,91 @@ def test_a_newcomer_s_low_accuracy_ends_no_run_by_patience(opened: dict[str, Any
     run, _ = play({**opened, "patience": 1, "keep-checkpoints": 1}, data, {"blue": (3, 99)}, Told())
     assert run.rounds_done == 5
     assert Record.read(run.directory).best_round("validation") in (4, 5)
+
+
+# ------------------------------------------------------------------------- a finished run goes on with other tasks
+
+Runtime = Callable[[Settings], Run]
+RUNTIMES: dict[str, Runtime] = {"plain": run_loop, "in-process": in_process}
+
+
+@pytest.mark.parametrize("choice", CHOICES[1:3], ids=str)
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_finished_run_goes_on_with_more_tasks_as_if_that_had_been_planned(
+    config: dict[str, Any], data: dict[str, str], choice: dict[str, Any], runtime: str
+) -> None:
+    """The server optimizer's moments, the counters of rounds and all that parties keep go on; then others leave."""
+    config |= {**choice, "server-optimizer": "adam", "metric-sinks": ""}
+    play_on = RUNTIMES[runtime]
+    two = {**config, "tasks": f"{data['red']},{data['green']}", "rounds": 2}
+    play_on(Settings.parse(two))
+    three = {**two, "tasks": ",".join(data.values()), "rounds": 3, "resume": True}
+    play_on(Settings.parse(three))
+    run = play_on(Settings.parse({**three, "participation": "green=1-3", "rounds": 4}))
+    assert merged(run.directory) == [["red", "green"]] * 2 + [["red", "green", "blue"], ["red", "blue"]]
+    assert events(run.directory) == [(3, "blue", "joined")]
+    assert not any("lost" in key for line in lines(run.directory, "tuning") for key in line)
+    assert same(final(run.directory), planned({**config, "rounds": 4}, data, "blue=3-, green=1-3"))
+
+
+def test_one_that_is_killed_before_its_first_new_round_goes_on_all_the_same(
+    config: dict[str, Any], data: dict[str, str]
+) -> None:
+    config |= {"metric-sinks": "", "rounds": 2, "tasks": f"{data['red']},{data['green']}"}
+    run_loop(Settings.parse(config))
+    more = {**config, "tasks": ",".join(data.values()), "rounds": 3, "resume": True}
+    Run(Settings.parse(more)).close()
+    run = run_loop(Settings.parse(more))
+    assert events(run.directory) == [(3, "blue", "joined")]
+    assert Record.read(run.directory).settings["participation"] == "blue=3-"
+    assert same(final(run.directory), planned({**config, "rounds": 3}, data, "blue=3-"))
+
+
+def test_secure_sums_go_on_with_one_party_more(config: dict[str, Any], data: dict[str, str], tmp_path: Path) -> None:
+    """All know who is in them when the run goes on."""
+    grey = str(make_folder(tmp_path / "data" / "grey", 7))
+    config |= {"secure-aggregation": True, "dp-client-clip": 1.0, "dp-client-noise": 0.01, "rounds": 1}
+    ends = []
+    for name, play_on in RUNTIMES.items():
+        values = {**config, "run-dir": f"{config['run-dir']}-{name}"}
+        play_on(Settings.parse(values))
+        more = {"tasks": f"{config['tasks']},{grey}", "rounds": 2, "resume": True}
+        ends.append(play_on(Settings.parse({**values, **more})))
+    assert merged(ends[0].directory) == [["red", "green", "blue"], ["red", "green", "blue", "grey"]]
+    assert same(final(ends[0].directory), final(ends[1].directory))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"tasks": "{green},{red},{blue}"}, "holds a run with tasks=.*resume=true takes further tasks behind them"),
+        ({"tasks": "{red},{blue}"}, "holds a run with tasks="),
+        ({"tasks": "{red}"}, "holds a run with tasks="),
+        ({"participation": "green=1-1"}, "participation='', not 'green=1-1'; resume=true takes another for the rounds"),
+        ({"participation": "red=2-"}, "holds a run with participation="),
+        ({"tasks": "{red},{green},{blue}", "resume": False}, "holds a run with tasks="),
+        ({"tasks": "{red},{green},{blue}", "merge": "ties"}, "holds a run with merge="),
+    ],
+)
+def test_what_would_change_rounds_that_are_done_is_refused(
+    config: dict[str, Any], data: dict[str, str], more: dict[str, Any], words: str
+) -> None:
+    config |= {"metric-sinks": "", "rounds": 2, "tasks": f"{data['red']},{data['green']}"}
+    run_loop(Settings.parse(config))
+    changed = {key: value.format(**data) if isinstance(value, str) else value for key, value in more.items()}
+    with pytest.raises(SettingError, match=words):
+        run_loop(Settings.parse({**config, "rounds": 4, "resume": True, **changed}))
+
+
+def test_a_closed_run_goes_on_as_an_open_one(opened: dict[str, Any], data: dict[str, str]) -> None:
+    named = opened["tasks"].removesuffix(",*")
+    play({**opened, "tasks": named, "rounds": 2}, data, {})
+    run, _ = play({**opened, "rounds": 4, "resume": True}, data, {"blue": (4, 99)}, done=2)
+    assert events(run.directory) == [(4, "blue", "joined")]
+    named += f",{data['blue']}"
+    last, _ = play({**opened, "tasks": named, "resume": True}, data, {}, done=4)
+    assert merged(last.directory)[-2:] == [["red", "green", "blue"]] * 2
+    assert same(final(last.directory), planned(opened, data, "blue=4-"))
 
 
 # ------------------------------------------------------------------------------------------------- with real processes

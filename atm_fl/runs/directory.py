@@ -6,8 +6,9 @@ import errno
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from atm_fl.errors import RunError, SettingError
 from atm_fl.runs.checkpoints import checkpoints, rounds_of
 from atm_fl.settings import Settings, defaults, stored
 
+TASKS_OF_ROUNDS = ("tasks", "participation")
+"""What may change between a run and its resumption."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -43,11 +46,15 @@ def check_run_dir(settings: Settings) -> None:
         raise SettingError(f"run-dir={str(directory)!r} holds checkpoints but no config.json; choose another run-dir")
     known = json.loads(config.read_text())
     theirs, ours = (defaults() | decisive for decisive in (stored(known["settings"]), settings.decisive()))
-    other = next((key for key in ours if theirs[key] != ours[key]), None)
+    other = next((key for key in ours if theirs[key] != ours[key] and key not in TASKS_OF_ROUNDS), None)
+    if not other and not _goes_on(settings, theirs, settings.resume_from or rounds_of(checkpoints(directory)[-1])):
+        other = next(key for key in TASKS_OF_ROUNDS if theirs[key] != ours[key])
     if other:
+        more = "; resume=true takes further tasks behind them" if other == "tasks" else ""
+        more = "; resume=true takes another for the rounds to come alone" if other == "participation" else more
         raise SettingError(
-            f"run-dir={str(directory)!r} holds a run with {other}={theirs.get(other)!r}, not {ours[other]!r}; choose "
-            "another run-dir"
+            f"run-dir={str(directory)!r} holds a run with {other}={theirs.get(other)!r}, not {ours[other]!r}{more}; "
+            "choose another run-dir"
         )
     before, now = known.get("plugins", {}), noted_plugins(settings)
     changed = next((thing for thing in {**before, **now} if before.get(thing) != now.get(thing)), None)
@@ -61,6 +68,27 @@ def check_run_dir(settings: Settings) -> None:
             f"run-dir={str(directory)!r} holds a run already; go on from it with -c resume=true, choose another "
             "run-dir, or delete it"
         )
+
+
+def _goes_on(settings: Settings, theirs: Mapping[str, Any], done: int) -> bool:
+    """Whether tasks and participation are those of the run that is there, or may follow on its `done` rounds.
+
+    theirs: what decided it. Further tasks may come behind the old ones, or be let in by a `*`, and who takes part in
+    the rounds to come may change: what is done was done by the same parties.
+    """
+    before = replace(settings, tasks=theirs["tasks"], participation=theirs["participation"])
+    if all(getattr(before, key) == getattr(settings, key) for key in TASKS_OF_ROUNDS):
+        return True
+    past = range(1, done + 1)
+    return (
+        settings.resume
+        and settings.task_names[: len(before.task_names)] == before.task_names
+        and all(
+            before.planned(task, number) == settings.planned(task, number)
+            for task in before.client_tasks
+            for number in past
+        )
+    )
 
 
 def noted_plugins(settings: Settings) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from html import escape
 from pathlib import Path
@@ -33,8 +33,7 @@ from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.pages import Series
 from atm_fl.runs.references import find_references
 from atm_fl.runs.validation import ValidationCurve
-from atm_fl.settings import defaults, stored, with_task
-from atm_fl.tasks import TASKS
+from atm_fl.settings import Settings, defaults, kebab, stored
 
 COLUMNS = 8
 """At most so many evaluated rounds in a table."""
@@ -181,9 +180,11 @@ class Record:
         Of an open run, with the tasks that have joined.
         """
         values = {**defaults(), **stored(self.config["settings"]), "rounds": self.config["rounds"]}
-        for task, first in self.membership.joined.items():
-            named = with_task(values["tasks"], values["participation"], task, first, task in TASKS)
-            values["tasks"], values["participation"] = named
+        if self.membership.joined:
+            settings = Settings(**{item.name: values[kebab(item.name)] for item in fields(Settings)})
+            for task, first in self.membership.joined.items():
+                settings = settings.joined(task, first)
+            values |= settings.as_config()
         return values
 
     @cached_property

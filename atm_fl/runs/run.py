@@ -97,6 +97,8 @@ class Run:
                 sink.line({"kind": "membership", "round": self.rounds_done, "task": client, "event": AWAY, "time": 0.0})
         for text in warnings:
             self.record("warning", self.rounds_done, text=text)
+        for client in self._added:
+            self.member(client, JOINED)
 
     def record(self, kind: str, round_number: int, **values: Any) -> None:
         """Append a line to metrics.jsonl and hand it to the `metric-sinks`.
@@ -107,8 +109,8 @@ class Run:
         began without what its last round had left; with DP-SGD epsilon, epsilon_rdp, noise); "merge" (norm, tasks,
         cosines unless secure-aggregation, and of more than 64 tasks cosines_of, whose they are; seconds_merge, seconds,
         failures; with secure-aggregation seconds_secure, with dp-client-noise epsilon); "membership" (task, event: see
-        `runs.membership`) of an open run; "warning" (text); "stop" (text) if a run ends before its last round. Bytes
-        are those of the arrays that travel, or in a plain loop would.
+        `runs.membership`) of who comes and goes; "warning" (text); "stop" (text) if a run ends before its last round.
+        Bytes are those of the arrays that travel, or in a plain loop would.
         """
         line = {"kind": kind, "round": round_number, **values, "time": round(time.time() - self._begin, 3)}
         with open(self.directory / "metrics.jsonl", "a") as file:
@@ -119,7 +121,7 @@ class Run:
             sink.line(line)
 
     def member(self, client: str, event: str) -> None:
-        """Record that of an open run a party has JOINED, or is AWAY or BACK, from the coming round on."""
+        """Record that a party has JOINED the run, or of an open run is AWAY or BACK, from the coming round on."""
         self.record("membership", self.rounds_done + 1, task=client, event=event)
         if event == JOINED:
             self.settings = self.settings.joined(client, self.rounds_done + 1)
@@ -220,6 +222,9 @@ class Run:
         if damaged:
             warning = f"lines {', '.join(map(str, damaged[:10]))} of metrics.jsonl are damaged and left out"
             warnings.append(f"{warning}; the old file is in {self.directory / SET_ASIDE}")
+        seen = {name for line in kept for name in (line.get("task"), *line.get("failures", ()))}
+        self._added = [client for client in self.settings.party_names if done and seen and client not in seen]
+        """Clients that are new in the rounds to come."""
         norms = (line.get("usual_norm", 0.0) for line in kept if line["kind"] == "merge")
         self.usual_norm = max((norm for norm in norms if isinstance(norm, float)), default=0.0)
         for line in kept:

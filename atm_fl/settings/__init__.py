@@ -1,6 +1,5 @@
 """The settings of a run: what there is (schema), what cannot be (rules), how it is written (text, spelling)."""
 
-from atm_fl.settings.participation import with_task
 from atm_fl.settings.rules import OF_DEPLOYMENT, check_closed, check_model
 from atm_fl.settings.schema import Settings, defaults, sections, setting, stored
 from atm_fl.settings.spelling import OldSpelling, modern
@@ -20,5 +19,4 @@ __all__ = [
     "setting",
     "stored",
     "typed",
-    "with_task",
 ]

@@ -21,12 +21,3 @@ def read_participation(text: str) -> dict[str, tuple[int, float]]:
             raise SettingError(f"participation={text!r}: {item.strip()!r} is not of the form mnist=2-5 or mnist=2-")
         periods[read[1]] = first, last
     return periods
-
-
-def with_task(tasks: str, participation: str, task: str, first: int, registered: bool) -> tuple[str, str]:
-    """`tasks` and `participation` with one more task, which takes part from the round `first` on.
-
-    registered: whether atm-fl has a task of this name; another one is its party's own.
-    """
-    name = task if registered else f"./{task}"
-    return f"{tasks},{name}", ", ".join(filter(None, [participation, f"{task}={first}-"]))

@@ -22,7 +22,7 @@ from atm_fl.optimizers import OPTIMIZERS
 from atm_fl.options import Choice, read_choice
 from atm_fl.plugins import Plugin, Registry
 from atm_fl.seeds import derive_seed
-from atm_fl.settings.participation import ANYONE, read_participation, with_task
+from atm_fl.settings.participation import ANYONE, read_participation
 from atm_fl.settings.rules import OF_DEPLOYMENT, check, idle
 from atm_fl.settings.spelling import CHOSEN, modern
 from atm_fl.settings.text import kebab, typed
@@ -266,7 +266,9 @@ class Settings:
     metric_sinks: str = setting(
         "tensorboard", "where metrics go besides metrics.jsonl, separated by commas", decides=False, names=SINKS
     )
-    resume: bool = setting(False, "go on from the last checkpoint in run-dir", decides=False)
+    resume: bool = setting(
+        False, "go on from the last checkpoint in run-dir, with more tasks if some are added", decides=False
+    )
     resume_from: int = setting(
         0, "of resume: go back to the checkpoint after so many rounds; 0: the newest", decides=False
     )
@@ -304,9 +306,13 @@ class Settings:
         return [name.strip() for name in self.tasks.split(",")]
 
     def joined(self, task: str, first: int) -> Settings:
-        """These settings, of an open run, once `task` has joined it with the round `first`."""
-        named = with_task(self.tasks, self.participation, task, first, task in tasks.TASKS)
-        return replace(self, tasks=named[0], participation=named[1])
+        """These settings once `task` has joined the run with the round `first`; named or not."""
+        added = task if task in tasks.TASKS else f"./{task}"
+        names = self.tasks if task in self.party_names else f"{self.tasks},{added}"
+        periods = self.participation
+        if task not in self.participations and (task in self.client_tasks or names != self.tasks):
+            periods = ", ".join(filter(None, [periods, f"{task}={first}-"]))
+        return replace(self, tasks=names, participation=periods)
 
     @cached_property
     def party_names(self) -> tuple[str, ...]:
@@ -406,10 +412,10 @@ class Settings:
 
     def part_taken(self, task: str, round_number: int) -> float:
         """The part of its epochs that `task` tunes in a round: 1, 0 if it takes no part, `replay` when it is past."""
-        share = self._planned(task, round_number)
+        share = self.planned(task, round_number)
         return share if share and (self.fraction == 1 or task in _drawn(self, round_number)) else 0.0
 
-    def _planned(self, task: str, round_number: int) -> float:
+    def planned(self, task: str, round_number: int) -> float:
         """The same by `participation` alone."""
         first, last = self.participations.get(task, (1, math.inf))
         return self.replay if round_number > last else float(round_number >= first)
@@ -478,7 +484,7 @@ class Settings:
 @lru_cache(maxsize=16)
 def _drawn(settings: Settings, round_number: int) -> set[str]:
     """The tasks that are drawn for a round: `fraction` of those whose turn it is, one at least."""
-    planned = [task for task in dict.fromkeys(settings.client_tasks) if settings._planned(task, round_number)]
+    planned = [task for task in dict.fromkeys(settings.client_tasks) if settings.planned(task, round_number)]
     random = torch.Generator().manual_seed(derive_seed(settings.seed, "fraction", round_number))
     order = torch.randperm(len(planned), generator=random).tolist()
     return {planned[place] for place in order[: max(1, round(settings.fraction * len(planned)))]}
