@@ -13,7 +13,7 @@ from federation import in_process
 from test_texts import ROWS, write
 
 from atm_fl import models
-from atm_fl.attacks.scenario import Scenario
+from atm_fl.attacks.scenario import Scenario, victims
 from atm_fl.errors import SettingError
 from atm_fl.experiments.joint import run_joint
 from atm_fl.exports import Predictor, export
@@ -220,6 +220,10 @@ def test_what_does_not_go_with_sentences_is_refused(mixed: dict[str, Any], name:
     images = mixed["tasks"].split(",")[0]
     with pytest.raises(SettingError, match="head='sentences': the attacks know classifiers of features"):
         Scenario.parse({**mixed, "tasks": images, "attack": "inverting"})
+    texts = {**mixed, "head": "prototypes", "tasks": mixed["tasks"].split(",")[2], "attack": "inverting"}
+    of_texts = victims(Scenario.parse(texts))
+    with pytest.raises(SettingError, match="task 'pets.csv' is of texts; the attacks look for images alone"):
+        next(of_texts)
     for other in ("ViT-B-16-SigLIP", "xlm-roberta-base-ViT-B-32", "coca_ViT-B-32"):
         with pytest.raises(SettingError, match=f"model='clip/{other}': its text tower is not as CLIP's own"):
             Settings.parse(mixed | {"model": f"clip/{other}"})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from atm_fl.experiments.joint import run_joint
 from atm_fl.exports import Predictor, export
 from atm_fl.federation.client import Party
 from atm_fl.federation.loop import run_loop
+from atm_fl.models.flops import operations
 from atm_fl.privacy.dp_sgd import record_gradients
 from atm_fl.settings import Settings
 from atm_fl.tasks.texts import appended, token_table, tokenise
@@ -212,6 +215,21 @@ def test_dp_sgd_takes_each_text_s_own_gradient(name: str, folders: dict[str, Pat
         model.flat.grad.zero_()
         party.head.loss(model.module, text[None, : int((text > 0).sum())], label[None]).backward()
         torch.testing.assert_close(together[row], model.flat.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_the_guides_configuration_runs(folders: dict[str, Path], tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "tutorials" / "own-model.md").read_text()
+    (text,) = re.findall(r"```toml\n(# smollm.toml\n.*?)```", guide, re.DOTALL)
+    written = tomllib.loads(text)
+    assert Settings.parse(written).head == "answers"
+    tiny = settings(folders["llama"], tmp_path).as_config()
+    run = run_loop(
+        Settings.parse(written | {key: tiny[key] for key in ("weights", "tasks", "run-dir")} | {"rounds": 1})
+    )
+    assert bool(run.base.isfinite().all())
+    model = models.load_backbone("causal-lm/tiny", str(folders["llama"]))
+    forward, both = operations(model, *model.example())
+    assert both > 2 * forward > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -17,6 +17,7 @@ from atm_fl.experiments.joint import run_joint
 from atm_fl.exports import Predictor, export
 from atm_fl.federation.client import Party
 from atm_fl.federation.loop import run_loop
+from atm_fl.federation.party_page import write_party_page
 from atm_fl.settings import Settings
 from atm_fl.tasks.texts import tokenise
 
@@ -143,6 +144,12 @@ def test_what_is_no_model_of_texts_is_refused(folders: dict[str, Path], tmp_path
         models.load_backbone("transformers/tiny", str(tmp_path / "empty"))
     with pytest.raises(SettingError, match="'digits' is of images, which the model does not read"):
         run_loop(settings(folders["bert"], tmp_path, tasks="digits"))
+
+
+def test_a_party_s_page_of_texts_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    run = run_loop(settings(folders["bert"], tmp_path, rounds=1))
+    with pytest.raises(SettingError, match="--party 'pets.csv': its task is of texts, and the page of pictures"):
+        write_party_page(run.directory, "pets.csv")
 
 
 def test_minilm_tells_sentences_of_one_meaning_from_others() -> None:

@@ -173,6 +173,8 @@ def victims(scenario: Scenario, base: Tensor | None = None) -> Iterator[Victim]:
     """
     settings = scenario.settings
     party = Party(settings, settings.task_names[0])
+    if party.tuned_on.of_texts:
+        raise SettingError(f"task {party.task!r} is of texts; the attacks look for images alone")
     needed = scenario.images * scenario.victims
     if needed > len(party.tuned_on):
         raise SettingError(f"{party.task} has {len(party.tuned_on)} images to tune on, not images * victims = {needed}")

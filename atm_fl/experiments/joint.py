@@ -42,7 +42,7 @@ def run_joint(settings: Settings) -> list[Party]:
     size, flat = model.layout.size, model.flat
     model.load(model.pretrained)
     everything, own = _with_all_private(flat, size, len(parties))
-    texts = any(isinstance(party.tuned_on.images, Tensor) and party.tuned_on.images.ndim == 2 for party in parties)
+    texts = any(party.tuned_on.of_texts for party in parties)
     apart = bool(own) or texts or not all(isinstance(head, Head) for head in heads)
     assert everything.grad is not None
     optimizer = make_optimizer(everything, settings)

@@ -71,7 +71,11 @@ def write_party_page(directory: Path, client: str, data: str = "") -> Path:
         raise SettingError(f"--party {client!r} is not of this run{did_you_mean(client, settings.party_names)}")
     model = shared_model(settings.of_model())
     source = data or settings.task_names[settings.party_names.index(client)]
-    dataset = replace(tasks.load(source, model.module.image_size, settings.workers), name=settings.task_of[client])
+    tokenizer = getattr(model.module, "tokenizer", None)
+    loaded = tasks.load(source, model.module.image_size, settings.workers, tokenizer)
+    if loaded.test.of_texts:
+        raise SettingError(f"--party {client!r}: its task is of texts, and the page of pictures; see `atm-fl predict`")
+    dataset = replace(loaded, name=settings.task_of[client])
     head = kept_head(settings, dataset, model, dataset.name)
     warnings: list[str] = []
     rounds, base, _ = load_checkpoint(directory, model.base_layout, warnings.append)

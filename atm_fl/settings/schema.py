@@ -78,8 +78,8 @@ class Settings:
     )
     model: str = setting(
         "vit_micro",
-        "the shared backbone; also open_clip/ViT-B-16, timm/vit_small_patch16_224, …, or package.module:function of "
-        "yours",
+        "the shared backbone; also open_clip/ViT-B-16, timm/vit_small_patch16_224, transformers/…, clip/…, "
+        "causal-lm/…, or package.module:function of yours",
         names=models.BACKBONES,
     )
     weights: str = setting(

@@ -55,6 +55,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def of_texts(self) -> bool:
+        """Whether its items are texts."""
+        return isinstance(self.images, Tensor) and self.images.ndim == 2
+
     def take(self, index: Tensor | slice) -> Split:
         """The split of the items at `index`, int64 [k], in that order, or a slice of it; files are not decoded."""
         images = self.images[index] if isinstance(self.images, Tensor) else self.images.take(index)
