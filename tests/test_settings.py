@@ -266,6 +266,7 @@ EFFECTS: dict[str, Effect] = {
     "dp_noise": Effect("bits", (2.0,), DP),
     "dp_delta": Effect("lines", (1e-3,), DP),
     "dp_clip": Effect("bits", (1e-3,), DP),
+    "dp_rank": Effect("bits", (2,), DP),
     "dp_policy": Effect(
         "error",
         ("warn",),

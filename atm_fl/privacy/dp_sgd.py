@@ -25,6 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from atm_fl.models import TaskHead
 from atm_fl.models.buffers import train_mode
 from atm_fl.privacy.noise import Noise, add_noise
+from atm_fl.privacy.subspace import Subspace
+from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
 from atm_fl.training.local import State, Tuned, along, keep_state, make_optimizer, move
@@ -59,6 +61,19 @@ def record_gradients(
     # vmap would take the fused kernels' records one by one; what is not in `layout` needs no gradient.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         return each(flat.detach(), images, labels)
+
+
+RecordGradients = Callable[[nn.Module, TaskHead, Layout, Tensor, Tensor, Tensor], Tensor]
+"""The kind of `record_gradients`."""
+
+
+def _subspace(
+    model: nn.Module, head: TaskHead, layout: Layout, flat: Tensor, data: Split, settings: Settings
+) -> Subspace:
+    """The directions that are tuned, of the base at `flat`; of `data` the size of its images is asked alone."""
+    images, _ = next(data.batches(torch.zeros(1, dtype=torch.int64, device=data.labels.device)))
+    seed = derive_seed(settings.seed, "probes")
+    return Subspace.of(record_gradients, model, head, layout, flat, settings.dp_rank, images.shape[1:], seed)
 
 
 def clip_factors(gradients: Tensor, norm: float) -> Tensor:
@@ -96,30 +111,37 @@ def tune_privately(
 
     A batch goes through the model in parts of batch-size / accumulate records, whose gradients take that many vectors
     of memory. `images` of the result is the expected number, and its loss is NaN: the real ones would tell of records.
+    With `dp-rank` the optimizer's parameters are the coordinates of subspace.py, which begin at zero.
     state and last_step: as `training.local.tune` takes and leaves them; the one is made of noised gradients, the other
     of bases, and neither costs privacy.
     """
-    optimizer = make_optimizer(flat, settings, state)
     random = noise.generator()
     rate, steps = sampling_rate(len(data), settings), steps_per_round(len(data), settings)
-    start = flat.detach().clone() if settings.proximal else None
-    assert flat.grad is not None
     train_mode(model, frozen=settings.buffers == "frozen")
+    base = flat.detach().clone() if settings.proximal or settings.dp_rank else None
+    subspace = _subspace(model, head, layout, flat, data, settings) if settings.dp_rank else None
+    tuned = nn.Parameter(flat.new_zeros(subspace.size)) if subspace else flat
+    optimizer = make_optimizer(tuned, settings, state)
+    start = tuned.detach().clone() if settings.proximal else None
+    tuned.grad = torch.zeros_like(tuned) if tuned.grad is None else tuned.grad
     for _ in range(steps):
         chosen = torch.from_numpy(random.random(len(data)) < rate).nonzero().flatten()
-        flat.grad.zero_()
+        tuned.grad.zero_()
         size = settings.batch_size // settings.accumulate
         parts = data.batches(chosen.to(data.labels.device), size, settings.workers)
         for images, labels in parts if len(chosen) else ():
             gradients = record_gradients(model, head, layout, flat, images, labels)
-            flat.grad.add_(clipped_sum(gradients, settings.dp_clip))
+            gradients = subspace.project(gradients) if subspace else gradients
+            tuned.grad.add_(clipped_sum(gradients, settings.dp_clip))
         if noise.multiplier:
-            add_noise(flat.grad, noise.multiplier * settings.dp_clip, random)
-        flat.grad.div_(min(settings.batch_size, len(data)))
+            add_noise(tuned.grad, noise.multiplier * settings.dp_clip, random)
+        tuned.grad.div_(min(settings.batch_size, len(data)))
         if start is not None:
-            flat.grad.add_(flat.detach() - start, alpha=settings.proximal)
-        along(flat.grad, last_step, settings)
+            tuned.grad.add_(tuned.detach() - start, alpha=settings.proximal)
+        along(tuned.grad, last_step, settings)
         optimizer.step()
+        if subspace and base is not None:
+            flat.data.copy_(base + subspace.expand(tuned.detach()))
         move(flat, last_step, settings, steps)
     model.eval()
     keep_state(optimizer, state)

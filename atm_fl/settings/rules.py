@@ -52,6 +52,7 @@ NEEDS: dict[str, tuple[str, Callable[[Settings], bool]]] = {
         lambda run: run.privacy == "dp-sgd" or bool(run.dp_client_noise),
     ),
     "dp_clip": ("privacy='dp-sgd' or 'clip-only'", lambda run: run.dp_sgd),
+    "dp_rank": ("privacy='dp-sgd' or 'clip-only'", lambda run: run.dp_sgd),
     "dp_policy": ("dp-epsilon", lambda run: bool(run.dp_epsilon)),
     "dp_client_noise": ("dp-client-clip, in units of which it is", lambda run: bool(run.dp_client_clip)),
     "secure_threshold": ("secure-aggregation=true", lambda run: run.secure_aggregation),
@@ -220,6 +221,16 @@ def check_privacy(settings: Settings) -> None:
             f"private={settings.private!r}: not with trainable='lora' and privacy={settings.privacy!r}, whose noise is "
             "on the B and A of all entries"
         )
+    if settings.dp_rank < 0:
+        raise SettingError(f"dp-rank={settings.dp_rank}: it must be 0 or more")
+    if settings.dp_rank:
+        for name in ("keep_optimizer", "client_momentum", "gradient_surgery"):
+            if value := getattr(settings, name):
+                raise SettingError(f"{kebab(name)}={value}: not with dp-rank, whose directions are each round's own")
+        if settings.trainable == "lora":
+            raise SettingError("dp-rank: not with trainable='lora', which has few directions by itself")
+        if settings.model.startswith(("transformers/", "causal-lm/", "minilm")):
+            raise SettingError(f"dp-rank: its made-up images are nothing to model={settings.model!r}; leave it out")
     for name, wrong in (("replay", 0.0), ("alignment", False), ("precision", "fp32")):
         if settings.dp_sgd and getattr(settings, name) != wrong:
             raise SettingError(f"{name}={getattr(settings, name)!r}: not with privacy={settings.privacy!r}")

@@ -215,6 +215,11 @@ class Settings:
     dp_noise: float = setting(0.0, "of dp-sgd: the noise multiplier σ, instead of dp-epsilon; 0: dp-epsilon says")
     dp_delta: float = setting(1e-5, "of dp-sgd: δ")
     dp_clip: float = setting(1.0, "of dp-sgd: the norm C to which a record's gradient is clipped; inf: never")
+    dp_rank: int = setting(
+        0,
+        "of dp-sgd: tune matrices alone, in so many directions of each of their sides, found on made-up images; 0: all",
+        later=True,
+    )
     dp_policy: str = setting("stop", "when a run's ε would pass dp-epsilon", decides=False, choices=("stop", "warn"))
     dp_client_clip: float = setting(
         0.0,
