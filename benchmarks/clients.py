@@ -8,12 +8,13 @@ pictures; each tunes for one short epoch. `plain` is the loop without Flower; `i
 `flower` is Flower's FedAvg (benchmarks/clients_apps/stock.py) with the same model, data and steps in its simulation.
 Ray and Flower have one client at a time (--at-once: more), as the others have.
 
-Every cell is a run of its own, for one count of parties all cells one after the other, so that their ratios are of
-one time. Columns: seconds of the first round from the start of the program, in which parties are made; seconds a
-party and round, the median of the rounds after it, and in brackets how many times the plain loop's of the same merge;
-the peak of the server's anonymous resident memory (in `plain` and `in-process` the parties live in the server's
-process) and of all processes together; the peak of what was on disk: the run's directory, the parties' files, vectors
-spilled by the server.
+Every cell is a run of its own, for one count of parties all cells one after the other, so that their ratios are of one
+time. Columns: seconds of the first round from the start of the program, in which parties are made; seconds a party and
+round, the median of the rounds after it, and CPU seconds of all processes, their mean, which on a machine that is busy
+with other work say more; in brackets how many times those of the first runtime with the same merge; the peak of the
+server's anonymous resident memory (in `plain` and `in-process` the parties live in the server's process) and of all
+processes together; the peak of what was on disk: the run's directory, the parties' files, vectors spilled by the
+server.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import psutil
 import torch
 from PIL import Image
@@ -65,6 +67,8 @@ class Cell:
     first: float
     later: float
     """Seconds a round."""
+    cpu: float
+    """Of all processes, CPU seconds a round after the first."""
     server: int
     everyone: int
     disk: int
@@ -77,12 +81,15 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.process, self.folder = psutil.Process(process), folder
         self.server = self.everyone = self.disk = 0
+        self.used: list[tuple[float, float]] = []
+        """(time, CPU seconds so far) of all processes."""
         self.ended = threading.Event()
 
     def run(self) -> None:
         names: dict[int, str] = {}
+        walked = 0.0
         while not self.ended.wait(0.25):
-            total, server, spilled = 0, 0, 0
+            total, server, spilled, used = 0, 0, 0, 0.0
             with suppress(psutil.Error):
                 for process in [self.process, *self.process.children(recursive=True)]:
                     with suppress(psutil.Error, OSError):
@@ -91,11 +98,20 @@ class Watch(threading.Thread):
                         memory = process.memory_info()
                         own = memory.rss - memory.shared
                         total += own
+                        used += sum(process.cpu_times()[:4])  # with those of its children that have ended
                         if process == self.process or "flwr-serverapp" in names[process.pid]:
                             server = own if "flwr-serverapp" in names[process.pid] else max(server, own)
                             spilled += _spilled(process.pid)
             self.server, self.everyone = max(self.server, server), max(self.everyone, total)
-            self.disk = max(self.disk, spilled + _size(self.folder))
+            self.used.append((time.time(), used))
+            if time.monotonic() - walked > 3 or spilled > self.disk:
+                walked = time.monotonic()
+                self.disk = max(self.disk, spilled + _size(self.folder))
+
+    def at(self, moment: float) -> float:
+        """CPU seconds at a moment."""
+        times, used = zip(*self.used, strict=True)
+        return float(np.interp(moment, times, used))
 
 
 def _spilled(process: int) -> int:
@@ -183,7 +199,8 @@ def measure(runtime: str, merge: str, parties: list[str], rounds: int, at_once: 
             opened = (folder / "run" / "config.json").stat().st_mtime
             times = [opened + line["time"] for line in read_metrics(folder / "run") if line["kind"] == "merge"]
     later = median(after - before for before, after in pairwise(times))
-    return Cell(times[0] - begin, later, watch.server, watch.everyone, watch.disk)
+    cpu = (watch.at(times[-1]) - watch.at(times[0])) / (len(times) - 1)
+    return Cell(times[0] - begin, later, cpu, watch.server, watch.everyone, watch.disk)
 
 
 @dataclass(frozen=True)
@@ -234,16 +251,16 @@ clientapp = "stock:client"
 def rows(args: argparse.Namespace, count: int, folder: Path) -> Iterable[list[str]]:
     """The table's rows of one count of parties, as they are measured."""
     parties = make_parties(folder, count, args.pictures)
-    plain: dict[str, float] = {}
+    plain: dict[str, Cell] = {}
     for merge in args.merges.split(","):
         for runtime in args.runtimes.split(","):
             if runtime == "flower" and merge != "mean":  # FedAvg is a mean
                 continue
             cell = measure(runtime, merge, parties, args.rounds, args.at_once)
-            each = cell.later / count
-            plain.setdefault(merge, each)
+            first = plain.setdefault(merge, cell)
             mib = [f"{size / 2**20:,.0f}" for size in (cell.server, cell.everyone)]
-            seconds = [f"{cell.first:.1f}", f"{each:.3f} ({each / plain[merge]:.2f} ×)"]
+            seconds = [f"{cell.first:.1f}", f"{cell.later / count:.3f} ({cell.later / first.later:.2f} ×)"]
+            seconds.append(f"{cell.cpu / count:.3f} ({cell.cpu / first.cpu:.2f} ×)")
             yield [f"{count}", merge, runtime, *seconds, *mib, f"{cell.disk / 1e6:,.0f}"]
 
 
@@ -264,7 +281,8 @@ def main() -> None:
         f"{psutil.cpu_count()} cores of {processor()}, {time.strftime('%Y-%m-%d')}, load {os.getloadavg()[0]:.1f}; "
         f"{CLASSES * args.pictures} pictures a party, {args.rounds} rounds"
     )
-    head = ["parties", "merge", "runtime", "first round s", "s a party and round", "server MiB", "all MiB", "disk MB"]
+    head = ["parties", "merge", "runtime", "first round s", "s a party and round", "CPU s a party and round"]
+    head += ["server MiB", "all MiB", "disk MB"]
     print(markdown(head, []))
     for count in map(int, args.parties.split(",")):
         with tempfile.TemporaryDirectory() as folder:

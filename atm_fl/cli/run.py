@@ -15,7 +15,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from atm_fl.cli.deploy import deploy
-from atm_fl.cli.terminal import Authority, Superlink, app, console, read_config, say, terminated_as_exit
+from atm_fl.cli.terminal import (
+    Authority,
+    DeviceName,
+    DryRun,
+    Superlink,
+    app,
+    console,
+    read_config,
+    say,
+    terminated_as_exit,
+)
 from atm_fl.errors import SettingError
 
 
@@ -64,6 +74,8 @@ def run(
     gpus: Annotated[float, typer.Option(help="GPUs, or parts of one, that Ray reserves for one client")] = 0,
     superlink: Superlink = "127.0.0.1:8000",
     ca: Authority = Path("/etc/atm-fl/ca.crt"),
+    dry_run: DryRun = False,
+    device_name: DeviceName = "A100",
 ) -> None:
     """Run a configuration to its end and print its table. The exit status is 0 only if the run completed."""
     from atm_fl.runs.directory import check_run_dir, swept_if_failed, told_if_full
@@ -75,6 +87,12 @@ def run(
         from atm_fl.federation.loop import check_plain
 
         check_plain(settings)
+    if dry_run:
+        from atm_fl.experiments import dry_run as dry
+
+        for line in dry.dry_run([(config.stem, "atm", settings)], device_name):
+            say(line)
+        return
     folder = Path(settings.run_dir)
     with terminated_as_exit(), swept_if_failed(folder), told_if_full(folder), ExitStack() as running:
         check_run_dir(settings)

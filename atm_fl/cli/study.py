@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atm_fl.cli.terminal import Jobs, OnlyReport, app, say
+from atm_fl.cli.terminal import DeviceName, DryRun, Jobs, OnlyReport, app, say
 
 if TYPE_CHECKING:
     from atm_fl.experiments import Study
@@ -20,11 +20,19 @@ def compare(
     config: Annotated[Path, typer.Argument(help="a contest's TOML file, as configs/contest.toml")],
     jobs: Jobs = None,
     only_report: OnlyReport = False,
+    dry_run: DryRun = False,
+    device_name: DeviceName = "A100",
 ) -> None:
     """Run a contest or its ablations, resuming what was begun; print the tables and write table.md, results.csv,
     results.json and report.html."""
-    from atm_fl.experiments import contest
+    from atm_fl.experiments import contest, read_study
 
+    if dry_run:
+        from atm_fl.experiments import dry_run as dry
+
+        for line in dry.dry_run(dry.rows_of(read_study(config, contest)), device_name):
+            say(line)
+        return
     run_study(config, contest, jobs, only_report)
 
 

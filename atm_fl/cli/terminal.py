@@ -60,6 +60,14 @@ def terminated_as_exit() -> Iterator[None]:
 
 
 Jobs = Annotated[int | None, typer.Option(help="runs at a time; default: one a core")]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="run nothing: try the model with random weights on made-up images, and say what it would all cost",
+    ),
+]
+DeviceName = Annotated[str, typer.Option(help="of --dry-run: the GPU that hours are reckoned for")]
 OnlyReport = Annotated[bool, typer.Option("--report", help="run nothing: report what is finished")]
 
 
