@@ -11,6 +11,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_folder
@@ -24,10 +25,13 @@ from atm_fl.clients.kept import LEAST, KeptParties
 from atm_fl.federation.aggregation import COMPARED, by_task
 from atm_fl.federation.bounds import too_long
 from atm_fl.federation.loop import run_loop
+from atm_fl.merging import make_merge, merges_of_sum
 from atm_fl.runs.metrics import Followed, read_metrics
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
+from atm_fl.vectors import Layout
 from atm_fl.vectors.mapped import MappedVectors
+from atm_fl.vectors.ring import Ring
 
 
 @pytest.fixture
@@ -179,3 +183,24 @@ def test_a_file_of_metrics_is_followed_line_by_line(tmp_path: Path) -> None:
     other.write_text(lines[4])
     other.replace(path)
     assert (followed.look(), seen()) == (True, [4])
+
+
+@pytest.mark.parametrize("name", merges_of_sum())
+def test_a_merge_of_the_sum_may_be_made_in_a_tree(name: str) -> None:
+    """To the same bits where vectors are whole numbers, whose sums are exact; within rounding where they are floats."""
+    layout, random = Layout(("matrix", "bias"), ((6, 4), (5,))), torch.Generator().manual_seed(0)
+    vectors = [torch.randn(layout.size, generator=random) / 10 for _ in range(10)]
+    merge, ring = make_merge(name, layout), Ring(1.0, len(vectors))
+    words = [ring.encode(vector) for vector in vectors]
+    groups = [words[:3], words[3:4], words[4:9], words[9:]]
+    sums = [np.sum(group, axis=0, dtype=words[0].dtype) for group in groups]
+    sums = [sums[0] + sums[2], sums[3] + sums[1]]  # a second level, in another order
+    factor = merge.sum_factor(len(vectors))
+    flat, tree = (
+        merge.from_sum(ring.decode(np.sum(parts, axis=0, dtype=words[0].dtype), factor), len(vectors))
+        for parts in (words, sums)
+    )
+    assert torch.equal(flat, tree)
+    of_floats = torch.stack([torch.stack(vectors[:5]).sum(0), torch.stack(vectors[5:]).sum(0)]).sum(0)
+    together = make_merge(name, layout).combine({f"{place}": vector for place, vector in enumerate(vectors)})
+    assert torch.allclose(merge.from_sum(of_floats * factor, len(vectors)), together, rtol=1e-4, atol=1e-6)
