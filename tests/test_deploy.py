@@ -215,6 +215,7 @@ def test_the_compose_files_give_each_role_no_more_than_it_needs(checkout: Path) 
         assert (checkout / folder).is_dir()
     assert "--enable-supernode-auth" in actual["superlink"]["command"]
     assert actual["superlink"]["environment"]["ATM_FL_APPS"] == "/etc/atm-fl/apps"
+    assert "ATM_FL_LARGEST_REPLY" in actual["superlink"]["environment"]
     assert yaml.safe_load((checkout / "docker-compose.yml").read_text())["networks"]["federation"] == {"internal": True}
 
 
