@@ -428,6 +428,7 @@ def test_parties_policies_keep_their_meaning(
         assert words in warning
 
 
+@pytest.mark.slow  # a minute of calibration
 def test_a_newcomer_by_dp_sgd_has_the_noise_of_all_rounds(opened: dict[str, Any], data: dict[str, str]) -> None:
     """As it does not know how many it has missed: what it spends stays below `dp-epsilon`."""
     opened |= {"privacy": "dp-sgd", "dp-epsilon": 20.0, "batch-size": 32}
