@@ -12,22 +12,19 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from logging import WARNING
 from threading import Lock
 from typing import Any
 
 import httpx
-from flwr.app import Array, Error, Message
+from flwr.app import Array, Message
 from flwr.common.constant import ErrorCode
-from flwr.common.logger import log
 from flwr.supercore.inflatable.inflatable_object import (
     get_object_body,
     get_object_head_values_from_object_content,
 )
-from flwr.supernode import start_client_internal as flower
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from atm_fl.clients.signed import Pull
+from atm_fl.clients.signed import Pull, refuse
 from atm_fl.deployment.checks import machine_memory
 from atm_fl.errors import SettingError
 from atm_fl.policy import policy_of
@@ -129,10 +126,7 @@ def bounded(pull: Pull) -> Pull:
         )
         if not refused:
             return run_id
-        log(WARNING, "%s", refused[0])
-        reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(refused[0])), reply_to=messages[-1])
-        flower._insert_message(reply, state, object_store)
-        return messages[-1].metadata.run_id
+        return refuse(messages[-1], ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(refused[0]), state, object_store)
 
     return pull_and_store
 

@@ -104,9 +104,13 @@ def guarded(pull: Pull) -> Pull:
                 **others,
             )
         except AppRefused as refused:
-            log(WARNING, "%s", refused)
-            reply = Message(Error(ErrorCode.INVALID_FAB, str(refused)), reply_to=messages[-1])
-            flower._insert_message(reply, state, object_store)
-            return messages[-1].metadata.run_id
+            return refuse(messages[-1], ErrorCode.INVALID_FAB, str(refused), state, object_store)
 
     return pull_and_store
+
+
+def refuse(message: Message, code: int, reason: str, state: Any, object_store: Any) -> int:
+    """Have a SuperNode answer a message by an error, in the place of its ClientApp; the message's run."""
+    log(WARNING, "%s", reason)
+    flower._insert_message(Message(Error(code, reason), reply_to=message), state, object_store)
+    return message.metadata.run_id

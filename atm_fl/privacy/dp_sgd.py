@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from atm_fl.models import TaskHead
 from atm_fl.models.buffers import train_mode
 from atm_fl.privacy.noise import Noise, add_noise
-from atm_fl.privacy.subspace import Subspace
+from atm_fl.privacy.subspace import PART, PROBES, Subspace, probes
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
@@ -63,17 +63,19 @@ def record_gradients(
         return each(flat.detach(), images, labels)
 
 
-RecordGradients = Callable[[nn.Module, TaskHead, Layout, Tensor, Tensor, Tensor], Tensor]
-"""The kind of `record_gradients`."""
-
-
 def _subspace(
     model: nn.Module, head: TaskHead, layout: Layout, flat: Tensor, data: Split, settings: Settings
 ) -> Subspace:
     """The directions that are tuned, of the base at `flat`; of `data` the size of its images is asked alone."""
-    images, _ = next(data.batches(torch.zeros(1, dtype=torch.int64, device=data.labels.device)))
-    seed = derive_seed(settings.seed, "probes")
-    return Subspace.of(record_gradients, model, head, layout, flat, settings.dp_rank, images.shape[1:], seed)
+    one, _ = next(data.batches(torch.zeros(1, dtype=torch.int64, device=data.labels.device)))
+    images, random = probes(PROBES, one.shape[1:], derive_seed(settings.seed, "probes"))
+    images = images.to(flat.device)
+    with torch.no_grad():
+        classes = head.logits(model, images[:1]).shape[1]
+    labels = torch.randint(classes, (PROBES,), generator=random).to(flat.device)
+    parts = zip(images.split(PART), labels.split(PART), strict=True)
+    gradients = (record_gradients(model, head, layout, flat, *part) for part in parts)
+    return Subspace.of(layout, gradients, settings.dp_rank)
 
 
 def clip_factors(gradients: Tensor, norm: float) -> Tensor:

@@ -11,19 +11,15 @@ vector that is tuned under that head holds as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atm_fl.errors import RunError
-from atm_fl.models.heads import TaskHead
 from atm_fl.vectors import Layout
-
-if TYPE_CHECKING:
-    from atm_fl.privacy.dp_sgd import RecordGradients
 
 PROBES = 128
 """Made-up images."""
@@ -40,36 +36,20 @@ class Subspace:
     sides: Mapping[str, tuple[Tensor, Tensor]]
 
     @classmethod
-    def of(
-        cls,
-        gradients: RecordGradients,
-        model: nn.Module,
-        head: TaskHead,
-        layout: Layout,
-        flat: Tensor,
-        rank: int,
-        shape: torch.Size,
-        seed: int,
-    ) -> Self:
-        """The `rank` directions of each side, all of a shorter one, that hold most of the probes' gradients at `flat`.
+    def of(cls, layout: Layout, gradients: Iterable[Tensor], rank: int) -> Self:
+        """The `rank` directions of each side, all of a shorter one, that hold most of `gradients`, each [k, n].
 
-        shape: of one image, [3, h, w]. RunError if there is no matrix.
+        RunError if there is no matrix.
         """
         names = [
             name for name, size in zip(layout.names, layout.shapes, strict=True) if len(size) == 2 and min(size) > 1
         ]
         if not names:
             raise RunError(f"dp-rank={rank}: none of what is tuned is a matrix; leave dp-rank out")
-        images, random = probes(PROBES, shape, seed)
-        images = images.to(flat.device)
-        with torch.no_grad():
-            classes = head.logits(model, images[:1]).shape[1]
-        labels = torch.randint(classes, (PROBES,), generator=random).to(flat.device)
         left: dict[str, Tensor] = {}
         right: dict[str, Tensor] = {}
-        for part, wanted in zip(images.split(PART), labels.split(PART), strict=True):
-            of_part = gradients(model, head, layout, flat, part, wanted)
-            of_part = torch.where(of_part.isfinite(), of_part, 0.0)
+        for part in gradients:
+            of_part = torch.where(part.isfinite(), part, 0.0)
             for name, entry in _matrices(layout, names, of_part).items():
                 left[name] = torch.einsum("bmn,bkn->mk", entry, entry) + left.get(name, 0.0)
                 right[name] = torch.einsum("bmn,bmk->nk", entry, entry) + right.get(name, 0.0)
