@@ -15,6 +15,7 @@ import pytest
 import torch
 from federation import call, in_process
 from safetensors.torch import load_file
+from test_text_models import settings as settings_of_texts
 from test_texts import ROWS, write
 from torch import Tensor, nn
 
@@ -78,20 +79,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(folder: Path, tmp_path: Path, **more: Any) -> Settings:
-    """Two parties, of cats and dogs and of good and bad, for two rounds."""
-    pets = write(tmp_path / "pets.csv", ROWS)
-    moods = [(f"{label} the {number}th text", label) for label in ("good", "bad") for number in range(60)]
-    values = {
-        "model": "causal-lm/tiny",
-        "head": "answers",
-        "weights": str(folder),
-        "tasks": f"{pets},{write(tmp_path / 'moods.jsonl', moods)}",
-        "rounds": 2,
-        "learning-rate": 0.01,
-        "batch-size": 16,
-        "run-dir": str(tmp_path / "run"),
-    }
-    return Settings.parse(values | more)
+    """The federation of the tests of encoders, with a language model that answers."""
+    return settings_of_texts(folder, tmp_path, **{"model": "causal-lm/tiny", "head": "answers", **more})
 
 
 def theirs(folder: Path, tokens: list[int], answer: list[int]) -> float:

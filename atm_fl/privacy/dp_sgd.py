@@ -79,8 +79,9 @@ def _subspace(
 
 
 def clip_factors(gradients: Tensor, norm: float) -> Tensor:
-    """What scales gradients [k, n] down to at most `norm` each, [k]."""
-    return (norm / gradients.norm(dim=1)).clamp_max(1.0)
+    """What scales gradients [k, n] down to at most `norm` each, [k]; 0 for one that is not finite."""
+    lengths = gradients.norm(dim=1)  # of a gradient that is not finite, neither is its length
+    return torch.where(lengths.isfinite(), (norm / lengths).clamp_max(1.0), 0.0)
 
 
 def clipped_sum(gradients: Tensor, norm: float) -> Tensor:
@@ -89,11 +90,9 @@ def clipped_sum(gradients: Tensor, norm: float) -> Tensor:
     One that is not finite counts as zero: a base can be made that overflows on one kind of image alone, and no noise
     hides a NaN.
     """
-    lengths = gradients.norm(dim=1)  # of a gradient that is not finite, neither is its length
-    factors = (norm / lengths).clamp_max(1.0)
-    if not (finite := lengths.isfinite()).all():
-        gradients[~finite] = 0.0
-        factors[~finite] = 0.0
+    factors = clip_factors(gradients, norm)
+    if not factors.all():
+        gradients[factors == 0] = 0.0
     return factors @ gradients
 
 
