@@ -288,6 +288,7 @@ EFFECTS: dict[str, Effect] = {
     "threads": Effect(threads, (2,), idle=MACHINE),
     "device": Effect("error", ("cuda:99",)),
     "alignment": Effect("lines", (True,)),
+    "larger_test": Effect("lines", (True,), {"tasks": "solar,{blue}"}),
     "validate_every": Effect("lines", (2,), {"rounds": 2}, idle="of one round both ends are evaluated"),
     "test_every": Effect("lines", (1,), {"rounds": 2}, idle="of one round both ends are evaluated"),
     "run_dir": Effect(place, ("{elsewhere}",), idle="the same run, elsewhere"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,53 @@ def test_groups_are_not_parted_and_duplicates_go() -> None:
     members = [set(split[f"{name}_images"][:, 0, 0, 0] // 2) for name in tasks.SPLITS]
     assert sum(len(split[f"{name}_labels"]) for name in tasks.SPLITS) == 299
     assert sum(map(len, members)) == len(set.union(*members))
+
+
+def test_a_larger_test_split_has_what_is_left_over_of_things_that_were_not_tuned_on() -> None:
+    """Pictures carry their thing's number in a corner; things come twice, and 30 more for the test only."""
+
+    def pictures(things: np.ndarray, shade: int) -> np.ndarray:
+        images = np.full((len(things), 32, 32, 3), shade, dtype=np.uint8)
+        images[:, 0, 0] = things[:, None]
+        return images
+
+    things = np.arange(100).repeat(2)
+    drawn = pictures(things, 200)
+    drawn[1::2] = pictures(things[1::2], 100)  # of one thing both pictures differ
+    again = np.arange(130)
+    for_test = tasks.Source(pictures(again, 50), again % 2, ["even", "odd"], again)
+    source = tasks.Source(drawn, things % 2, ["even", "odd"], things, for_test)
+    plain = tasks.split_source(replace(source, for_test=None), cap=120, larger_test=60)
+    split = tasks.split_source(source, cap=120, larger_test=60)
+
+    def shown(part: str) -> list[int]:
+        return split[f"{part}_images"][:, 0, 0, 0].tolist()
+
+    assert all(
+        np.array_equal(plain[f"{part}_{kind}"], split[f"{part}_{kind}"])
+        for part in tasks.SPLITS
+        for kind in ("images", "labels")
+    )
+    assert not {*shown("train"), *shown("validation")} & {*shown("test"), *shown("more_test")}
+    assert split["more_test_groups"].tolist() == shown("more_test")
+    assert len(shown("test")) + len(shown("more_test")) == 60
+    assert np.bincount(np.concatenate([split["test_labels"], split["more_test_labels"]])).tolist() == [30, 30]
+    left_over = len(plain["more_test_labels"])
+    assert shown("more_test")[:left_over] == plain["more_test_images"][:, 0, 0, 0].tolist()  # is taken first
+
+
+@pytest.mark.parametrize("name", sorted(name for name in tasks.TASKS if isinstance(tasks.TASKS[name], tasks.Embedded)))
+def test_an_embedded_task_says_whether_it_has_a_larger_test_split(name: str) -> None:
+    embedded = tasks.find(name)
+    assert isinstance(embedded, tasks.Embedded)
+    data = tasks.load(name)
+    larger = data.with_larger_test()
+    assert embedded.more_test == (data.more_test is not None) == (len(larger.test) > len(data.test))
+    assert torch.equal(larger.test.images[: len(data.test)], data.test.images)  # type: ignore[index,arg-type]
+    if data.test_groups is not None:
+        assert larger.test_groups is not None
+        assert len(larger.test_groups) == len(larger.test)
+        assert np.array_equal(tasks.test_groups(name, larger=True), larger.test_groups)
 
 
 def test_a_folder_is_a_task_with_no_code(tmp_path: Path) -> None:

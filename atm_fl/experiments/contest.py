@@ -366,12 +366,12 @@ def _rightly(study: Contest, row: ContestRow, seed: int) -> dict[str, np.ndarray
 
 
 def _test_groups(
-    study: Contest, row: ContestRow, seed: int, of_task: Callable[[str], np.ndarray | None]
+    study: Contest, row: ContestRow, seed: int, of_task: Callable[[str, bool], np.ndarray | None]
 ) -> dict[str, np.ndarray]:
     """By client of a row: which test images show one thing, for the tasks that have such. of_task: of one task."""
     settings = ContestUnit(study, row, seed, best_choice(study, row)).settings()
     named = zip(settings.party_names, settings.task_names, strict=True)
-    return {client: groups for client, task in named if (groups := of_task(task)) is not None}
+    return {client: groups for client, task in named if (groups := of_task(task, settings.larger_test)) is not None}
 
 
 def _pairs(study: Contest) -> list[dict[str, Any]]:

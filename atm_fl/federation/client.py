@@ -68,9 +68,10 @@ class Party:
     def _data(self, task: str) -> Dataset:
         model, workers = self.model.module, self.settings.workers
         try:
-            return tasks.load(task, model.image_size, workers, getattr(model, "tokenizer", None))
+            data = tasks.load(task, model.image_size, workers, getattr(model, "tokenizer", None))
         except (SettingError, OSError, ValueError) as error:
             raise OwnFileError("data", str(error)) from error
+        return data.with_larger_test() if self.settings.larger_test else data
 
     def context(self, round_number: int, run: str = "") -> Context:
         """What this party has at the start of a round. run: the run's id; without one nothing was kept."""

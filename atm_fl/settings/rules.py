@@ -43,6 +43,10 @@ NEEDS: dict[str, tuple[str, Callable[[Settings], bool]]] = {
         "more tasks, for of these it is all",
         lambda run: max(1, round(run.fraction * len(set(run.client_tasks)))) < len(set(run.client_tasks)),
     ),
+    "larger_test": (
+        "a task whose source has more images, as 'scripts'",
+        lambda run: any(getattr(tasks.TASKS.get(name), "more_test", False) for name in run.task_names),
+    ),
     "momentum": ("optimizer='sgd'", lambda run: run.optimizer != "adamw"),
     "clip_norm": ("privacy='none'; with dp-sgd it is dp-clip", lambda run: not run.dp_sgd),
     "dp_epsilon": ("privacy='dp-sgd'", lambda run: run.privacy == "dp-sgd"),

@@ -262,6 +262,9 @@ class Settings:
     alignment: bool = setting(
         False, "measure each task vector's cosine with minus the full-batch gradient of its loss", decides=False
     )
+    larger_test: bool = setting(
+        False, "test embedded images on more than the test split, where their source has more", later=True
+    )
     validate_every: int = setting(1, "evaluate the validation split every so many rounds", decides=False)
     test_every: int = setting(
         0, "also evaluate the test split every so many rounds; 0: before the first and at the end", decides=False

