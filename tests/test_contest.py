@@ -74,6 +74,7 @@ NOT_DEFAULT: dict[str, Any] = {
     "client-momentum": 0.5,
     "gradient-surgery": True,
     "proximal": 0.1,
+    "ewc": 10.0,
     "accumulate": 2,
     "participation": "red=2-",
     "replay": 0.5,

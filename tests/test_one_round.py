@@ -53,6 +53,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "kept moments": {"keep-optimizer": True},
     "client momentum": {"client-momentum": 0.5},
     "gradient surgery": {"gradient-surgery": True},
+    "ewc": {"ewc": 100.0},
 }
 
 

@@ -255,6 +255,7 @@ EFFECTS: dict[str, Effect] = {
     "batch_size": Effect("bits", (3,)),
     "accumulate": Effect("bits", (2,)),
     "proximal": Effect("bits", (0.1,)),
+    "ewc": Effect("bits", (10.0,), {"rounds": 2}, idle="of one round there is none before"),
     "clip_norm": Effect("bits", (1e-3,)),
     "precision": Effect("bits"),
     "gradient_checkpointing": Effect(counted("torch.utils.checkpoint.checkpoint"), (True,), idle=MACHINE),

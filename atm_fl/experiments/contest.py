@@ -77,6 +77,7 @@ IDLE = {
             "client-momentum",
             "gradient-surgery",
             "proximal",
+            "ewc",
             "accumulate",
             "participation",
             "replay",
@@ -86,7 +87,7 @@ IDLE = {
     ),
     "single": (
         *("merge", "scaling", "task-scaling", "layer-scaling", "server-optimizer", "codec-down", "proportion"),
-        *("keep-optimizer", "client-momentum", "gradient-surgery", "dp-client-clip"),
+        *("keep-optimizer", "client-momentum", "gradient-surgery", "ewc", "dp-client-clip"),
     ),
 }
 """Kind → settings that have no effect on a row of it, which may not name them; [settings] may, for the other rows."""

@@ -23,8 +23,10 @@ from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings, check_model
 from atm_fl.tasks import Dataset, Split
 from atm_fl.training.evaluation import accuracy, classified_rightly
+from atm_fl.training.ewc import Memory, fisher_diagonal
 from atm_fl.training.local import State, Tuned, full_gradient
 from atm_fl.transforms import Context
+from atm_fl.vectors.finite import is_finite
 
 
 @dataclass(frozen=True)
@@ -191,11 +193,35 @@ class Party:
         else:
             if run:
                 self.budget.expose(run)
-            vector, tuned = self.model.tune(base, self.head, data, settings, seed, chunk, None, state, last_step)
+            memory = self._memory(context) if settings.ewc else None
+            vector, tuned = self.model.tune(
+                base, self.head, data, settings, seed, chunk, None, state, last_step, memory
+            )
             context.numbers["loss"] = tuned.loss
+            if settings.ewc:
+                self._remember(memory, data, context)
         if settings.keep_optimizer:
             context.keep("optimizer", state)
         return vector, tuned
+
+    def _memory(self, context: Context) -> Memory | None:
+        """What this party's past rounds have left for `ewc`; None at first."""
+        kept = context.recall("ewc")
+        if kept is None:
+            context.numbers["ewc_lost"] = 1
+        return Memory.of(kept).to(self.model.device) if kept else None
+
+    def _remember(self, before: Memory | None, data: Split, context: Context) -> None:
+        """Keep the model, as it was just tuned, and what matters in it; nothing of one that is not finite."""
+        flat = self.model.flat
+        if not is_finite(flat.detach()):  # the vector is refused in a moment
+            return
+        seed = context.seed("ewc")
+        fisher = fisher_diagonal(self.model.module, self.head, flat, data, seed, self.settings.workers)
+        anchor = flat.detach().clone()
+        memory = before.with_round(anchor, fisher) if before else Memory(anchor, fisher, 1)
+        if is_finite(memory.fisher):
+            context.keep("ewc", memory.state())
 
     def _last_step(self, base: Tensor, context: Context) -> Tensor | None:
         """The base's step a round since this party's last one, float32 [n]; None at first.

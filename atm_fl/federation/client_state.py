@@ -4,6 +4,7 @@
                                     residual-00007.safetensors   what the encoding of round 7's task vector lost
                                     optimizer-00007.safetensors  the optimizer's state after round 7 (keep-optimizer)
                                     tuned_from-00007.safetensors the base that round 7 began with (client-momentum)
+                                    ewc-00007.safetensors        its model after round 7, and what mattered in it (ewc)
                                     buffers-00007.safetensors    its own buffers after round 7 (buffers=private)
                                     private-00007.safetensors    its own entries after round 7 (private)
                                     measured.json                accuracies that it may not tell (private and dp-sgd)

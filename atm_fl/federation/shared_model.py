@@ -18,6 +18,7 @@ from atm_fl.privacy.noise import Noise
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
+from atm_fl.training.ewc import Memory
 from atm_fl.training.local import State, Tuned, task_vector, tune
 
 
@@ -101,12 +102,14 @@ class SharedModel:
         noise: Noise | None = None,
         state: State | None = None,
         last_step: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> tuple[Tensor, Tuned]:
         """Tune `base`, which is loaded, on `data`: (the task vector, float32 [n] on the CPU, what was done).
 
         The private entries are tuned with it. With `noise` they are held where they are, and the shared ones are tuned
         by DP-SGD that draws it. state: as `training.local.tune` takes and leaves it. last_step: the
-        federation's, float32 [n]; not with LoRA.
+        federation's, float32 [n]; not with LoRA. memory: of all that is tuned, on the device; neither with LoRA nor
+        with noise.
         """
         if self.lora:
             self.lora.reset(derive_seed(seed, "lora"))
@@ -114,7 +117,7 @@ class SharedModel:
         last_step = None if last_step is None else last_step.to(self.device)
         with own_draws(self.device, derive_seed(seed, "passes")):
             if noise is None:
-                tuned = tune(self.module, head, flat, data, settings, seed, epoch_chunk, state, last_step)
+                tuned = tune(self.module, head, flat, data, settings, seed, epoch_chunk, state, last_step, memory)
             else:
                 flat = flat if self.lora else self.shared
                 layout = vectors.Layout.of(self.module) if self.lora else self.layout

@@ -105,12 +105,12 @@ class Run:
 
         kind "evaluation" (task, validation, test; bytes_down if nothing else was asked of the client): accuracy of the
         base after `round_number` rounds; "tuning" (task, loss, steps, images, norm, alignment, seconds_…, bytes_up,
-        bytes_down; residual_lost=1, optimizer_lost=1, buffers_lost=1, private_lost=1 or tuned_from_lost=1 if a client
-        began without what its last round had left; with DP-SGD epsilon, epsilon_rdp, noise); "merge" (norm, tasks,
-        cosines unless secure-aggregation, and of more than 64 tasks cosines_of, whose they are; seconds_merge, seconds,
-        failures; with secure-aggregation seconds_secure, with dp-client-noise epsilon); "membership" (task, event: see
-        `runs.membership`) of who comes and goes; "warning" (text); "stop" (text) if a run ends before its last round.
-        Bytes are those of the arrays that travel, or in a plain loop would.
+        bytes_down; residual_lost=1, optimizer_lost=1, buffers_lost=1, private_lost=1, tuned_from_lost=1 or ewc_lost=1
+        if a client began without what its last round had left; with DP-SGD epsilon, epsilon_rdp, noise); "merge" (norm,
+        tasks, cosines unless secure-aggregation, and of more than 64 tasks cosines_of, whose they are; seconds_merge,
+        seconds, failures; with secure-aggregation seconds_secure, with dp-client-noise epsilon); "membership" (task,
+        event: see `runs.membership`) of who comes and goes; "warning" (text); "stop" (text) if a run ends before its
+        last round. Bytes are those of the arrays that travel, or in a plain loop would.
         """
         line = {"kind": kind, "round": round_number, **values, "time": round(time.time() - self._begin, 3)}
         with open(self.directory / "metrics.jsonl", "a") as file:

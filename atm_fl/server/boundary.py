@@ -23,7 +23,8 @@ MOST = 2**53
 TUNING = {
     **dict.fromkeys(("steps", "images"), (0, MOST)),
     **dict.fromkeys(("seconds_evaluate", "seconds_tune", "seconds_encode", "seconds_receive"), (0, MOST)),
-    **dict.fromkeys(("residual_lost", "optimizer_lost", "buffers_lost", "private_lost", "tuned_from_lost"), (0, 1)),
+    **dict.fromkeys(("residual_lost", "optimizer_lost", "buffers_lost", "private_lost"), (0, 1)),
+    **dict.fromkeys(("tuned_from_lost", "ewc_lost"), (0, 1)),
     **dict.fromkeys(("epsilon", "epsilon_rdp"), (0, math.inf)),
     "noise": (0, MOST),
     "norm": (0, MOST),

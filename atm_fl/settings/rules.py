@@ -96,6 +96,7 @@ def check(settings: Settings) -> None:
         "weight_decay",
         "momentum",
         "proximal",
+        "ewc",
         "clip_norm",
         "max_update_norm",
         "test_every",
@@ -121,7 +122,7 @@ def check(settings: Settings) -> None:
         raise SettingError("keep-optimizer=true: sgd with momentum=0 has no state; choose adamw, or a momentum")
     if not 0 <= settings.client_momentum < math.inf:
         raise SettingError(f"client-momentum={settings.client_momentum:g}: it must be 0 or more")
-    for name in ("proximal", "alignment", "keep_optimizer", "client_momentum", "gradient_surgery"):
+    for name in ("proximal", "ewc", "alignment", "keep_optimizer", "client_momentum", "gradient_surgery"):
         if getattr(settings, name) and settings.trainable == "lora":
             raise SettingError(
                 f"{kebab(name)}={getattr(settings, name)}: not with trainable='lora', which tunes B and A"
@@ -235,7 +236,7 @@ def check_privacy(settings: Settings) -> None:
             raise SettingError("dp-rank: not with trainable='lora', which has few directions by itself")
         if settings.model.startswith(("transformers/", "causal-lm/", "minilm")):
             raise SettingError(f"dp-rank: its made-up images are nothing to model={settings.model!r}; leave it out")
-    for name, wrong in (("replay", 0.0), ("alignment", False), ("precision", "fp32")):
+    for name, wrong in (("replay", 0.0), ("ewc", 0.0), ("alignment", False), ("precision", "fp32")):
         if settings.dp_sgd and getattr(settings, name) != wrong:
             raise SettingError(f"{name}={getattr(settings, name)!r}: not with privacy={settings.privacy!r}")
 

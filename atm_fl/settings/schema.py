@@ -192,6 +192,12 @@ class Settings:
     batch_size: int = setting(32, "images a step")
     accumulate: int = setting(1, "parts of a batch that go through the model one after another; it divides batch-size")
     proximal: float = setting(0.0, "FedProx's μ: adds μ/2 ‖θ − base‖² to the clients' loss")
+    ewc: float = setting(
+        0.0,
+        "EWC's λ: adds λ/2 Σ Fᵢ (θᵢ − aᵢ)² to the clients' loss; a: the party's own model after its last round, F: its "
+        "Fisher information of the rounds so far, both on its own disk",
+        later=True,
+    )
     clip_norm: float = setting(10.0, "gradient norm above which a gradient is scaled down; 0: never; not of dp-sgd")
     precision: str = setting(
         "fp32", "of the backbone's passes: autocast to bf16 or fp16", choices=("fp32", "bf16", "fp16")

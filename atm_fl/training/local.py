@@ -13,6 +13,7 @@ from atm_fl.models.buffers import train_mode
 from atm_fl.optimizers import OPTIMIZERS
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
+from atm_fl.training.ewc import Memory
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,14 @@ def tune(
     epoch_chunk: int = 0,
     state: State | None = None,
     last_step: Tensor | None = None,
+    memory: Memory | None = None,
 ) -> Tuned:
     """Tune `model`, whose entries and gradients are bound to `flat`, in place for `local-epochs` over `data`.
 
     The head stays frozen. The optimizer goes on from `state` and leaves its own there; a new one starts without. The
     order of the images derives from `seed` alone; of an epoch spread over several rounds `epoch_chunk` says which part
     this one is. The last batch of an epoch, or of its part, may be smaller. last_step: as `along` and `move` take it.
+    memory: of past rounds, for `ewc`.
     """
     optimizer = make_optimizer(flat, settings, state)
     # Gradients of half precision would vanish; with another precision this changes nothing.
@@ -86,6 +89,8 @@ def tune(
             scaler.unscale_(optimizer)
             if start is not None:
                 flat.grad.add_(flat.detach() - start, alpha=settings.proximal)
+            if memory is not None:
+                flat.grad.add_(memory.pull(flat.detach()), alpha=settings.ewc)
             along(flat.grad, last_step, settings)
             if settings.clip_norm:
                 nn.utils.clip_grad_norm_(flat, settings.clip_norm)
