@@ -90,8 +90,12 @@ def test_a_larger_test_split_has_what_is_left_over_of_things_that_were_not_tuned
     drawn = pictures(things, 200)
     drawn[1::2] = pictures(things[1::2], 100)  # of one thing both pictures differ
     again = np.arange(130)
-    for_test = tasks.Source(pictures(again, 50), again % 2, ["even", "odd"], again)
-    source = tasks.Source(drawn, things % 2, ["even", "odd"], things, for_test)
+
+    def further(tuned_on: frozenset[int]) -> tasks.Source:
+        unseen = np.array([thing for thing in again if thing not in tuned_on])
+        return tasks.Source(pictures(unseen, 50), unseen % 2, ["even", "odd"], unseen)
+
+    source = tasks.Source(drawn, things % 2, ["even", "odd"], things, further)
     plain = tasks.split_source(replace(source, for_test=None), cap=120, larger_test=60)
     split = tasks.split_source(source, cap=120, larger_test=60)
 

@@ -6,7 +6,8 @@ Poisson-sampled Gaussian mechanisms under adding or removing one record.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -65,15 +66,32 @@ def calibrate(target: float, delta: float, rate: float, steps: int) -> float:
 
     SettingError if even a noise of 1,000 times the clip is too little.
     """
-    low, high = 0.0, 1.0
-    while epsilon([Spent(rate, high, steps)], delta) > target:
-        low, high = high, 2 * high
-        if high > 1000:
-            raise SettingError(f"dp-epsilon={target:g}: no noise reaches it in {steps} steps at dp-delta={delta:g}")
-    while high - low > 1e-3 * high:
+    from scipy.optimize import brentq
+
+    def above(log_noise: float, accountant: str = "pld") -> float:
+        return math.log(epsilon([Spent(rate, math.exp(log_noise), steps)], delta, accountant) / target)
+
+    least, most = math.log(LEAST_NOISE), math.log(1000)
+    if above(most) > 0:
+        raise SettingError(f"dp-epsilon={target:g}: no noise reaches it in {steps} steps at dp-delta={delta:g}")
+    # RDP takes milliseconds and never too little noise; PLD takes seconds, the more the less noise there is.
+    high = most if above(most, "rdp") > 0 else _first(lambda log_noise: above(log_noise, "rdp") <= 0, least, most)
+    while above(high) > 0:  # PLD's own rounding, where both are all but the same
+        high += 1e-3
+    low = high
+    while low > least and above(low) <= 0:
+        high, low = low, max(least, low - 0.3)
+    if above(low) <= 0:
+        return LEAST_NOISE
+    found = brentq(above, low, high, xtol=3e-4)
+    while above(found) > 0:
+        found += 3e-4
+    return math.exp(found)
+
+
+def _first(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """From above, to 1e-3, the least value in [low, high] at which `holds`, as it does from there on."""
+    while high - low > 1e-3:
         middle = (low + high) / 2
-        if middle < LEAST_NOISE or epsilon([Spent(rate, middle, steps)], delta) > target:
-            low = middle
-        else:
-            high = middle
+        low, high = (low, middle) if holds(middle) else (middle, high)
     return high

@@ -163,15 +163,15 @@ class Source:
 
     images: a list of uint8 arrays [h, w] or [h, w, 3], or one array of them; labels: ints; classes: their names.
     groups: items that must not be parted between splits (renderings of one glyph, say) share a group number.
-    for_test: further images, of the same classes and numbers of groups, that only a larger test split may take, in this
-    order; without groups each shows what nothing else does.
+    for_test: makes further images that only a larger test split may take, in their order, of the same classes and
+    numbers of groups, given the groups that are tuned on, of which it shows none; without groups each shows its own.
     """
 
     images: Sequence[np.ndarray] | np.ndarray
     labels: Sequence[int] | np.ndarray
     classes: Sequence[str]
     groups: Sequence[int] | np.ndarray | None = None
-    for_test: Source | None = None
+    for_test: Callable[[frozenset[int]], Source] | None = None
 
 
 class Tokenizer(Protocol):
@@ -298,18 +298,11 @@ def split_source(source: Source, cap: int = CAP, larger_test: int = LARGER_TEST)
     What the cap leaves over, and what the source has `for_test`, becomes "more_test": per class as many as bring its
     test images to its share of `larger_test`, without what shows a thing of the training or validation split.
     """
-    images, labels, groups = _squares(source, 0)
+    images, labels, groups = _without_duplicates(*_squares(source, 0))
     own = len(images)
-    if source.for_test:
-        more = _squares(source.for_test, len(images))
-        images, labels, groups = (np.concatenate(pair) for pair in zip((images, labels, groups), more, strict=True))
-    digests = [hashlib.sha256(image.tobytes()).digest() for image in images]
-    first = np.sort(np.unique(np.array(digests, dtype="V32"), return_index=True)[1])
-    own = int(np.count_nonzero(first < own))
-    images, labels, groups = images[first], labels[first], groups[first]
 
     members: dict[int, list[int]] = {}
-    for index, group in enumerate(groups[:own]):
+    for index, group in enumerate(groups):
         members.setdefault(int(group), []).append(index)
     strata: dict[int, list[list[int]]] = {}
     for indices in members.values():
@@ -320,7 +313,7 @@ def split_source(source: Source, cap: int = CAP, larger_test: int = LARGER_TEST)
     left_over: list[int] = []
     for label in sorted(strata):
         parts = [strata[label][i] for i in random.permutation(len(strata[label]))]
-        keep = min(1.0, cap / own) * sum(map(len, parts))
+        keep = min(1.0, cap / len(labels)) * sum(map(len, parts))
         taken = 0
         for positions in parts:
             if taken >= keep:
@@ -329,9 +322,14 @@ def split_source(source: Source, cap: int = CAP, larger_test: int = LARGER_TEST)
             name = "test" if taken < TEST * keep else "validation" if taken < (TEST + VALIDATION) * keep else "train"
             chosen[name].extend(positions)
             taken += len(positions)
-    tuned_on = np.isin(groups, groups[chosen["train"] + chosen["validation"]])
-    left = [i for i in [*left_over, *range(own, len(labels))] if not tuned_on[i]]
-    chosen["more_test"] = _fill(chosen["test"], left, labels, larger_test)
+    if source.for_test:
+        tuned_on = frozenset(groups[chosen["train"] + chosen["validation"]].tolist())
+        more = _squares(source.for_test(tuned_on), len(source.images))
+        images, labels, groups = _without_duplicates(
+            *(np.concatenate(pair) for pair in zip((images, labels, groups), more, strict=True))
+        )
+        left_over.extend(range(own, len(labels)))
+    chosen["more_test"] = _fill(chosen["test"], left_over, labels, larger_test)
     arrays = {"classes": np.array(list(source.classes))}
     for name, indices in chosen.items():
         arrays[f"{name}_images"], arrays[f"{name}_labels"] = images[indices], labels[indices]
@@ -347,6 +345,15 @@ def _squares(source: Source, first_group: int) -> tuple[np.ndarray, np.ndarray, 
     labels = np.asarray(source.labels, dtype=np.int64)
     groups = np.arange(first_group, first_group + len(labels)) if source.groups is None else np.asarray(source.groups)
     return images, labels, groups
+
+
+def _without_duplicates(
+    images: np.ndarray, labels: np.ndarray, groups: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of equal images the first alone, in their order."""
+    digests = [hashlib.sha256(image.tobytes()).digest() for image in images]
+    first = np.sort(np.unique(np.array(digests, dtype="V32"), return_index=True)[1])
+    return images[first], labels[first], groups[first]
 
 
 def _fill(test: list[int], left: list[int], labels: np.ndarray, size: int) -> list[int]:

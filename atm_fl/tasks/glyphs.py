@@ -93,10 +93,10 @@ def scripts() -> Source:
     """To which writing system a letter belongs; test letters are unseen in every weight."""
     from fontTools.ttLib import TTFont
 
-    random, for_test = np.random.default_rng(0), np.random.default_rng(1)
+    random = np.random.default_rng(0)
     folder = package_dir("manimgx_fonts")
     images, labels, groups = [], [], []
-    more_images, more_labels, more_groups = [], [], []
+    alphabets = []
     each = CAP // len(SCRIPTS)
     for label, (script, font) in enumerate(SCRIPTS.items()):
         file = folder / f"{font}[wght].ttf"
@@ -105,21 +105,28 @@ def scripts() -> Source:
             for code in sorted(TTFont(file).getBestCmap())
             if unicodedata.name(chr(code), "").startswith(script.upper()) and unicodedata.category(chr(code))[0] == "L"
         ]
-        more = [letters[i] for i in for_test.permutation(len(letters))]
-        more = (more * (7 * each))[
-            : 7 * each
-        ]  # of these a quarter, where all letters are taken: those of the test split
-        more_images += render(more, file, for_test.integers(100, 901, len(more)).tolist())
-        more_labels += [label] * len(more)
-        more_groups += [ord(letter) for letter in more]
+        alphabets.append((file, letters))
         letters = [letters[i] for i in sorted(random.permutation(len(letters))[:each])]
         copies = -(-each // len(letters))
         drawn = [letter for letter in letters for _ in range(copies)]
         images += render(drawn, file, random.integers(100, 901, len(drawn)).tolist())
         labels += [label] * len(drawn)
         groups += [ord(letter) for letter in drawn]
-    classes = list(SCRIPTS)
-    return Source(images, labels, classes, groups, Source(more_images, more_labels, classes, more_groups))
+
+    def for_test(tuned_on: frozenset[int]) -> Source:
+        random = np.random.default_rng(1)
+        images, labels, groups = [], [], []
+        for label, (file, letters) in enumerate(alphabets):
+            drawn = [letters[i] for i in random.permutation(len(letters))] * (7 * each)
+            drawn = drawn[: 7 * each]  # of small alphabets only a quarter of these is unseen: the test split's letters
+            weights = random.integers(100, 901, len(drawn)).tolist()
+            unseen = [i for i, letter in enumerate(drawn) if ord(letter) not in tuned_on][: 2 * each]
+            images += render([drawn[i] for i in unseen], file, [weights[i] for i in unseen])
+            labels += [label] * len(unseen)
+            groups += [ord(drawn[i]) for i in unseen]
+        return Source(images, labels, list(SCRIPTS), groups)
+
+    return Source(images, labels, list(SCRIPTS), groups, for_test)
 
 
 @task("radicals", source="Noto Sans CJK, weights 100-900 (PyPI manimgx-fonts-cjk)", licence="OFL-1.1", more_test=True)
@@ -153,4 +160,4 @@ def radicals() -> Source:
         return render(those, file, random.integers(100, 901, len(those)).tolist())
 
     images = drawn_as(characters)
-    return Source(images, labels, largest, for_test=Source(drawn_as(more), more_labels, largest))
+    return Source(images, labels, largest, for_test=lambda tuned_on: Source(drawn_as(more), more_labels, largest))
