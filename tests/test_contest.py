@@ -78,13 +78,14 @@ NOT_DEFAULT: dict[str, Any] = {
     "accumulate": 2,
     "participation": "red=2-",
     "replay": 0.5,
+    "replay-vectors": True,
     "fraction": 0.5,
     "privacy": "clip-only",
     "dp-client-clip": 0.01,
     "secure-aggregation": True,
     "server-optimizer": "momentum",
 }
-BESIDE = {"replay": {"participation": "red=1-1"}}
+BESIDE = {"replay": {"participation": "red=1-1"}, "replay-vectors": {"participation": "red=1-1"}}
 
 
 @pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, keys in contest.IDLE.items() for key in keys])

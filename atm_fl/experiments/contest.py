@@ -81,13 +81,14 @@ IDLE = {
             "accumulate",
             "participation",
             "replay",
+            "replay-vectors",
             "fraction",
         ),
         *("privacy", "dp-client-clip", "secure-aggregation"),
     ),
     "single": (
         *("merge", "scaling", "task-scaling", "layer-scaling", "server-optimizer", "codec-down", "proportion"),
-        *("keep-optimizer", "client-momentum", "gradient-surgery", "ewc", "dp-client-clip"),
+        *("replay-vectors", "keep-optimizer", "client-momentum", "gradient-surgery", "ewc", "dp-client-clip"),
     ),
 }
 """Kind → settings that have no effect on a row of it, which may not name them; [settings] may, for the other rows."""

@@ -15,6 +15,7 @@ from atm_fl.codecs import Arrays
 from atm_fl.federation.chain import Chain
 from atm_fl.merging.kinds import fold
 from atm_fl.models.buffers import take_buffers
+from atm_fl.runs.past_vectors import PastVectors
 from atm_fl.runs.run import Run
 from atm_fl.settings import Settings
 from atm_fl.transforms import Context
@@ -83,10 +84,16 @@ class TaskVectorAggregator:
         spilled = {client: vector for client, vector in self._spill.vectors().items() if client in self.norms}
         begin = time.perf_counter()
         vectors = by_task(spilled, self._images, settings, MappedVectors(self._folder))
+        now = vectors
+        if settings.replay_vectors:
+            past = PastVectors(self._folder, settings)
+            past.keep(now, self._round)
+            vectors = past.beside(now, self._round)
+        replayed = {"replayed": names} if (names := [task for task in vectors if task not in now]) else {}
         context = Context(settings, self._layout, self._round)
         merged = merge_tasks(vectors, self._chain, context)
         seconds = time.perf_counter() - begin
-        beside = {"tasks": list(vectors), **_cosines(vectors), "seconds_merge": seconds, **context.numbers}
+        beside = {"tasks": list(vectors), **replayed, **_cosines(vectors), "seconds_merge": seconds, **context.numbers}
         self._spill.close()
         return merged, beside | {"usual_norm": median(self.norms.values())}
 

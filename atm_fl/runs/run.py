@@ -3,6 +3,7 @@
 config.json       the settings and versions that decide the result, and the run's id
 metrics.jsonl     one JSON object a line, see `Run.record`
 checkpoint/       round-00007.safetensors: the base after 7 rounds; the last `keep-checkpoints` are kept, and the best
+vectors/          of tasks that leave, of `replay-vectors`: see `runs.past_vectors`
 set-aside/        what `resume-from` went back behind, and metrics.jsonl files with damaged lines
 tensorboard/      the same metrics as TensorBoard events, of the metric sink `tensorboard`
 report.html       written when the run ends
@@ -35,6 +36,7 @@ from atm_fl.runs.directory import check_run_dir, lock, noted_plugins
 from atm_fl.runs.downlink import Downlink
 from atm_fl.runs.membership import AWAY, JOINED, Membership
 from atm_fl.runs.metrics import read_metrics
+from atm_fl.runs.past_vectors import PastVectors
 from atm_fl.runs.start import first_base
 from atm_fl.runs.validation import ValidationCurve
 from atm_fl.settings import Settings, check_model
@@ -75,6 +77,8 @@ class Run:
             self.rounds_done, self.base, state = checkpoint
             self.downlink.residual = state.pop("residual", None)
             self.optimizer.state = state
+            if settings.replay_vectors:
+                PastVectors(self.directory, settings).check(self.rounds_done)
         else:
             self.base = first_base(settings, backbone, self.base_layout, warnings.append)
         self.digest = vectors.digest(self.base)
@@ -107,10 +111,11 @@ class Run:
         base after `round_number` rounds; "tuning" (task, loss, steps, images, norm, alignment, seconds_…, bytes_up,
         bytes_down; residual_lost=1, optimizer_lost=1, buffers_lost=1, private_lost=1, tuned_from_lost=1 or ewc_lost=1
         if a client began without what its last round had left; with DP-SGD epsilon, epsilon_rdp, noise); "merge" (norm,
-        tasks, cosines unless secure-aggregation, and of more than 64 tasks cosines_of, whose they are; seconds_merge,
-        seconds, failures; with secure-aggregation seconds_secure, with dp-client-noise epsilon); "membership" (task,
-        event: see `runs.membership`) of who comes and goes; "warning" (text); "stop" (text) if a run ends before its
-        last round. Bytes are those of the arrays that travel, or in a plain loop would.
+        tasks, with replay-vectors replayed: those of them that have left; cosines unless secure-aggregation, and of
+        more than 64 tasks cosines_of, whose they are; seconds_merge, seconds, failures; with secure-aggregation
+        seconds_secure, with dp-client-noise epsilon); "membership" (task, event: see `runs.membership`) of who comes
+        and goes; "warning" (text); "stop" (text) if a run ends before its last round. Bytes are those of the arrays
+        that travel, or in a plain loop would.
         """
         line = {"kind": kind, "round": round_number, **values, "time": round(time.time() - self._begin, 3)}
         with open(self.directory / "metrics.jsonl", "a") as file:

@@ -39,6 +39,10 @@ NEEDS: dict[str, tuple[str, Callable[[Settings], bool]]] = {
         "a participation that ends, as participation='mnist=1-5'",
         lambda run: any(math.isfinite(last) for _, last in run.participations.values()),
     ),
+    "replay_vectors": (
+        "a participation that ends, as participation='mnist=1-5'",
+        lambda run: any(math.isfinite(last) for _, last in run.participations.values()),
+    ),
     "fraction": (
         "more tasks, for of these it is all",
         lambda run: max(1, round(run.fraction * len(set(run.client_tasks)))) < len(set(run.client_tasks)),
@@ -127,6 +131,14 @@ def check(settings: Settings) -> None:
             raise SettingError(
                 f"{kebab(name)}={getattr(settings, name)}: not with trainable='lora', which tunes B and A"
             )
+    if settings.replay_vectors and settings.replay:
+        raise SettingError(
+            f"replay={settings.replay:g} and replay-vectors=true: give one of them; who still tunes sends new vectors"
+        )
+    if settings.replay_vectors and settings.secure_aggregation:
+        raise SettingError(
+            "replay-vectors=true: not with secure-aggregation=true, whose server sees no single vector to keep"
+        )
     check_privacy(settings)
     check_sums(settings)
     check_open(settings)

@@ -134,6 +134,12 @@ class Settings:
         "", "rounds in which a task takes part, as 'mnist=1-5, digits=6-'; every task is evaluated in every round"
     )
     replay: float = setting(0.0, "part of its data on which a task whose last round is past still tunes each round")
+    replay_vectors: bool = setting(
+        False,
+        "merge the last vector of a task whose last round is past again in each round, without its parties; the server "
+        "keeps it in run-dir",
+        later=True,
+    )
     fraction: float = setting(1.0, "part of the tasks whose turn it is that take part in a round, drawn for each round")
     merge: str = setting(
         "mean",
