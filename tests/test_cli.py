@@ -144,7 +144,7 @@ def test_every_configuration_is_valid(file: str) -> None:
     Settings.parse(tomllib.loads((ROOT / "configs" / f"{file}.toml").read_text()))
 
 
-@pytest.mark.parametrize("file", ["contest", "ablations", "paper_contest"])
+@pytest.mark.parametrize("file", ["contest", "ablations", "paper_contest", "records", "small_parties"])
 def test_every_contest_is_valid(file: str) -> None:
     assert read_study(ROOT / "configs" / f"{file}.toml", contest).rows
 

@@ -158,6 +158,23 @@ def test_a_contest_tells_the_tested_differences_of_its_pairs(config: dict[str, A
     assert "Differences" in contest.page(study).read_text()
 
 
+def test_rows_of_other_tasks_pair_on_those_that_both_have(config: dict[str, Any], tmp_path: Path) -> None:
+    red, _, blue = config["tasks"].split(",")
+    rows = f'\n[rows]\nsingle = {{ kind = "single" }}\natm = {{}}\ntwo = {{ tasks = "{red},{blue}" }}\n'
+    path = write(tmp_path / "contest.toml", config, rows)
+    path.write_text(f'pairs = [["atm", "two"], ["two", "single"]]\n{path.read_text()}')
+    study = read_study(path, contest)
+    run(study)
+    outcomes = contest.results(study)
+    test = {row["name"]: {seed: of["test"] for seed, of in row["seeds"].items()} for row in outcomes["rows"]}
+    for pair in outcomes["pairs"]:
+        assert list(pair["differences"]) == ["red", "blue", "mean", "worst normalised task"]
+        one, other = pair["rows"]
+        expected = np.mean([test[one][s][t] - test[other][s][t] for s in ("0", "1") for t in ("red", "blue")])
+        assert pair["differences"]["mean"]["value"] == pytest.approx(expected)
+    assert "| atm − two (2 of 3 tasks, seeds 0, 1) | mean |" in contest.table(study)
+
+
 @pytest.mark.parametrize("pairs", ['[["atm", "join"]]', '[["atm"]]', '["atm"]', "3"])
 def test_pairs_that_cannot_be_are_said_before_any_work(config: dict[str, Any], tmp_path: Path, pairs: str) -> None:
     path = write(tmp_path / "contest.toml", config, ROWS)

@@ -377,7 +377,7 @@ def _test_groups(
 
 
 def _pairs(study: Contest) -> list[dict[str, Any]]:
-    """The tested differences of `pairs`, over the seeds that both rows have."""
+    """The tested differences of `pairs`, over the seeds and the tasks that both rows have."""
     outcomes, groups_of_task = [], cache(tasks.test_groups)
     for names in study.pairs:
         rows = [
@@ -391,8 +391,13 @@ def _pairs(study: Contest) -> list[dict[str, Any]]:
         if any(row.kind == "single" for row in study.rows):
             alone = study.row("single")
             single = {seed: there for seed in seeds if (there := _rightly(study, alone, seed))}
-        one, other = ([row[seed] for seed in seeds] for row in rows)
-        alone_too = list(single.values()) if len(single) == len(seeds) else []
+        shared = [client for client in rows[0][seeds[0]] if client in rows[1][seeds[0]]]
+        if not shared:
+            continue
+        one, other = ([{client: row[seed][client] for client in shared} for seed in seeds] for row in rows)
+        alone_too = []
+        if len(single) == len(seeds):
+            alone_too = [{client: model[client] for client in shared} for model in single.values()]
         groups = _test_groups(study, study.row(name=names[0]), seeds[0], groups_of_task)
         tested = differences(one, other, alone_too, groups=groups)
         outcomes.append({"rows": list(names), "seeds": seeds, "differences": {k: asdict(v) for k, v in tested.items()}})

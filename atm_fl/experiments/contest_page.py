@@ -255,7 +255,7 @@ def _pairs_cells(results: Results) -> Cells:
     """A line a pair and measure."""
     lines = [
         [
-            f"{' − '.join(pair['rows'])} (seeds {', '.join(map(str, pair['seeds']))})",
+            f"{' − '.join(pair['rows'])} ({_of_part(results, pair)}seeds {', '.join(map(str, pair['seeds']))})",
             measure,
             f"{100 * tested['value']:+.1f}",
             f"{100 * tested['low']:+.1f} to {100 * tested['high']:+.1f}",
@@ -265,6 +265,12 @@ def _pairs_cells(results: Results) -> Cells:
         for measure, tested in pair["differences"].items()
     ]
     return ["rows", "of", "difference", f"{100 * LEVEL:g} % interval", "p"], lines
+
+
+def _of_part(results: Results, pair: Mapping[str, Any]) -> str:
+    """How many tasks both rows of a pair have, where that is not all."""
+    there = len(pair["differences"].keys() & set(results["tasks"]))
+    return f"{there} of {len(results['tasks'])} tasks, " if there < len(results["tasks"]) else ""
 
 
 def _tuned(row: _RowResults, seeds: Iterable[str]) -> str:

@@ -77,6 +77,8 @@ def candidates(study: Contest, command: str, commit: str) -> list[Record]:
     for pair in outcomes["pairs"]:
         name, reference = pair["rows"]
         of_mean, row = pair["differences"]["mean"], rows[name]
+        if not pair["differences"].keys() >= set(outcomes["tasks"]):
+            continue  # of a part of the tasks
         if len(pair["seeds"]) < 2 or of_mean["value"] <= 0 or of_mean["p"] >= ALPHA or row["kind"] not in EXCHANGES:
             continue
         runs = [row["seeds"][str(seed)] for seed in pair["seeds"]]
