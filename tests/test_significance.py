@@ -159,7 +159,7 @@ def test_a_contest_tells_the_tested_differences_of_its_pairs(config: dict[str, A
 
 
 def test_rows_of_other_tasks_pair_on_those_that_both_have(config: dict[str, Any], tmp_path: Path) -> None:
-    red, _, blue = config["tasks"].split(",")
+    red, green, blue = config["tasks"].split(",")
     rows = f'\n[rows]\nsingle = {{ kind = "single" }}\natm = {{}}\ntwo = {{ tasks = "{red},{blue}" }}\n'
     path = write(tmp_path / "contest.toml", config, rows)
     path.write_text(f'pairs = [["atm", "two"], ["two", "single"]]\n{path.read_text()}')
@@ -173,6 +173,11 @@ def test_rows_of_other_tasks_pair_on_those_that_both_have(config: dict[str, Any]
         expected = np.mean([test[one][s][t] - test[other][s][t] for s in ("0", "1") for t in ("red", "blue")])
         assert pair["differences"]["mean"]["value"] == pytest.approx(expected)
     assert "| atm − two (2 of 3 tasks, seeds 0, 1) | mean |" in contest.table(study)
+    path.write_text(
+        path.read_text().replace("[rows]", f'[rows]\ngreen = {{ tasks = "{green}" }}').replace('"atm", ', '"green", ')
+    )
+    with pytest.raises(SettingError, match="pairs: 'green' and 'two' have no task in common"):
+        read_study(path, contest)
 
 
 @pytest.mark.parametrize("pairs", ['[["atm", "join"]]', '[["atm"]]', '["atm"]', "3"])

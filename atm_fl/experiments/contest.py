@@ -187,6 +187,12 @@ class Contest:
                 raise SettingError(
                     f"pairs: {name!r} is no row, or one with `select`, whose end is not what it reports{known}"
                 )
+        for one, other in pairs:
+            of_one, of_other = (
+                ContestUnit(study, study.row(name=name), study.seeds[0]).parse().party_names for name in (one, other)
+            )
+            if not set(of_one) & set(of_other):
+                raise SettingError(f"pairs: {one!r} and {other!r} have no task in common; name rows that do")
         if study.landscape:
             for key, name, kind in (
                 ("row", study.landscape.row, "atm"),
@@ -392,8 +398,6 @@ def _pairs(study: Contest) -> list[dict[str, Any]]:
             alone = study.row("single")
             single = {seed: there for seed in seeds if (there := _rightly(study, alone, seed))}
         shared = [client for client in rows[0][seeds[0]] if client in rows[1][seeds[0]]]
-        if not shared:
-            continue
         one, other = ([{client: row[seed][client] for client in shared} for seed in seeds] for row in rows)
         alone_too = []
         if len(single) == len(seeds):
