@@ -18,6 +18,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import LocalDpMod
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg, Result
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -376,6 +377,27 @@ def test_what_cannot_work_is_refused_before_a_client_is_asked(arguments: dict[st
     app = answering(lambda p, sent, number: pytest.fail("it was asked"))  # type: ignore[arg-type]
     with pytest.raises(SettingError, match=message):
         run(TaskVectorStrategy(**arguments), app, 3, 1, arrays=start())
+
+
+def test_flowers_local_dp_mod_on_training_bounds_vectors_and_leaves_counters() -> None:
+    app = ClientApp()
+
+    @app.train(mods=[LocalDpMod(clipping_norm=0.1, sensitivity=0.001, epsilon=10.0, delta=1e-5)])
+    def train(message: Message, context: Context) -> Message:
+        sent = {name: np.array(array.numpy()) for name, array in message.content["arrays"].items()}
+        moved = {name: values + np.ones_like(values) * (values.dtype == np.float32) for name, values in sent.items()}
+        return Message(reply(moved), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
+
+    arrays = run(TaskVectorStrategy(), app, clients=2, rounds=1, arrays=start()).arrays
+    vector = np.concatenate([(floats(arrays)[name] - START[name]).ravel() for name in floats(start())])
+    assert 0.09 < np.linalg.norm(vector) < 0.11
+    assert len(np.unique(vector)) > len(vector) // 2
+    counter = arrays["norm.num_batches_tracked"].numpy()
+    assert (counter.dtype, int(counter)) == (np.int64, 3)
 
 
 def test_a_wrapper_and_an_old_workflow_are_refused_before_any_round() -> None:
