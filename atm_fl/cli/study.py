@@ -51,6 +51,19 @@ def records(
         say(line)
 
 
+@app.command()
+def curriculum(
+    run: Annotated[Path, typer.Argument(help="a run whose first round has all tasks")],
+    by: Annotated[str, typer.Option(help="loss (easy tasks first) or alignment (those first that agree)")] = "loss",
+    every: Annotated[int, typer.Option(help="rounds until the next task joins")] = 1,
+    reverse: Annotated[bool, typer.Option("--reverse", help="the other way round")] = False,
+) -> None:
+    """Choose an order in which tasks join by a run's first round, and print it as the setting participation."""
+    from atm_fl.experiments.curriculum import curriculum
+
+    say(curriculum(run, by, every, reverse))
+
+
 study = typer.Typer(no_args_is_help=True, help="Run a study, resuming what was begun, and print its table.")
 app.add_typer(study, name="study")
 
