@@ -13,11 +13,13 @@ from torch import Tensor
 
 from atm_fl.clients.app import app as client_app
 from atm_fl.errors import SettingError
+from atm_fl.experiments.joint import run_joint
 from atm_fl.federation import client as party_module
 from atm_fl.federation.client import Party, Update, parties_of
 from atm_fl.federation.client_state import ClientState
 from atm_fl.federation.loop import run_loop
 from atm_fl.federation.shared_model import shared_model
+from atm_fl.optimizers import OPTIMIZERS
 from atm_fl.runs.metrics import read_metrics
 from atm_fl.server.app import serve
 from atm_fl.server.grid import InProcessGrid
@@ -182,7 +184,37 @@ def test_validation_now_and_then_and_all_checkpoints(config: dict[str, Any]) -> 
     assert len(list(run.directory.glob("checkpoint/*"))) == 5
 
 
-@pytest.mark.parametrize("optimizer", [{}, {"optimizer": "sgd", "momentum": 0.9, "learning-rate": 0.01}])
+@pytest.mark.parametrize("kind", ["plain", "dp-sgd", "private and dp-sgd", "joint"])
+def test_the_learning_rate_falls_by_equal_steps_over_all_rounds(
+    config: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+
+    class Noted(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setitem(OPTIMIZERS, "sgd", lambda parameter, settings: Noted([parameter], lr=settings.learning_rate))
+    config |= {"optimizer": "sgd", "learning-rate": 0.04, "final-learning-rate": 0.01, "rounds": 3, "batch-size": 12}
+    config["tasks"] = config["tasks"].split(",")[0]
+    if "dp-sgd" in kind:
+        config |= {"privacy": "clip-only", "private": "*norm*" if "private" in kind else ""}
+    if kind == "joint":
+        run_joint(Settings.parse(config))
+    else:
+        run_loop(Settings.parse(config))
+    steps = 3 * 36 // 12
+    expected = [0.04 - 0.03 * step / steps for step in range(steps)]
+    if "private" in kind:  # in each round the shared entries, then the own ones
+        expected = [rate for number in range(3) for rate in expected[3 * number : 3 * number + 3] * 2]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [{}, {"optimizer": "sgd", "momentum": 0.9, "learning-rate": 0.01}, {"final-learning-rate": 1e-5}],
+)
 def test_with_its_optimizer_kept_one_party_s_parts_of_an_epoch_are_the_epoch(
     config: dict[str, Any], optimizer: dict[str, Any]
 ) -> None:

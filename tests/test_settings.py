@@ -251,6 +251,7 @@ EFFECTS: dict[str, Effect] = {
     "client_momentum": Effect("bits", (0.5,), {"rounds": 2}, idle="of one round there is no step before"),
     "gradient_surgery": Effect("bits", (True,), {"rounds": 2}, idle="of one round there is no step before"),
     "learning_rate": Effect("bits", (1e-2,)),
+    "final_learning_rate": Effect("bits", (1e-5, 1e-2)),
     "weight_decay": Effect("bits", (0.0,)),
     "momentum": Effect("bits", (0.9,), {"optimizer": "sgd"}),
     "batch_size": Effect("bits", (3,)),

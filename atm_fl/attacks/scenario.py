@@ -87,7 +87,7 @@ class Scenario:
             raise SettingError("secure-aggregation=true: the server sees no single vector that could be attacked")
         if settings.task_epochs:
             raise SettingError(f"task-epochs={settings.task_epochs!r}: attacks are on one task; set local-epochs")
-        for name in ("client_momentum", "gradient_surgery", "ewc"):
+        for name in ("client_momentum", "gradient_surgery", "ewc", "final_learning_rate"):
             if value := getattr(settings, name):
                 raise SettingError(f"{kebab(name)}={value}: the attacks know one round; leave it out")
         if settings.private:

@@ -19,7 +19,7 @@ from atm_fl.models.buffers import train_mode
 from atm_fl.runs.run import Run
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
-from atm_fl.training.local import make_optimizer
+from atm_fl.training.local import make_optimizer, set_rate
 
 
 def run_joint(settings: Settings) -> list[Party]:
@@ -82,6 +82,7 @@ def run_joint(settings: Settings) -> list[Party]:
                         total += loss.item()
                     if settings.clip_norm:
                         nn.utils.clip_grad_norm_(everything, settings.clip_norm)
+                    set_rate(optimizer, settings.of_round(epoch), step / len(batches))
                     optimizer.step()
             model.module.eval()
             vector = everything.detach()[:size].cpu() - run.base[:size]

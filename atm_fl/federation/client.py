@@ -165,7 +165,8 @@ class Party:
             if self.settings.keep_optimizer:
                 state = context.recall("own_optimizer") or {}
             seed, chunk = self._seed_and_chunk(context)
-            loss = self.model.tune_private(self.head, data, self.settings, seed, chunk, state).loss
+            settings = self.settings.of_round(context.round_number)
+            loss = self.model.tune_private(self.head, data, settings, seed, chunk, state).loss
             context.note({"loss": loss})
         entries = self.model.private_entries()
         if not all(bool(entry.isfinite().all()) for entry in entries.values()):
@@ -181,7 +182,7 @@ class Party:
 
     def _tune(self, base: Tensor, data: Split, context: Context, run: str) -> tuple[Tensor, Tuned]:
         """(the task vector, what was done) of the round's local training, which begins at `base`, loaded."""
-        settings = self.settings
+        settings = self.settings.of_round(context.round_number)
         seed, chunk = self._seed_and_chunk(context)
         kept = context.recall("optimizer") if settings.keep_optimizer else {}
         if kept is None:
@@ -257,9 +258,8 @@ class Party:
             release = self.budget.spend(run, context.round_number, base, anew)
             left = {name: value.clone() for name, value in state.items()}
             self.model.load(base)
-            vector, tuned = self.model.tune(
-                base, self.head, data, self.settings, seed, 0, release.noise, left, last_step
-            )
+            settings = self.settings.of_round(context.round_number)
+            vector, tuned = self.model.tune(base, self.head, data, settings, seed, 0, release.noise, left, last_step)
             if self.budget.ledger.seal(release.entry, vector):
                 break
         state.update(left)

@@ -29,7 +29,7 @@ from atm_fl.privacy.subspace import PART, PROBES, Subspace, probes
 from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
 from atm_fl.tasks import Split
-from atm_fl.training.local import State, Tuned, along, keep_state, make_optimizer, move
+from atm_fl.training.local import State, Tuned, along, keep_state, make_optimizer, move, set_rate
 from atm_fl.vectors import Layout
 
 
@@ -125,7 +125,7 @@ def tune_privately(
     optimizer = make_optimizer(tuned, settings, state)
     start = tuned.detach().clone() if settings.proximal else None
     tuned.grad = torch.zeros_like(tuned) if tuned.grad is None else tuned.grad
-    for _ in range(steps):
+    for step in range(steps):
         chosen = torch.from_numpy(random.random(len(data)) < rate).nonzero().flatten()
         tuned.grad.zero_()
         size = settings.batch_size // settings.accumulate
@@ -140,6 +140,7 @@ def tune_privately(
         if start is not None:
             tuned.grad.add_(tuned.detach() - start, alpha=settings.proximal)
         along(tuned.grad, last_step, settings)
+        set_rate(optimizer, settings, step / steps)
         optimizer.step()
         if subspace and base is not None:
             flat.data.copy_(base + subspace.expand(tuned.detach()))

@@ -150,6 +150,7 @@ def check(settings: Settings) -> None:
         "lora_alpha",
         "node_timeout",
         "round_timeout",
+        *(["final_learning_rate"] if settings.final_learning_rate else []),
     )
     for name in positive:
         if not 0 < getattr(settings, name) < math.inf:

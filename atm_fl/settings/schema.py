@@ -192,7 +192,10 @@ class Settings:
     gradient_surgery: bool = setting(
         False, "free each of the clients' gradients of what opposes the last merged step (PCGrad)", later=True
     )
-    learning_rate: float = setting(2e-4, "its learning rate, without schedule")
+    learning_rate: float = setting(2e-4, "its learning rate, at the start of the run")
+    final_learning_rate: float = setting(
+        0.0, "that at the end of the run, which it nears by equal steps; 0: the same throughout", later=True
+    )
     weight_decay: float = setting(0.1, "its weight decay")
     momentum: float = setting(0.0, "its momentum, of sgd only")
     batch_size: int = setting(32, "images a step")
@@ -389,6 +392,14 @@ class Settings:
         """These settings as the clients of `task` have them: with its own `local-epochs`."""
         epochs = self.epochs_of_tasks.get(task)
         return self if epochs is None else replace(self, local_epochs=float(epochs), task_epochs="")
+
+    def of_round(self, round_number: int) -> Settings:
+        """These settings as a round has them: with the learning rates at its start and its end."""
+        first, last = self.learning_rate, self.final_learning_rate
+        if not last:
+            return self
+        begin, end = (first + (last - first) * done / self.rounds for done in (round_number - 1, round_number))
+        return replace(self, learning_rate=begin, final_learning_rate=end)
 
     @property
     def layer_scalings(self) -> dict[str, float]:

@@ -37,6 +37,14 @@ def make_optimizer(parameter: nn.Parameter, settings: Settings, state: State | N
     return optimizer
 
 
+def set_rate(optimizer: torch.optim.Optimizer, settings: Settings, done: float) -> None:
+    """Give an optimizer the learning rate after this part, in 0..1, of a round; settings: `Settings.of_round`'s."""
+    if settings.final_learning_rate:
+        rate = settings.learning_rate + (settings.final_learning_rate - settings.learning_rate) * done
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
 def keep_state(optimizer: torch.optim.Optimizer, state: State | None) -> None:
     """Leave the tensors of an optimizer on one parameter, on the CPU, in `state`."""
     if state is not None:
@@ -61,7 +69,7 @@ def tune(
     The head stays frozen. The optimizer goes on from `state` and leaves its own there; a new one starts without. The
     order of the images derives from `seed` alone; of an epoch spread over several rounds `epoch_chunk` says which part
     this one is. The last batch of an epoch, or of its part, may be smaller. last_step: as `along` and `move` take it.
-    memory: of past rounds, for `ewc`.
+    memory: of past rounds, for `ewc`. settings: those of the round (`Settings.of_round`).
     """
     optimizer = make_optimizer(flat, settings, state)
     # Gradients of half precision would vanish; with another precision this changes nothing.
@@ -79,6 +87,7 @@ def tune(
             .to(data.labels.device)
         )
         seen, total = seen + len(order), 0.0
+        all_steps = epochs * math.ceil(len(order) / settings.batch_size)
         for images, labels in data.batches(order, settings.batch_size, settings.workers):
             flat.grad.zero_()
             size = settings.batch_size // settings.accumulate
@@ -87,6 +96,7 @@ def tune(
                 scaler.scale(loss * (len(wanted) / len(labels))).backward()
                 total += loss.item() * len(wanted)
             scaler.unscale_(optimizer)
+            set_rate(optimizer, settings, steps / all_steps)
             if start is not None:
                 flat.grad.add_(flat.detach() - start, alpha=settings.proximal)
             if memory is not None:
@@ -96,7 +106,7 @@ def tune(
                 nn.utils.clip_grad_norm_(flat, settings.clip_norm)
             scaler.step(optimizer)
             scaler.update()
-            move(flat, last_step, settings, epochs * math.ceil(len(order) / settings.batch_size))
+            move(flat, last_step, settings, all_steps)
             steps += 1
     model.eval()
     keep_state(optimizer, state)
