@@ -77,6 +77,30 @@ def test_glyphs_of_one_letter_are_grouped_and_photos_are_not() -> None:
         assert tasks.test_groups(name, larger=False) is None
 
 
+def test_parties_that_are_tested_on_the_same_images_count_once() -> None:
+    """Three parties of one task, whose models are right on the same images, are no more sure than one; other images
+    in the same places are."""
+    random = np.random.default_rng(6)
+
+    def rows(kinds: int) -> tuple[list[dict], list[dict]]:
+        models = [[random.random(1000) < rate for _ in range(kinds)] for rate in (0.8, 0.77)]
+        one, other = ([{f"pets.{number}": right[number % kinds] for number in range(3)}] for right in models)
+        return one, other
+
+    same = {f"pets.{number}": "pets" for number in range(3)}
+
+    def reach(one: list[dict], other: list[dict], **more: Any) -> float:
+        tested = differences(one, other, **more)
+        return (tested["mean"].high - tested["mean"].low) / (tested["pets.0"].high - tested["pets.0"].low)
+
+    one, other = rows(1)
+    assert reach(one, other, same=same) == pytest.approx(1)
+    assert reach(one, other) == pytest.approx(3**-0.5, rel=0.1)
+    one, other = rows(3)
+    assert reach(one, other, same=same) == pytest.approx(3**-0.5, rel=0.1)
+    assert differences(one, other, same={}) == differences(one, other)
+
+
 def test_rows_that_are_equal_or_swapped() -> None:
     random = np.random.default_rng(2)
     one, other = drawn(random, 3, 500, 0.6), drawn(random, 3, 500, 0.6)

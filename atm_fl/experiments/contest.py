@@ -373,11 +373,8 @@ def _rightly(study: Contest, row: ContestRow, seed: int) -> dict[str, np.ndarray
         return dict(file)
 
 
-def _test_groups(
-    study: Contest, row: ContestRow, seed: int, of_task: Callable[[str, bool], np.ndarray | None]
-) -> dict[str, np.ndarray]:
-    """By client of a row: which test images show one thing, for the tasks that have such. of_task: of one task."""
-    settings = ContestUnit(study, row, seed, best_choice(study, row)).settings()
+def _test_groups(settings: Settings, of_task: Callable[[str, bool], np.ndarray | None]) -> dict[str, np.ndarray]:
+    """By client: which test images show one thing, for the tasks that have such. of_task: of one task."""
     named = zip(settings.party_names, settings.task_names, strict=True)
     return {client: groups for client, task in named if (groups := of_task(task, settings.larger_test)) is not None}
 
@@ -402,8 +399,10 @@ def _pairs(study: Contest) -> list[dict[str, Any]]:
         alone_too = []
         if len(single) == len(seeds):
             alone_too = [{client: model[client] for client in shared} for model in single.values()]
-        groups = _test_groups(study, study.row(name=names[0]), seeds[0], groups_of_task)
-        tested = differences(one, other, alone_too, groups=groups)
+        row = study.row(name=names[0])
+        settings = ContestUnit(study, row, seeds[0], best_choice(study, row)).settings()
+        groups = _test_groups(settings, groups_of_task)
+        tested = differences(one, other, alone_too, groups=groups, same=settings.task_of)
         outcomes.append({"rows": list(names), "seeds": seeds, "differences": {k: asdict(v) for k, v in tested.items()}})
     return outcomes
 

@@ -4,13 +4,15 @@ Both rows classify the same test images, in runs of the same seeds, so that what
 Tibshirani 1993, An introduction to the bootstrap, ch. 8 and 16). A resample draws images of every task and, where there
 are several, seeds, both with replacement and the same for both rows. Drawing both ways overstates what comes of image
 and seed together (Owen 2007, The pigeonhole bootstrap), so that it errs on the side of no claim. Images that show one
-thing, as one letter in two weights, are drawn together (a cluster bootstrap: Davison and Hinkley 1997, ch. 3.8).
+thing, as one letter in two weights, are drawn together (a cluster bootstrap: Davison and Hinkley 1997, ch. 3.8), and so
+are those of several parties that are tested on the same ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,14 +42,17 @@ def differences(
     single: Sequence[Rightly] = (),
     resamples: int = RESAMPLES,
     groups: Mapping[str, np.ndarray] | None = None,
+    same: Mapping[str, str] | None = None,
 ) -> dict[str, Difference]:
     """The first row less the second: of each task, of their mean and, where the single-task models (single) are given,
     of the worst normalised task: the least accuracy, mean over seeds, in parts of the single-task models'.
 
     Each row has a model a seed, in the same order of seeds; all have the same tasks and images. Images of one number in
-    a task's `groups`, int [n], are drawn together. Deviations are widened by √(S / (S − 1)), since S seeds drawn from S
-    vary too little; one seed alone says nothing of other seeds. The same input has the same output. ValueError if the
-    rows do not pair, or a task's groups are not of its images.
+    a task's `groups`, int [n], are drawn together. Of tasks that are one in `same`, with as many images, the same
+    places are drawn: if the images there are the same ones, a party more is no image more, and if not, nothing is lost.
+    Deviations are widened by √(S / (S − 1)), since S seeds drawn from S vary too little; one seed alone says nothing of
+    other seeds. The same input has the same output. ValueError if the rows do not pair, or a task's groups are not of
+    its images.
     """
     rows = [one, other, *([single] if single else [])]
     tasks = list(one[0])
@@ -62,6 +67,7 @@ def differences(
     drawn_seeds = random.multinomial(seeds, [1 / seeds] * seeds, resamples) / seeds
     exact = np.stack([[np.mean([model[task].mean() for model in row]) for task in tasks] for row in rows])
     resampled = np.empty((len(rows), len(tasks), resamples))
+    draws: dict[tuple[str, int], Any] = {}
     for number, task in enumerate(tasks):
         images = len(one[0][task])
         group = (groups or {}).get(task, np.arange(images))
@@ -72,9 +78,14 @@ def differences(
         rightly = [
             np.stack([np.bincount(group, model[task], len(sizes)) for model in row]).astype(np.float32) for row in rows
         ]
+        drawing, known = random, ((same or {}).get(task, task), len(sizes))
+        if known in draws:
+            drawing = np.random.default_rng()
+            drawing.bit_generator.state = draws[known]
+        draws.setdefault(known, random.bit_generator.state)
         for begin in range(0, resamples, CHUNK):
             chunk = slice(begin, min(begin + CHUNK, resamples))
-            picked = random.integers(len(sizes), size=(chunk.stop - begin, len(sizes)))
+            picked = drawing.integers(len(sizes), size=(chunk.stop - begin, len(sizes)))
             counts = np.stack([np.bincount(places, minlength=len(sizes)) for places in picked]).astype(np.float32)
             drawn_images = counts @ sizes
             for place, models in enumerate(rightly):
