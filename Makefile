@@ -18,7 +18,7 @@ demo: install
 	rm -rf $(RUN)
 	$(BIN)/atm-fl run configs/demo.toml -c run-dir=$(RUN)
 
-# The same with four parties of texts and MiniLM, about ten minutes on one core.
+# The same with four parties of texts and MiniLM, about six minutes on two cores.
 demo-text: install
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[text]'
 	rm -rf runs/demo_text
