@@ -187,6 +187,7 @@ def _sum(party: Party, data: Split) -> Tensor:
 
 def _joined(one: Split, other: Split) -> Split:
     """Both splits as one. SettingError for images that are not in memory."""
-    if not isinstance(one.images, Tensor) or not isinstance(other.images, Tensor):
-        raise SettingError("the audit needs a task whose images are in memory: an embedded one or a folder")
-    return Split(torch.cat([one.images, other.images]), torch.cat([one.labels, other.labels]))
+    try:
+        return one.followed_by(other)
+    except TypeError as error:
+        raise SettingError("the audit needs a task whose images are in memory: an embedded one or a folder") from error

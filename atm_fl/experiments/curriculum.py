@@ -8,14 +8,14 @@ A first round of all tasks is enough (`rounds=1`). The order is the setting `par
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 
 from atm_fl.errors import RunError, SettingError
 from atm_fl.runs.report import Record
-from atm_fl.settings import Settings, kebab
+from atm_fl.settings import Settings
 
 Scores = dict[str, float]
 """Task → what the order is by; the least comes first."""
@@ -25,7 +25,7 @@ def _losses(record: Record, settings: Settings) -> Scores:
     told: dict[str, list[float]] = {task: [] for task in settings.client_tasks}
     for client, task in settings.task_of.items():
         loss = record.lines.get(("tuning", 1, client), {}).get("loss")
-        told[task] += [loss] if isinstance(loss, float) and loss == loss else []
+        told[task] += [loss] if isinstance(loss, float) and not math.isnan(loss) else []
     return {task: fmean(losses) for task, losses in told.items() if losses}
 
 
@@ -49,7 +49,7 @@ def curriculum(run: Path, by: str = "loss", every: int = 1, reverse: bool = Fals
     if every < 1:
         raise SettingError(f"every={every}: it must be at least 1")
     record = Record.read(run)
-    settings = Settings(**{item.name: record.settings[kebab(item.name)] for item in fields(Settings)})
+    settings = Settings.of_config(record.settings)
     scores = MEASURES[by](record, settings)
     names = list(dict.fromkeys(settings.client_tasks))
     if missing := [task for task in names if task not in scores]:

@@ -55,7 +55,7 @@ def run_joint(settings: Settings) -> list[Party]:
             model.load(run.base)
             everything.data[:size] = flat.data[:size]
             random = torch.Generator().manual_seed(derive_seed(settings.seed, "joint", epoch))
-            begin, total = time.perf_counter(), 0.0
+            begin, total, of_epoch = time.perf_counter(), 0.0, settings.of_round(epoch)
             train_mode(model.module, frozen=settings.buffers == "frozen")
             batches = torch.randperm(len(owner), generator=random).split(settings.batch_size)
             held = [[place[batch[owner[batch] == number]] for batch in batches] for number in range(len(parties))]
@@ -82,7 +82,7 @@ def run_joint(settings: Settings) -> list[Party]:
                         total += loss.item()
                     if settings.clip_norm:
                         nn.utils.clip_grad_norm_(everything, settings.clip_norm)
-                    set_rate(optimizer, settings.of_round(epoch), step / len(batches))
+                    set_rate(optimizer, of_epoch, step / len(batches))
                     optimizer.step()
             model.module.eval()
             vector = everything.detach()[:size].cpu() - run.base[:size]

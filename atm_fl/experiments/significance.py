@@ -11,8 +11,8 @@ are those of several parties that are tested on the same ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def differences(
     drawn_seeds = random.multinomial(seeds, [1 / seeds] * seeds, resamples) / seeds
     exact = np.stack([[np.mean([model[task].mean() for model in row]) for task in tasks] for row in rows])
     resampled = np.empty((len(rows), len(tasks), resamples))
-    draws: dict[tuple[str, int], Any] = {}
+    before: dict[tuple[str, int], np.random.Generator] = {}
     for number, task in enumerate(tasks):
         images = len(one[0][task])
         group = (groups or {}).get(task, np.arange(images))
@@ -78,11 +78,9 @@ def differences(
         rightly = [
             np.stack([np.bincount(group, model[task], len(sizes)) for model in row]).astype(np.float32) for row in rows
         ]
-        drawing, known = random, ((same or {}).get(task, task), len(sizes))
-        if known in draws:
-            drawing = np.random.default_rng()
-            drawing.bit_generator.state = draws[known]
-        draws.setdefault(known, random.bit_generator.state)
+        kind = (same or {}).get(task, task), len(sizes)
+        drawing = deepcopy(before[kind]) if kind in before else random
+        before.setdefault(kind, deepcopy(random))
         for begin in range(0, resamples, CHUNK):
             chunk = slice(begin, min(begin + CHUNK, resamples))
             picked = drawing.integers(len(sizes), size=(chunk.stop - begin, len(sizes)))

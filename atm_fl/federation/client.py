@@ -254,11 +254,11 @@ class Party:
         A round that is repeated with the noise of before must come out as before, to the last bit; otherwise (other
         files under the same names, another version of torch) noise is drawn, and paid for, anew.
         """
+        settings = self.settings.of_round(context.round_number)
         for anew in (False, True):
             release = self.budget.spend(run, context.round_number, base, anew)
             left = {name: value.clone() for name, value in state.items()}
             self.model.load(base)
-            settings = self.settings.of_round(context.round_number)
             vector, tuned = self.model.tune(base, self.head, data, settings, seed, 0, release.noise, left, last_step)
             if self.budget.ledger.seal(release.entry, vector):
                 break

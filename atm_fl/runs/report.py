@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property, partial
 from html import escape
 from pathlib import Path
@@ -33,7 +33,7 @@ from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.pages import Series
 from atm_fl.runs.references import find_references
 from atm_fl.runs.validation import ValidationCurve
-from atm_fl.settings import Settings, defaults, kebab, stored
+from atm_fl.settings import Settings, defaults, stored
 
 COLUMNS = 8
 """At most so many evaluated rounds in a table."""
@@ -181,7 +181,7 @@ class Record:
         """
         values = {**defaults(), **stored(self.config["settings"]), "rounds": self.config["rounds"]}
         if self.membership.joined:
-            settings = Settings(**{item.name: values[kebab(item.name)] for item in fields(Settings)})
+            settings = Settings.of_config(values)
             for task, first in self.membership.joined.items():
                 settings = settings.joined(task, first)
             values |= settings.as_config()

@@ -30,19 +30,18 @@ OF_DEPLOYMENT = {"codec-up": "int4", "codec-down": "int4"}
 """What runs of the runtime `deployment`, whose bottleneck is the wire, take if neither file nor `-c` says otherwise."""
 
 
+def _some_leave(run: Settings) -> bool:
+    return any(math.isfinite(last) for _, last in run.participations.values())
+
+
+_ENDS = "a participation that ends, as participation='mnist=1-5'"
 NEEDS: dict[str, tuple[str, Callable[[Settings], bool]]] = {
     "lora_rank": ("trainable='lora'", lambda run: run.trainable == "lora"),
     "lora_alpha": ("trainable='lora'", lambda run: run.trainable == "lora"),
     "shots": ("head='prototypes'", lambda run: run.head not in ("linear-probe", "zero-shot", "answers", "sentences")),
     "holdout": ("split='validation'", lambda run: run.split == "validation"),
-    "replay": (
-        "a participation that ends, as participation='mnist=1-5'",
-        lambda run: any(math.isfinite(last) for _, last in run.participations.values()),
-    ),
-    "replay_vectors": (
-        "a participation that ends, as participation='mnist=1-5'",
-        lambda run: any(math.isfinite(last) for _, last in run.participations.values()),
-    ),
+    "replay": (_ENDS, _some_leave),
+    "replay_vectors": (_ENDS, _some_leave),
     "fraction": (
         "more tasks, for of these it is all",
         lambda run: max(1, round(run.fraction * len(set(run.client_tasks)))) < len(set(run.client_tasks)),
@@ -97,8 +96,10 @@ def check(settings: Settings) -> None:
         if getattr(settings, name) < 1:
             raise SettingError(f"{kebab(name)}={getattr(settings, name)}: it must be at least 1")
     for name in (
+        "final_learning_rate",
         "weight_decay",
         "momentum",
+        "client_momentum",
         "proximal",
         "ewc",
         "clip_norm",
@@ -124,8 +125,6 @@ def check(settings: Settings) -> None:
         raise SettingError(f"local-epochs={epochs:g}: it must be a whole number, or 1/m as 0.5, 0.25, 0.2, 0.1")
     if settings.keep_optimizer and settings.optimizer == "sgd" and not settings.momentum:
         raise SettingError("keep-optimizer=true: sgd with momentum=0 has no state; choose adamw, or a momentum")
-    if not 0 <= settings.client_momentum < math.inf:
-        raise SettingError(f"client-momentum={settings.client_momentum:g}: it must be 0 or more")
     for name in ("proximal", "ewc", "alignment", "keep_optimizer", "client_momentum", "gradient_surgery"):
         if getattr(settings, name) and settings.trainable == "lora":
             raise SettingError(
@@ -150,7 +149,6 @@ def check(settings: Settings) -> None:
         "lora_alpha",
         "node_timeout",
         "round_timeout",
-        *(["final_learning_rate"] if settings.final_learning_rate else []),
     )
     for name in positive:
         if not 0 < getattr(settings, name) < math.inf:

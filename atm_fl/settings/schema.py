@@ -511,6 +511,11 @@ class Settings:
         """All settings by kebab-case key, as `parse` takes them."""
         return {kebab(name): value for name, value in asdict(self).items()}
 
+    @classmethod
+    def of_config(cls, values: Mapping[str, Any]) -> Settings:
+        """From what `as_config` returned, unchecked; what is not among the values has its default."""
+        return cls(**{item.name: values[kebab(item.name)] for item in fields(cls) if kebab(item.name) in values})
+
 
 @lru_cache(maxsize=16)
 def _drawn(settings: Settings, round_number: int) -> set[str]:
@@ -532,8 +537,7 @@ def stored(values: Mapping[str, Any]) -> dict[str, Any]:
     A run from before a setting was there ran with its default, and so did one with a setting that had no effect.
     """
     known = Settings().decisive() | modern(values, strict=False)
-    run = Settings(**{item.name: known[kebab(item.name)] for item in fields(Settings) if kebab(item.name) in known})
-    return known | {kebab(name): default for name, default, _ in idle(run)}
+    return known | {kebab(name): default for name, default, _ in idle(Settings.of_config(known))}
 
 
 def sections() -> dict[str, list[Field[Any]]]:

@@ -67,6 +67,12 @@ class Split:
         images = self.images[index] if isinstance(self.images, Tensor) else self.images.take(index)
         return Split(images, self.labels[index])
 
+    def followed_by(self, other: Split) -> Split:
+        """The items of both, this one's first; TypeError for images that are not in memory."""
+        if not isinstance(self.images, Tensor) or not isinstance(other.images, Tensor):
+            raise TypeError("images that are not in memory can't be joined")
+        return Split(torch.cat([self.images, other.images]), torch.cat([self.labels, other.labels]))
+
     def to(self, device: str | torch.device) -> Split:
         """This split on `device`; of files only the labels move, their images follow batch by batch."""
         images = self.images.to(device) if isinstance(self.images, Tensor) else self.images
@@ -133,14 +139,10 @@ class Dataset:
         """This data set with `more_test` at the end of its test split; itself where there is no more."""
         if self.more_test is None:
             return self
-        assert isinstance(self.test.images, Tensor)
-        assert isinstance(self.more_test.images, Tensor)
-        test = Split(
-            torch.cat([self.test.images, self.more_test.images]), torch.cat([self.test.labels, self.more_test.labels])
-        )
         groups = self.test_groups
         if groups is not None and self.more_test_groups is not None:
             groups = np.concatenate([groups, self.more_test_groups])
+        test = self.test.followed_by(self.more_test)
         return replace(self, test=test, test_groups=groups, more_test=None, more_test_groups=None)
 
     def split(self, name: str) -> Split:

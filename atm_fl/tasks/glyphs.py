@@ -155,9 +155,10 @@ def radicals() -> Source:
         more += [chr(code) for code in unseen]
         more_labels += [label] * len(unseen)
     file = package_dir("manimgx_fonts_cjk") / "NotoSansCJK-VF.otf.ttc"
-
-    def drawn_as(those: list[str]) -> list[np.ndarray]:
-        return render(those, file, random.integers(100, 901, len(those)).tolist())
-
-    images = drawn_as(characters)
-    return Source(images, labels, largest, for_test=lambda tuned_on: Source(drawn_as(more), more_labels, largest))
+    weights, more_weights = (random.integers(100, 901, len(those)).tolist() for those in (characters, more))
+    return Source(
+        render(characters, file, weights),
+        labels,
+        largest,
+        for_test=lambda tuned_on: Source(render(more, file, more_weights), more_labels, largest),
+    )
