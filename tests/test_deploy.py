@@ -406,6 +406,13 @@ def test_check_says_what_is_wrong_with_key_and_data(checkout: Path) -> None:
     (counts,) = (found for name, found, _ in check(Machine("127.0.0.1:1", ca, data=pets)) if name == "data")
     passed_over = "passed over as no pictures: 1 .heic"
     assert counts == f"{pets}: 3 classes, 36 train, 12 validation, 12 test pictures; {passed_over}"
+    for split in ("train", "validation", "test"):
+        (checkout / "mail").mkdir(exist_ok=True)
+        (checkout / "mail" / f"{split}.csv").write_text("text,label\nhello,ham\nbuy,spam\n")
+    (told,) = (found for name, found, _ in check(Machine("127.0.0.1:1", ca, data=checkout / "mail")) if name == "data")
+    assert told == f"{checkout / 'mail'}: 2 classes, 2 train, 2 validation, 2 test texts"
+    (checkout / "mail" / "test.csv").write_text("text\nhello\n")
+    assert "test.csv, row 2, has no 'label'" in said(data=checkout / "mail")["data"]
 
 
 def test_the_control_api_answers_its_own_machine_alone() -> None:

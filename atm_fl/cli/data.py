@@ -28,6 +28,7 @@ def tasks(
 ) -> None:
     """List the tasks with their sources and licences, or check one for leaks (exit status 1 if there are any)."""
     from atm_fl import tasks as registry
+    from atm_fl.tasks import hugging_face
     from atm_fl.tasks.published import Published, data_root
     from atm_fl.tasks.texts import UNREAD
 
@@ -67,6 +68,8 @@ def tasks(
     else:
         console.print(table, highlight=False)
         say(f"published data sets are looked for in {data_root()}")
+        if brought := hugging_face.here():
+            say(f"data sets of the hub that are there: {', '.join(brought)}")
 
 
 @listing.command("check")
@@ -106,18 +109,29 @@ def _say_leaks(name: str, workers: int) -> bool:
 
 @app.command()
 def prepare(
-    tasks: Annotated[str, typer.Option(help="published data sets, separated by commas; see `atm-fl tasks`")],
+    tasks: Annotated[
+        str, typer.Option(help="published data sets (`atm-fl tasks`), or hf:OWNER/NAME of the hub, separated by commas")
+    ],
     root: Annotated[Path | None, typer.Option(help="where to; default $ATM_FL_DATA or ~/.cache/atm-fl/data")] = None,
     workers: Annotated[int, typer.Option(min=0, help="processes that decode images")] = 0,
+    item: Annotated[str, typer.Option(help="of a data set of the hub: the column of its texts or pictures")] = "",
+    label: Annotated[str, typer.Option(help="the same: the column of its labels")] = "",
 ) -> None:
-    """Download published data sets, check them, and say which test images are also in train."""
-    from atm_fl.tasks import leaks
+    """Download data sets, check them, and say which test images are also in train."""
+    from atm_fl.tasks import HUB, hugging_face, leaks
     from atm_fl.tasks import published as library
 
     folder = (root or library.data_root()).expanduser().resolve()
-    chosen = [library.find_published(name.strip()) for name in tasks.split(",")]
+    names = [name.strip() for name in tasks.split(",")]
+    of_hub = [name for name in names if name.startswith(HUB)]
+    if (item or label) and not len(of_hub) == len(names) == 1:
+        raise SettingError("--item and --label name columns of one data set of the hub; prepare it by itself")
+    for name in of_hub:
+        hugging_face.check(name)
+    chosen = [library.find_published(name) for name in names if name not in of_hub]
     needed, free = library.space(chosen, folder)
-    say(f"{folder}: {needed:.1f} GB needed, {free:.1f} GB free")
+    if chosen:
+        say(f"{folder}: {needed:.1f} GB needed, {free:.1f} GB free")
     if needed > free:
         raise SettingError(
             f"{folder} has {free:.1f} GB free of the {needed:.1f} GB that are needed; choose another --root"
@@ -133,5 +147,22 @@ def prepare(
             f"{data_set.name}: {len(data.classes)} classes, {len(data.train)} training, "
             f"{len(data.validation)} validation and {len(data.test)} test images"
         )
+    for name in of_hub:
+        for line in hugging_face.bring(name, folder, item, label):
+            say(line)
+        _say_brought(name, hugging_face.place(name, folder), workers)
     if folder != library.data_root().resolve():
         say(f"runs find it with ATM_FL_DATA={folder}")
+
+
+def _say_brought(name: str, folder: Path, workers: int) -> None:
+    """Read what was brought of a data set of the hub as a run will, and say what is in it, of pictures leaks too."""
+    from atm_fl import tasks as registry
+    from atm_fl.tasks import leaks
+    from atm_fl.tasks.texts import UNREAD
+
+    data = registry.load(str(folder), leaks.SIZE, workers, UNREAD)
+    for leak in [] if data.test.of_texts else leaks.find_leaks(data, workers):
+        say(leaks.describe(data, leak))
+    counts = ", ".join(f"{len(data.split(split))} {split}" for split in registry.SPLITS)
+    say(f"{name}: {len(data.classes)} classes, {counts} {'texts' if data.test.of_texts else 'pictures'}, in {folder}")

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from itertools import chain
 from logging import WARNING
-from pathlib import Path
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from torch import Tensor
 
-from atm_fl import vectors
+from atm_fl import tasks, vectors
 from atm_fl.clients import secure
 from atm_fl.clients.kept import KeptParties
 from atm_fl.clients.mods import NamedErrors
@@ -59,9 +58,9 @@ def settings_of(context: Context) -> Settings:
 def party_of(context: Context) -> Party:
     """The party behind this node, kept in this process as long as there is room (`kept.MOST`).
 
-    In deployment `node-config` says it: task="mnist", or data="/path" (a folder of images) with an optional task for
-    its name. In simulation, partition i holds the i-th of the setting `tasks`. RunError, before any data are read, for
-    a run that its `trusted-parties` rules out.
+    In deployment `node-config` says it: task="mnist", or data="/path" (a folder) or data="hf:OWNER/NAME" with an
+    optional task for its name. In simulation, partition i holds the i-th of the setting `tasks`. RunError, before any
+    data are read, for a run that its `trusted-parties` rules out.
     """
     settings, node = settings_of(context), context.node_config
     policy = policy_of(node)
@@ -72,8 +71,8 @@ def party_of(context: Context) -> Party:
         )
     secure.check(settings, secure.trusted(context))
     if "task" in node or "data" in node:
-        data, name = str(node.get("data", node.get("task"))), str(node.get("task", ""))
-        held = name or Path(data).name
+        data, name = str(node.get("data", node.get("task"))), tasks.called(str(node.get("task", "")))
+        held = name or tasks.called(data)
         policy.check(settings, held)
         policy.check_imports(settings, held)
         return _parties(settings, policy, data, name)

@@ -14,7 +14,7 @@ from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 
 from atm_fl.errors import OwnFileError, RunError, SettingError, figures, printable
-from atm_fl.tasks import cache_dir
+from atm_fl.tasks import cache_dir, called
 
 
 def named_errors(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -60,7 +60,7 @@ def _task(context: Context) -> str:
     named, place = node.get("task") or node.get("data"), node.get("partition-id")
     if not named and isinstance(place, int) and place < len(tasks):
         named = tasks[place]
-    return str(named or f"node {context.node_id}").strip().rstrip("/").rsplit("/", 1)[-1]
+    return called(str(named or f"node {context.node_id}").strip())
 
 
 class NamedErrors(ClientApp):

@@ -26,6 +26,7 @@ from atm_fl.deployment.keys import SECRET_MODE, key_id
 from atm_fl.errors import SettingError
 from atm_fl.policy import Policy
 from atm_fl.tasks.folder import list_folder
+from atm_fl.tasks.texts import UNREAD, is_text
 
 TIMEOUT = 10.0
 SKEW = 8.0
@@ -189,6 +190,8 @@ def _data(machine: Machine) -> str:
         raise Wrong(f"{folder} is not a folder on this machine; is the data mounted there?")
     try:
         next(folder.iterdir(), None)
+        if not machine.task and is_text(folder):
+            return _texts(folder)
         listing = list_folder(folder)
     except PermissionError:
         raise Wrong(f"{folder} cannot be read by this user; chmod -R a+rX it, or change the party's user") from None
@@ -200,6 +203,15 @@ def _data(machine: Machine) -> str:
     counts = ", ".join(f"{len(pictures)} {split}" for split, pictures in listing.pictures.items())
     passed_over = f"; {listing.passed_over_told()}" if listing.passed_over else ""
     return f"{folder}: {len(listing.classes)} classes, {counts} pictures{passed_over}"
+
+
+def _texts(folder: Path) -> str:
+    try:
+        data = tasks.load(str(folder), 0, tokenizer=UNREAD)
+    except SettingError as error:
+        raise Wrong(str(error)) from None
+    counts = ", ".join(f"{len(data.split(split))} {split}" for split in tasks.SPLITS)
+    return f"{folder}: {len(data.classes)} classes, {counts} texts"
 
 
 def _policy(machine: Machine) -> str:

@@ -75,6 +75,11 @@ def read_parties(text: str) -> list[PartyPlan]:
         said, separator, data = (field.strip() for field in item.partition("="))
         name = said.removeprefix("./").removeprefix("published:")
         kind = said[: len(said) - len(name)]
+        if said.startswith(tasks.HUB):
+            raise SettingError(
+                f"party {said!r}: bring it on its machine by atm-fl prepare --tasks {said}, and name the folder that "
+                "this prints, as ./reviews=/srv/data/hf/OWNER/NAME/default"
+            )
         if not _PARTY.fullmatch(name) or name in _TAKEN:
             raise SettingError(
                 f"party {name!r}: a name is lower-case letters, digits, - and _, begins with a letter or digit, has at "

@@ -94,6 +94,8 @@ def _names(settings: Mapping[str, object]) -> list[str]:
 
 
 def _data(task: str) -> tuple[str, str, str]:
+    if task.startswith(tasks.HUB):
+        return _plain(tasks.called(task)), f"the Hugging Face hub, {_plain(task)}", "see the data set's page"
     if "/" in task or task not in tasks.TASKS:
         return _plain(task.rstrip("/").rpartition("/")[2]), "a party's own folder", "not known to the run"
     entry = tasks.find(task)

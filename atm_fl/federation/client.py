@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -64,7 +63,7 @@ class Party:
         """By split: which records the last evaluation classified rightly, bool [n]. Stays here."""
         self.head = kept_head(settings, self.data, self.model, self.task)
         self.splits, self.tuned_on = split_up(self.data, settings, self.task, self.model.device)
-        source = str(Path(task).resolve()) if "/" in task else task
+        source = str(tasks.place(task).resolve()) if "/" in task else task
         self.budget = Budget(settings, self.task, self.tuned_on, account, source, self.client)
 
     def _data(self, task: str) -> Dataset:

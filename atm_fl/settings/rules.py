@@ -187,7 +187,8 @@ def check(settings: Settings) -> None:
     settings.layer_scalings, settings.uplink, settings.downlink, settings.make_server_optimizer()
     holders, named = Counter(settings.client_tasks), Counter(settings.party_names)
     for task, name in zip(settings.client_tasks, settings.task_names, strict=True):
-        if (holders[task] > 1 and "/" not in name) or named[task] > 1:
+        own_folder = "/" in name and not name.startswith(tasks.HUB)
+        if (holders[task] > 1 and not own_folder) or named[task] > 1:
             raise SettingError(
                 f"tasks={settings.tasks!r} names {task!r} twice; several clients of one task are folders of images, "
                 "as ./pets,./pets"

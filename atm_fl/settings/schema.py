@@ -72,7 +72,8 @@ class Settings:
     tasks: str = setting(
         "solar,bluemarble,icons,strokes,scripts,radicals,mnist,digits",
         "the parties' tasks in order, separated by commas; one with a slash is a folder of images, and folders of one "
-        "name are several parties of one task; with a '*' among them others may join a deployment's run later",
+        "name are several parties of one task; hf:OWNER/NAME is a data set of the Hugging Face hub that was brought by "
+        "`atm-fl prepare`; with a '*' among them others may join a deployment's run later",
         names=tasks.TASKS,
         section="Tasks and model",
     )
@@ -349,8 +350,8 @@ class Settings:
 
     @cached_property
     def client_tasks(self) -> tuple[str, ...]:
-        """Each client's task: a registered task's own name, a folder's last part."""
-        return tuple(name.rstrip("/").rsplit("/", 1)[-1] for name in self.task_names)
+        """Each client's task, as it is called in the run."""
+        return tuple(map(tasks.called, self.task_names))
 
     @cached_property
     def task_of(self) -> dict[str, str]:

@@ -41,6 +41,8 @@ VALIDATION, TEST = 0.15, 0.25
 LARGER_TEST = 2500
 """Images at most of a larger test split: the test split's own, and more from beyond `CAP`."""
 SPLIT_SEED = 0
+HUB = "hf:"
+"""What the name of a task begins with that is a data set of the Hugging Face hub; see hugging_face.py."""
 
 
 @dataclass(frozen=True)
@@ -248,14 +250,38 @@ def find(name: str) -> Task:
     return TASKS.find(name, f"task {name!r}")
 
 
+def called(name: str) -> str:
+    """What a task is called in a run: a folder by its last part, hf:OWNER/NAME by NAME, and with a configuration by
+    NAME-CONFIGURATION."""
+    if name.startswith(HUB):
+        return "-".join(name.removeprefix(HUB).split("/")[1:])
+    return name.rstrip("/").rsplit("/", 1)[-1]
+
+
 def check(name: str) -> None:
-    """SettingError if `name` has no slash in it (a folder, which may stand on a party's machine) and is unknown."""
-    if "/" not in name:
+    """SettingError if `name` has no slash in it (a folder, which may stand on a party's machine) and is unknown, or is
+    no proper name of a data set of the hub."""
+    if name.startswith(HUB):
+        from atm_fl.tasks import hugging_face
+
+        hugging_face.check(name)
+    elif "/" not in name:
         find(name)
 
 
+def place(name: str) -> Path:
+    """Where on this machine the data of a task with a slash in its name are: its folder or file.
+
+    SettingError, with the command that brings it, for a data set of the hub that is not here.
+    """
+    from atm_fl.tasks import hugging_face
+
+    return hugging_face.found(name) if name.startswith(HUB) else Path(name)
+
+
 def load(name: str, size: int = IMAGE_SIZE, workers: int = 0, tokenizer: Tokenizer | None = None) -> Dataset:
-    """The data of a task: a registered one or, with a slash in its name, a folder or file.
+    """The data of a task: a registered one or, with a slash in its name, a folder, a file, or a data set of the hub
+    that was brought to this machine.
 
     size: what images are brought to, 0 for a model that reads none; tokenizer: None for one that reads no texts.
     workers: threads that decode a folder, with 0 this one. SettingError if the model does not read what the task is of.
@@ -263,13 +289,15 @@ def load(name: str, size: int = IMAGE_SIZE, workers: int = 0, tokenizer: Tokeniz
     from atm_fl.tasks.folder import load_folder
     from atm_fl.tasks.texts import TextTask, is_text, load_texts
 
-    path = Path(name)
-    of_texts = is_text(path) if "/" in name else isinstance(find(name), TextTask)
+    check(name)
+    path = place(name) if "/" in name else None
+    of_texts = is_text(path) if path else isinstance(find(name), TextTask)
     if not size and not of_texts:
         raise SettingError(f"task {name!r} is of images, which the model does not read; take one that does")
-    if "/" not in name:
+    if not path:
         return find(name).load(size, tokenizer=tokenizer)
-    return load_texts(path, tokenizer) if of_texts else load_folder(path, size, workers)
+    data = load_texts(path, tokenizer) if of_texts else load_folder(path, size, workers)
+    return replace(data, name=called(name)) if name.startswith(HUB) else data
 
 
 def test_groups(name: str, larger: bool) -> np.ndarray | None:

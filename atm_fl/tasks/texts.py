@@ -301,13 +301,17 @@ def _draw(rows: Rows) -> None:
         return
     rows.texts["train"], rows.labels["train"] = [], []
     for text, label in zip(texts, labels, strict=True):
-        point = int.from_bytes(hashlib.sha256(f"split\0{text}".encode()).digest()[:8], "big") / 2**64
-        drawn = "train"
-        for split, part in wanted.items():
-            if 0 <= point < part:
-                drawn = split
-            point -= part
-        rows.add(drawn, text, label)
+        rows.add(drawn(text.encode(), wanted), text, label)
+
+
+def drawn(content: bytes, wanted: Mapping[str, float]) -> str:
+    """The split that an item of train goes to, by its digest: one of `wanted`, by their shares, or train."""
+    point = int.from_bytes(hashlib.sha256(b"split\0" + content).digest()[:8], "big") / 2**64
+    for split, share in wanted.items():
+        if 0 <= point < share:
+            return split
+        point -= share
+    return "train"
 
 
 def _in_order(label: str) -> tuple[bool, float, str]:
