@@ -284,7 +284,9 @@ def test_the_order_of_the_tasks_does_not_matter(config: dict[str, Any]) -> None:
     assert all(same(one, other) for one, other in zip(ends[0][1], ends[1][1], strict=True))
 
 
-@pytest.mark.parametrize("more", [{}, {"keep_optimizer": True, "codec_up": "topk:density=0.2"}])
+@pytest.mark.parametrize(
+    "more", [{}, {"keep_optimizer": True, "codec_up": "topk:density=0.2"}, {"private_epochs": 2.0}]
+)
 def test_a_resumed_run_is_the_unbroken_one(config: dict[str, Any], more: dict[str, Any]) -> None:
     unbroken = run_loop(settings_of(config, "-unbroken", rounds=3, **more))
     run_loop(settings_of(config, rounds=2, keep_checkpoints=3, **more))
@@ -333,6 +335,56 @@ def test_diverged_entries_are_an_error_that_names_the_party(config: dict[str, An
         run_loop(settings_of(config, learning_rate=1e30, optimizer="sgd", weight_decay=0.0))
 
 
+def test_private_epochs_tune_own_entries_on_the_last_base_at_a_falling_rate(config: dict[str, Any]) -> None:
+    """Steps of SGD by hand, from what the last round left: a third of the steps at each third of the rate."""
+    more = {"optimizer": "sgd", "weight_decay": 0.0, "batch_size": 36, "clip_norm": 0.0}
+    plain = run_loop(settings_of(config, "-plain", **more))
+    run = run_loop(settings_of(config, **more, private_epochs=3.0, private_learning_rate=0.3))
+    assert same(final(plain.directory), final(run.directory))
+    ended = {key: values for key, values in told(run).items() if key[0] == 2 and values[0] is not None}
+    others = told(run).keys() - ended.keys()
+    assert {key: told(run)[key] for key in others} == {key: told(plain)[key] for key in others}
+    party = parties_of(run.settings)[0]
+    module = models.load_backbone("two_blocks").eval()
+    module.load_state_dict({**module.state_dict(), **final(run.directory), **kept(run, "red")})
+    own = [module.get_parameter(name) for name in party.model.private.names]
+    images, labels = next(party.tuned_on.batches(batch_size=36))
+    for rate in (0.3, 0.2, 0.1):
+        loss = torch.nn.functional.cross_entropy(party.head(module(images)), labels)
+        with torch.no_grad():
+            for entry, gradient in zip(own, torch.autograd.grad(loss, own), strict=True):
+                entry -= rate * gradient
+    found = ClientState(run.id, "red").at("finished", 3)
+    assert found
+    for name, value in found.items():
+        torch.testing.assert_close(value, module.get_parameter(name).detach(), rtol=1e-4, atol=1e-6)
+    assert ended[2, "red"][1] == accuracy(classified_rightly(module, party.head, party.splits["test"]))
+
+
+def test_private_epochs_that_diverge_are_an_error_that_names_the_party(config: dict[str, Any]) -> None:
+    more = {"optimizer": "sgd", "weight_decay": 0.0, "clip_norm": 0.0}
+    with pytest.raises(RunError, match="private-epochs are not finite; try a lower private-learning-rate"):
+        run_loop(settings_of(config, **more, private_epochs=4.0, private_learning_rate=1e30))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"private": "", "private_epochs": 1.0}, "private-epochs=1: it needs private"),
+        (
+            {"private_learning_rate": 1e-3},
+            "private-learning-rate=0.001: it needs private, and private-epochs or dp-sgd",
+        ),
+        ({"private_epochs": 1.5}, "private-epochs=1.5: it must be a whole number, or 1/m"),
+        ({"private_epochs": -1.0}, "private-epochs=-1.0: it must be 0 or more"),
+        ({"private_epochs": 1.0, "trainable": "lora"}, "private-epochs=1.0: not with trainable='lora'"),
+    ],
+)
+def test_private_epochs_that_cannot_be_are_refused(config: dict[str, Any], more: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        settings_of(config, **more)
+
+
 # --------------------------------------------------------------------------------------------------- with all the rest
 
 
@@ -348,6 +400,7 @@ def test_diverged_entries_are_an_error_that_names_the_party(config: dict[str, An
         {"model": "tiny_resnet", "private": "last-1", "buffers": "private"},
         {"model": "tiny_resnet", "private": "*bn*"},
         {"max_update_norm": 1000.0, "fraction": 0.5},
+        {"private_epochs": 0.5, "private_learning_rate": 1e-3},
     ],
 )
 def test_flower_ends_with_the_bits_of_the_plain_loop(config: dict[str, Any], more: dict[str, Any]) -> None:
@@ -484,6 +537,31 @@ def test_private_entries_that_diverge_under_dp_tell_nobody(
     assert all(torch.equal(value, party.model._first[name]) for name, value in found.items())
 
 
+def test_under_dp_private_entries_have_a_rate_of_their_own_and_are_tuned_on_at_the_end(config: dict[str, Any]) -> None:
+    noise = {**NOISE, "learning_rate": 1e-2}
+    runs = {
+        name: run_loop(settings_of(config, f"-{name}", **noise, **more))
+        for name, more in {
+            "plain": {},
+            "own": {"private_learning_rate": 1e-3},
+            "end": {"private_learning_rate": 1e-3, "private_epochs": 4.0},
+        }.items()
+    }
+    # By the first round noise has not yet parted the runs.
+    assert not same(kept(runs["plain"], "red", 1), kept(runs["own"], "red", 1))
+    assert same(kept(runs["own"], "red", 1), kept(runs["end"], "red", 1))
+    slow = run_loop(settings_of(config, "-slow", **NOISE, learning_rate=1e-3))
+    assert same(kept(slow, "red", 1), kept(runs["own"], "red", 1))
+    run = runs["end"]
+    party, found = parties_of(run.settings)[0], ClientState(run.id, "red").at("finished", 3)
+    party.model.load(run.base, found)
+    measured = accuracy(classified_rightly(party.model.module, party.head, party.splits["test"]))
+    assert ClientState(run.id, "red").noted()[2]["test"] == measured
+    party.model.load(run.base)
+    pretrained = accuracy(classified_rightly(party.model.module, party.head, party.splits["test"]))
+    assert told(run)[2, "red"][1] == pretrained
+
+
 def test_the_audit_tells_the_trunks_noise_from_none(config: dict[str, Any]) -> None:
     settings = settings_of(config, privacy="dp-sgd", dp_noise=2.0, local_epochs=4.0)
     assert 0.8 < shared_noise(settings, settings.task_names[0])["replaced"] < 1.2
@@ -513,6 +591,12 @@ def test_a_partys_export_and_page_have_its_own_entries(config: dict[str, Any], t
         str(export(run.directory, out=tmp_path / "one", party="green", round=1).folder / "model.safetensors")
     )
     assert torch.equal(earlier["norm.bias"], kept(run, "green", 1)["vit.norm.bias"])
+    ended = run_loop(settings_of(config, "-ended", private_epochs=2.0))
+    taken = load_file(str(export(ended.directory, out=tmp_path / "end", party="green").folder / "model.safetensors"))
+    finished = ClientState(ended.id, "green").at("finished", 3)
+    assert finished
+    assert torch.equal(taken["norm.bias"], finished["vit.norm.bias"])
+    assert not torch.equal(taken["norm.bias"], weights["norm.bias"])
     trunk = export(run.directory, out=tmp_path / "trunk", party="none")
     assert trunk.heads == ()
     assert any("pretrained" in note for note in trunk.notes)

@@ -204,6 +204,7 @@ def place(config: Config) -> bool:
 
 DP: Config = {"privacy": "dp-sgd", "dp-noise": 1.0}
 SECURE: Config = {"secure-aggregation": True}
+OWN: Config = {"private": "last-1"}
 BOUND = "a bound that nothing reaches"
 MACHINE = "the same bits, by other means"
 FAULT = "nothing fails"
@@ -252,6 +253,8 @@ EFFECTS: dict[str, Effect] = {
     "gradient_surgery": Effect("bits", (True,), {"rounds": 2}, idle="of one round there is no step before"),
     "learning_rate": Effect("bits", (1e-2,)),
     "final_learning_rate": Effect("bits", (1e-5, 1e-2)),
+    "private_epochs": Effect("lines", (1.0, 0.5), OWN),
+    "private_learning_rate": Effect("lines", (1e-2,), OWN | {"private-epochs": 1.0}),
     "weight_decay": Effect("bits", (0.0,)),
     "momentum": Effect("bits", (0.9,), {"optimizer": "sgd"}),
     "batch_size": Effect("bits", (3,)),

@@ -281,5 +281,5 @@ def evaluate(message: Message, context: Context) -> Message:
         return reply(message, context, party, {}, needs_base=True)
     info = message.content.config_records["info"]
     after = party.context(int(info["round"]) + 1, str(info["run"]))  # type: ignore[arg-type]
-    accuracies = party.evaluate(base, ("validation", "test"), after)
+    accuracies = party.evaluate(base, ("validation", "test"), after, end=True)
     return reply(message, context, party, {f"evaluation.{name}": value for name, value in accuracies.items()})

@@ -102,7 +102,7 @@ def run_joint(settings: Settings) -> list[Party]:
             run.advance(vector, model.flat_buffers())
         for party in parties:
             known = party.context(run.rounds_done + 1, run.id)
-            accuracies = party.evaluate(run.base, ("validation", "test"), known)
+            accuracies = party.evaluate(run.base, ("validation", "test"), known, end=True)
             run.record("evaluation", run.rounds_done, task=party.task, **accuracies)
         ClientState.forget(run.id)
     return parties

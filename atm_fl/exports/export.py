@@ -119,7 +119,8 @@ def owner_of(run: str, settings: Settings, party: str | None) -> str:
 
 def _own_entries(run: str, settings: Settings, owner: str, rounds: int) -> dict[str, Tensor]:
     """A party's private entries after so many rounds; none before its first. SettingError if they are not there."""
-    kept = ClientState(run, owner).last("private", rounds + 1)
+    state = ClientState(run, owner)
+    kept = state.at("finished", rounds + 1) or state.last("private", rounds + 1)
     began = any(settings.part_taken(settings.task_of[owner], number) for number in range(1, rounds + 1))
     if kept is None and began:
         raise SettingError(

@@ -79,20 +79,28 @@ class Party:
         state = ClientState(run, self.client) if run else None
         return Context(self.settings, self.model.layout, round_number, self.task, self.client, state)
 
-    def evaluate(self, base: Tensor, splits: tuple[str, ...], context: Context | None = None) -> dict[str, float]:
+    def evaluate(
+        self, base: Tensor, splits: tuple[str, ...], context: Context | None = None, end: bool = False
+    ) -> dict[str, float]:
         """Accuracy, as this party tells it, of `base`, of the model's `base_layout`, with its head on each of `splits`.
 
         context: of the round that comes next, from which this party has its private entries and buffers. Under DP-SGD
         private entries are tuned without noise, so that an accuracy with them would tell of the records that they were
         tuned on: then the accuracies are those with the pretrained ones, which follow from the base alone, and those of
         the party's own model stay on its disk (`Context.note`).
+
+        end: of a run, whose last base it is: this party tunes its private entries on it for `private-epochs` before.
         """
         torch.set_num_threads(self.settings.threads)
         if not (self.settings.dp_sgd and self.settings.private):
             self._load(base, context)
+            if context and end:
+                self._finish(context)
             return self._accuracies(splits)
         if context and splits:
             self._load(base, context)
+            if end:
+                self._finish(context)
             context.note(self._accuracies(splits))
         self.model.load(base)
         return self._accuracies(splits)
@@ -151,6 +159,25 @@ class Party:
                 private |= kept or {}
         self.model.load(base, private)
 
+    def _finish(self, context: Context) -> None:
+        """Tune the private entries of the loaded model alone, for `private-epochs`, and keep them as the run's end has
+        them; a run that goes on does so with those of its last round.
+
+        RunError if they are not finite. Under DP-SGD that would tell of records: then those of before stay.
+        """
+        if not self.settings.private_epochs:
+            return
+        before, seed = self.model.own.detach().clone(), derive_seed(self.settings.seed, "private end", self.task)
+        self.model.tune_private(self.head, self.tuned_on, self.settings.of_private_end, seed, 0, {})
+        if not is_finite(self.model.own.detach()):
+            if not self.settings.dp_sgd:
+                raise RunError(
+                    f"{self.task}'s private entries after private-epochs are not finite; try a lower "
+                    "private-learning-rate"
+                )
+            self.model.own.data.copy_(before)
+        context.keep("finished", self.model.private_entries(), as_checkpoints=True)
+
     def _keep_private(self, base: Tensor, data: Split, context: Context) -> None:
         """Keep the private entries, which were tuned with the vector; by DP-SGD they were not, and are tuned now.
 
@@ -164,7 +191,7 @@ class Party:
             if self.settings.keep_optimizer:
                 state = context.recall("own_optimizer") or {}
             seed, chunk = self._seed_and_chunk(context)
-            settings = self.settings.of_round(context.round_number)
+            settings = self.settings.of_private(context.round_number)
             loss = self.model.tune_private(self.head, data, settings, seed, chunk, state).loss
             context.note({"loss": loss})
         entries = self.model.private_entries()

@@ -7,6 +7,7 @@
                                     ewc-00007.safetensors        its model after round 7, and what mattered in it (ewc)
                                     buffers-00007.safetensors    its own buffers after round 7 (buffers=private)
                                     private-00007.safetensors    its own entries after round 7 (private)
+                                    finished-00008.safetensors   the same, tuned on after the run's end (private-epochs)
                                     measured.json                accuracies that it may not tell (private and dp-sgd)
                                     head.safetensors             its head in this run, with its classes: for exports
                                     secret.json                  of a round's secure aggregation, until it is over
@@ -83,6 +84,11 @@ class ClientState:
         before = [path for path in self._files(kind) if _round(path) < round_number]
         stored = _load(before[-1]) if before else None
         return stored[1] if stored and _digest(stored[1]) == stored[0]["digest"] else None
+
+    def at(self, kind: str, round_number: int) -> dict[str, Tensor] | None:
+        """What was saved as `kind` in just this round; None if there is none or it is damaged."""
+        there = [path for path in self._files(kind) if _round(path) == round_number]
+        return self.last(kind, round_number + 1) if there else None
 
     def save(self, kind: str, tensors: dict[str, Tensor], round_number: int, checkpoints: int = 1) -> None:
         """Keep a round's "residual" or "optimizer", float32; all but the last few go, and what a resumed run left.

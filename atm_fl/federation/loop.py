@@ -62,7 +62,7 @@ def run_loop(
             run.record("stop", run.rounds_done, text="a callback ended it")
         for party in parties:
             context = party.context(run.rounds_done + 1, run.id)
-            accuracies = party.evaluate(run.base, ("validation", "test"), context)
+            accuracies = party.evaluate(run.base, ("validation", "test"), context, end=True)
             run.record("evaluation", run.rounds_done, task=party.client, **accuracies, bytes_down=run.bytes_down)
     write_report(run.directory)
     return run

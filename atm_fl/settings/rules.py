@@ -50,6 +50,11 @@ NEEDS: dict[str, tuple[str, Callable[[Settings], bool]]] = {
         "a task whose source has more images, as 'scripts'",
         lambda run: any(getattr(tasks.TASKS.get(name), "more_test", False) for name in run.task_names),
     ),
+    "private_epochs": ("private", lambda run: bool(run.private)),
+    "private_learning_rate": (
+        "private, and private-epochs or dp-sgd, by which these entries are tuned alone",
+        lambda run: bool(run.private) and (run.dp_sgd or bool(run.private_epochs)),
+    ),
     "momentum": ("optimizer='sgd'", lambda run: run.optimizer != "adamw"),
     "clip_norm": ("privacy='none'; with dp-sgd it is dp-clip", lambda run: not run.dp_sgd),
     "dp_epsilon": ("privacy='dp-sgd'", lambda run: run.privacy == "dp-sgd"),
@@ -97,6 +102,8 @@ def check(settings: Settings) -> None:
             raise SettingError(f"{kebab(name)}={getattr(settings, name)}: it must be at least 1")
     for name in (
         "final_learning_rate",
+        "private_epochs",
+        "private_learning_rate",
         "weight_decay",
         "momentum",
         "client_momentum",
@@ -120,12 +127,13 @@ def check(settings: Settings) -> None:
     for name in ("holdout", "replay"):
         if not 0 <= getattr(settings, name) < 1:
             raise SettingError(f"{kebab(name)}={getattr(settings, name)}: it must be at least 0 and below 1")
-    epochs = settings.local_epochs
-    if not (epochs >= 1 and epochs == round(epochs)) and not (0 < epochs < 1 and _whole(1 / epochs)):
-        raise SettingError(f"local-epochs={epochs:g}: it must be a whole number, or 1/m as 0.5, 0.25, 0.2, 0.1")
+    for name, epochs in (("local-epochs", settings.local_epochs), ("private-epochs", settings.private_epochs or 1)):
+        if not (epochs >= 1 and epochs == round(epochs)) and not (0 < epochs < 1 and _whole(1 / epochs)):
+            raise SettingError(f"{name}={epochs:g}: it must be a whole number, or 1/m as 0.5, 0.25, 0.2, 0.1")
     if settings.keep_optimizer and settings.optimizer == "sgd" and not settings.momentum:
         raise SettingError("keep-optimizer=true: sgd with momentum=0 has no state; choose adamw, or a momentum")
-    for name in ("proximal", "ewc", "alignment", "keep_optimizer", "client_momentum", "gradient_surgery"):
+    dense = ("proximal", "ewc", "alignment", "keep_optimizer", "client_momentum", "gradient_surgery", "private_epochs")
+    for name in dense:
         if getattr(settings, name) and settings.trainable == "lora":
             raise SettingError(
                 f"{kebab(name)}={getattr(settings, name)}: not with trainable='lora', which tunes B and A"

@@ -61,6 +61,8 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+NOTHING = 1e-30
+"""A learning rate to end with, where 0 would mean the same throughout."""
 OF_ONE_SIDE = ("tasks", "merge", "server_optimizer")
 """Settings that name what the server alone runs, or the party that holds the data."""
 
@@ -196,6 +198,15 @@ class Settings:
     learning_rate: float = setting(2e-4, "its learning rate, at the start of the run")
     final_learning_rate: float = setting(
         0.0, "that at the end of the run, which it nears by equal steps; 0: the same throughout", later=True
+    )
+    private_epochs: float = setting(
+        0.0,
+        "epochs for which each party tunes its private entries alone on the run's last base, at a learning rate that "
+        "falls to nothing",
+        later=True,
+    )
+    private_learning_rate: float = setting(
+        0.0, "where private entries are tuned alone, by private-epochs or beside dp-sgd; 0: learning-rate", later=True
     )
     weight_decay: float = setting(0.1, "its weight decay")
     momentum: float = setting(0.0, "its momentum, of sgd only")
@@ -401,6 +412,17 @@ class Settings:
             return self
         begin, end = (first + (last - first) * done / self.rounds for done in (round_number - 1, round_number))
         return replace(self, learning_rate=begin, final_learning_rate=end)
+
+    def of_private(self, round_number: int) -> Settings:
+        """These settings as the passes of a round have them that tune private entries alone."""
+        rate = self.private_learning_rate
+        return replace(self, learning_rate=rate, final_learning_rate=0.0) if rate else self.of_round(round_number)
+
+    @property
+    def of_private_end(self) -> Settings:
+        """These settings as the passes at a run's end have them, of `private-epochs`."""
+        rate = self.private_learning_rate or self.final_learning_rate or self.learning_rate
+        return replace(self, local_epochs=self.private_epochs, learning_rate=rate, final_learning_rate=NOTHING)
 
     @property
     def layer_scalings(self) -> dict[str, float]:
