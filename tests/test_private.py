@@ -227,9 +227,10 @@ def test_fewer_bytes_travel_by_what_is_private(config: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------ each party its own
 
 
-def test_a_round_is_tuning_of_the_base_with_the_partys_own_entries(config: dict[str, Any]) -> None:
-    """Against plain SGD over the module's own parameters, in two rounds."""
-    run = run_loop(settings_of(config, clip_norm=0.0, optimizer="sgd", learning_rate=0.1))
+@pytest.mark.parametrize("proximal", [0.0, 2.0])
+def test_a_round_is_tuning_of_the_base_with_the_partys_own_entries(config: dict[str, Any], proximal: float) -> None:
+    """Against plain SGD over the module's own parameters, in two rounds; `proximal` pulls the private ones too."""
+    run = run_loop(settings_of(config, clip_norm=0.0, optimizer="sgd", learning_rate=0.1, proximal=proximal))
     settings = run.settings
     party = parties_of(settings)[0]
     module, pretrained = models.load_backbone("two_blocks"), models.load_backbone("two_blocks").state_dict()
@@ -237,6 +238,7 @@ def test_a_round_is_tuning_of_the_base_with_the_partys_own_entries(config: dict[
     own = {name: value for name, value in pretrained.items() if last_block([name])}
     for number in (1, 2):
         module.load_state_dict({**pretrained, **run.layout.views(base), **own})
+        begun = [parameter.detach().clone() for parameter in module.parameters()]
         optimizer = torch.optim.SGD(module.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
         from atm_fl.seeds import derive_seed
 
@@ -245,7 +247,10 @@ def test_a_round_is_tuning_of_the_base_with_the_partys_own_entries(config: dict[
         order = torch.randperm(len(party.tuned_on), generator=random)
         for images, labels in party.tuned_on.batches(order, settings.batch_size):
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(party.head(module(images)), labels).backward()
+            pairs = zip(module.parameters(), begun, strict=True)
+            moved = sum(((now - before) ** 2).sum() for now, before in pairs)
+            loss = torch.nn.functional.cross_entropy(party.head(module(images)), labels)
+            (loss + proximal / 2 * moved).backward()
             optimizer.step()
         own = {name: module.state_dict()[name].clone() for name in own}
         for name, value in kept(run, party.client, number).items():

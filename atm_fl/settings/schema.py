@@ -212,7 +212,10 @@ class Settings:
     momentum: float = setting(0.0, "its momentum, of sgd only")
     batch_size: int = setting(32, "images a step")
     accumulate: int = setting(1, "parts of a batch that go through the model one after another; it divides batch-size")
-    proximal: float = setting(0.0, "FedProx's μ: adds μ/2 ‖θ − base‖² to the clients' loss")
+    proximal: float = setting(
+        0.0,
+        "FedProx's μ: adds μ/2 ‖θ − θ₀‖² to the clients' loss; θ₀: the base, private entries as a round found them",
+    )
     ewc: float = setting(
         0.0,
         "EWC's λ: adds λ/2 Σ Fᵢ (θᵢ − aᵢ)² to the clients' loss; a: the party's own model after its last round, F: its "
