@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -177,6 +178,25 @@ def test_fedavgs_own_arguments_keep_their_meaning() -> None:
     assert result.evaluate_metrics_serverapp.keys() == {0, 1, 2}
     assert not result.evaluate_metrics_clientapp
     assert config["lr"] == 0.1
+
+
+def test_memory_does_not_grow_with_the_clients_as_fedavgs_does() -> None:
+    specs = [f"{name}:{clients}" for name in ("mean", "ties", "fedavg") for clients in (2, 8)]
+    script = Path(__file__).with_name("resident.py")
+    done = subprocess.run(
+        [sys.executable, script, *specs],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    peaks = {spec: float(peak) for spec, peak in (line.split() for line in done.stdout.splitlines())}
+    grown = {name: peaks[f"{name}:8"] - peaks[f"{name}:2"] for name in ("mean", "ties", "fedavg")}
+    model = 8  # MiB
+    assert grown["fedavg"] > 4 * model
+    assert grown["mean"] < model
+    assert grown["ties"] < model
 
 
 # --------------------------------------------------------------------------------------------------- what is merged
