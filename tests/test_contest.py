@@ -78,7 +78,7 @@ NOT_DEFAULT: dict[str, Any] = {
     "accumulate": 2,
     "participation": "red=2-",
     "replay": 0.5,
-    "replay-vectors": True,
+    "replay-vectors": "fp32",
     "fraction": 0.5,
     "privacy": "clip-only",
     "dp-client-clip": 0.01,

@@ -48,7 +48,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "momentum": {"server-optimizer": "momentum"},
     "several clients a task": {"tasks": "noise,{red},{other_red},{green}"},
     "participation": {"participation": "noise=2-, red=1-1"},
-    "past vectors": {"participation": "red=1-1", "replay-vectors": True},
+    "past vectors": {"participation": "red=1-1", "replay-vectors": "fp32"},
     "fraction": {"fraction": 0.5},
     "tsv-m": {"merge": "tsv-m"},
     "kept moments": {"keep-optimizer": True},

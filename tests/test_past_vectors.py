@@ -12,17 +12,20 @@ from conftest import make_folder
 from federation import final, in_process, same
 from test_participation import failing, lines
 
+from atm_fl.codecs import CODECS, make_codec
 from atm_fl.errors import RunError, SettingError
 from atm_fl.federation.client import parties_of
 from atm_fl.federation.loop import run_loop
 from atm_fl.runs.past_vectors import PastVectors
+from atm_fl.seeds import derive_seed
 from atm_fl.settings import Settings
+from atm_fl.vectors import Layout
 
 
 @pytest.fixture
 def leaving(config: dict[str, Any]) -> dict[str, Any]:
     """Five rounds; green leaves after the second, blue after the third."""
-    return config | {"rounds": 5, "participation": "green=1-2, blue=1-3", "replay-vectors": True}
+    return config | {"rounds": 5, "participation": "green=1-2, blue=1-3", "replay-vectors": "fp32"}
 
 
 def last(directory: str | Path) -> dict[str, str]:
@@ -64,6 +67,32 @@ def test_a_task_that_has_left_is_merged_again_by_its_last_vector(
     assert same(final(in_process(elsewhere(leaving | changed, "-flower")).directory), final(run.directory))
 
 
+@pytest.mark.parametrize("codec", [name for name in CODECS if name != "fp32"])
+def test_by_a_codec_it_is_merged_again_as_the_codec_has_it(leaving: dict[str, Any], codec: str) -> None:
+    leaving |= {"participation": "green=1-2", "rounds": 2, "replay-vectors": codec}
+    settings = Settings.parse(leaving)
+    run = run_loop(settings)
+    (path,) = run.directory.glob("vectors/*/round-00002.safetensors")
+    small = path.stat().st_size
+    resumed = run_loop(Settings.parse({**leaving, "rounds": 3, "resume": True}))
+    whole = run_loop(elsewhere(leaving, "-whole", rounds=3))
+    assert torch.equal(resumed.base, whole.base)
+    parties = parties_of(settings)
+    base, held, layout = parties[0].model.pretrained.clone(), {}, parties[0].model.layout
+    for number in (1, 2, 3):
+        for party in parties:
+            if number < 3 or party.task != "green":
+                arrays = party.train(base, number).arrays
+                assert arrays is not None
+                held[party.task] = party.chain.decode(arrays, party.context(number)).clone()
+        if number == 3:
+            seed = derive_seed(settings.seed, "past vector", "green", 2)
+            held["green"] = make_codec(codec).decode(make_codec(codec).encode(held["green"], layout, seed), layout)
+        base += settings.make_merge(layout, number).combine(dict(held))
+    assert torch.equal(whole.base, base)
+    assert small < 4 * layout.size
+
+
 def test_several_parties_of_a_task_leave_their_mean(leaving: dict[str, Any], tmp_path: Path) -> None:
     leaving["tasks"] += f",{make_folder(tmp_path / 'more' / 'green', 9, images=6)}"
     run = run_loop(Settings.parse(leaving))
@@ -96,11 +125,13 @@ def test_a_run_that_goes_back_has_those_of_then(leaving: dict[str, Any]) -> None
 def test_no_more_stay_than_the_checkpoints_that_stay_can_want(leaving: dict[str, Any]) -> None:
     settings = Settings.parse(leaving | {"participation": "green=1-9, blue=1-4", "rounds": 9})
     directory = Path(settings.run_dir)
-    past = PastVectors(directory, settings)
+    past, layout = PastVectors(directory, settings), Layout(("x",), ((3,),))
     (directory / "checkpoint").mkdir(parents=True)
     for number in range(1, 9):
         past.keep(
-            {"red": torch.ones(3), "green": torch.ones(3)} | ({"blue": torch.ones(3)} if number < 5 else {}), number
+            {"red": torch.ones(3), "green": torch.ones(3)} | ({"blue": torch.ones(3)} if number < 5 else {}),
+            number,
+            layout,
         )
         (directory / "checkpoint" / f"round-{number:05d}.safetensors").touch()
         (directory / "checkpoint" / f"round-{number - 2:05d}.safetensors").unlink(missing_ok=True)
@@ -144,9 +175,10 @@ def test_a_damaged_one_is_said(leaving: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"replay": 0.1}, "replay=0.1 and replay-vectors=true: give one of them"),
-        ({"secure-aggregation": True}, "replay-vectors=true: not with secure-aggregation=true"),
-        ({"participation": "green=2-"}, "replay-vectors=True: it needs a participation that ends"),
+        ({"replay": 0.1}, "replay=0.1 and replay-vectors='fp32': give one of them"),
+        ({"secure-aggregation": True}, "replay-vectors='fp32': not with secure-aggregation=true"),
+        ({"participation": "green=2-"}, "replay-vectors='fp32': it needs a participation that ends"),
+        ({"replay-vectors": "int5"}, "replay-vectors='int5'"),
     ],
 )
 def test_what_it_does_not_go_with_is_refused(leaving: dict[str, Any], changed: dict[str, Any], words: str) -> None:

@@ -232,7 +232,7 @@ EFFECTS: dict[str, Effect] = {
     "holdout": Effect("bits", (0.0, 0.5), {"split": "validation"}),
     "participation": Effect("bits", ("red=2-",), {"rounds": 2}),
     "replay": Effect("bits", (0.5,), {"rounds": 2, "participation": "red=1-1"}),
-    "replay_vectors": Effect("bits", (True,), {"rounds": 2, "participation": "red=1-1"}),
+    "replay_vectors": Effect("bits", tuple(CODECS), {"rounds": 2, "participation": "red=1-1"}),
     "fraction": Effect("bits", (0.5, 0.9)),
     "merge": Effect("bits", tuple(SHARPER.get(name, name) for name in MERGES if name not in ("mean", "pcgrad"))),
     "scaling": Effect("bits", (0.5, -1.0)),

@@ -87,8 +87,8 @@ class TaskVectorAggregator:
         now = vectors
         if settings.replay_vectors:
             past = PastVectors(self._folder, settings)
-            past.keep(now, self._round)
-            vectors = past.beside(now, self._round)
+            past.keep(now, self._round, self._layout)
+            vectors = past.beside(now, self._round, self._layout)
         replayed = {"replayed": names} if (names := [task for task in vectors if task not in now]) else {}
         context = Context(settings, self._layout, self._round)
         merged = merge_tasks(vectors, self._chain, context)

@@ -140,12 +140,16 @@ def check(settings: Settings) -> None:
             )
     if settings.replay_vectors and settings.replay:
         raise SettingError(
-            f"replay={settings.replay:g} and replay-vectors=true: give one of them; who still tunes sends new vectors"
+            f"replay={settings.replay:g} and replay-vectors={settings.replay_vectors!r}: give one of them; who still "
+            "tunes sends new vectors"
         )
     if settings.replay_vectors and settings.secure_aggregation:
         raise SettingError(
-            "replay-vectors=true: not with secure-aggregation=true, whose server sees no single vector to keep"
+            f"replay-vectors={settings.replay_vectors!r}: not with secure-aggregation=true, whose server sees no "
+            "single vector to keep"
         )
+    if settings.replay_vectors:
+        _ = settings.past_codec
     check_privacy(settings)
     check_sums(settings)
     check_open(settings)

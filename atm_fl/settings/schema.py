@@ -137,11 +137,12 @@ class Settings:
         "", "rounds in which a task takes part, as 'mnist=1-5, digits=6-'; every task is evaluated in every round"
     )
     replay: float = setting(0.0, "part of its data on which a task whose last round is past still tunes each round")
-    replay_vectors: bool = setting(
-        False,
+    replay_vectors: str = setting(
+        "",
         "merge the last vector of a task whose last round is past again in each round, without its parties; the server "
-        "keeps it in run-dir",
+        "keeps it in run-dir by this codec: fp32, int4, topk:density=0.05, …",
         later=True,
+        names=CODECS,
     )
     fraction: float = setting(1.0, "part of the tasks whose turn it is that take part in a round, drawn for each round")
     merge: str = setting(
@@ -493,6 +494,11 @@ class Settings:
     def uplink(self) -> Codec:
         """`codec-up` as a codec. SettingError if it is none."""
         return make_codec(self.codec_up, "codec-up")
+
+    @property
+    def past_codec(self) -> Codec:
+        """`replay-vectors` as a codec. SettingError if it is none."""
+        return make_codec(self.replay_vectors, "replay-vectors")
 
     @property
     def downlink(self) -> Codec | None:

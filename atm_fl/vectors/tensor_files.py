@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
+    **{torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8"},
+}
 
 
 def save_vectors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write contiguous tensors (float32, float64, int64), by name, as a safetensors file."""
+    """Write contiguous tensors of `DTYPES`, by name, as a safetensors file."""
     entries, end = {}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
