@@ -60,6 +60,16 @@ def study(config: dict[str, Any], tmp_path: Path) -> contest.Contest:
     return read_study(write(tmp_path / "contest.toml", config), contest)
 
 
+@pytest.mark.parametrize("key", ["rounds", "local-epochs"])
+def test_settings_that_would_change_each_rows_budget_are_refused(
+    key: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    """By them single-task models would be tuned for less than joint training."""
+    rows = f'\n{key} = 2\n[rows]\nx = {{ kind = "single" }}\n'
+    with pytest.raises(SettingError, match=f"settings: {key}=2 would give .* than epochs=4; name it in the rows"):
+        read_study(write(tmp_path / "contest.toml", config, rows), contest)
+
+
 NOT_DEFAULT: dict[str, Any] = {
     "merge": "tsv-m",
     "scaling": 2.0,

@@ -157,6 +157,12 @@ class Contest:
             values = values | {"landscape": Slice(**cut)}
         pairs = _named_pairs(values.get("pairs", []))
         study = cls(**values | {"folder": Path(values["folder"]), "rows": expanded, "pairs": pairs})
+        for key in ("rounds", "local-epochs"):
+            if key in study.settings:
+                raise SettingError(
+                    f"settings: {key}={study.settings[key]!r} would give every kind of row another budget than "
+                    f"epochs={study.epochs}; name it in the rows that are to have it"
+                )
         kinds = [row.kind for row in expanded]
         if "single" not in kinds and {"one-shot", "ph-atm"} & set(kinds):
             raise SettingError("a contest with one-shot or ph-atm rows needs a row of kind single")
