@@ -142,6 +142,25 @@ def test_who_comes_later_takes_part_from_then_on_as_if_it_had_been_planned(
     assert not any("lost" in key for line in lines(run.directory, "tuning") for key in line)
 
 
+def test_a_second_party_of_a_task_comes_later_if_the_task_is_named_twice(
+    opened: dict[str, Any], data: dict[str, str], tmp_path: Path
+) -> None:
+    """Nobody else can: it is a warning that says how."""
+    red = str(make_folder(tmp_path / "other" / "red", 9, classes=2, images=40))
+    held = {**data, "red.2": red}
+    known = f"{data['red']},{data['green']},{data['blue']}"
+    run, _ = play({**opened, "tasks": f"{known},*"}, held, {"red.2": (3, 99)})
+    [warning] = [line["text"] for line in lines(run.directory, "warning")]
+    assert "(red.2) cannot join: " in warning
+    assert "a second party of a task needs tasks to name it twice" in warning
+    twice = {**opened, "tasks": f"{known},{red},*", "on-failure": "skip", "run-dir": opened["run-dir"] + "-twice"}
+    run, _ = play(twice, held, {"red.2": (3, 99)})
+    tuned = [line["round"] for line in lines(run.directory, "tuning") if line["task"] == "red.2"]
+    assert tuned == [3, 4, 5]
+    assert events(run.directory) == [(1, "red.2", "is away"), (3, "red.2", "is back")]
+    assert not any(line["failures"] for line in lines(run.directory, "merge"))
+
+
 def test_who_leaves_is_no_failure_and_is_in_again_when_it_is_back(opened: dict[str, Any], data: dict[str, str]) -> None:
     class Twice(Coming):
         """Green is offline in rounds 2 and 3."""

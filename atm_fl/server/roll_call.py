@@ -197,7 +197,10 @@ def _task(reply: Message, name: str, settings: Settings) -> str:
     """
     task = boundary.info(reply).get("task", "")
     if name and task != name and settings.task_of.get(name) != task:
-        raise boundary.Refused(f"it is registered as {boundary.shown(name)} and says that it is {boundary.shown(task)}")
+        fix = "; a second party of a task needs tasks to name it twice" if task in settings.client_tasks else ""
+        raise boundary.Refused(
+            f"it is registered as {boundary.shown(name)} and says that it is {boundary.shown(task)}{fix}"
+        )
     return task
 
 
