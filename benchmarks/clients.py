@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from statistics import median
 import numpy as np
 import psutil
 import torch
+from flower_apps import Config, write_app
 from PIL import Image
 
 from atm_fl import tasks
@@ -203,45 +203,13 @@ def measure(runtime: str, merge: str, parties: list[str], rounds: int, at_once: 
     return Cell(times[0] - begin, later, cpu, watch.server, watch.everyone, watch.disk)
 
 
-@dataclass(frozen=True)
-class Config:
-    """A run config of stock Flower's app, as `flower_run` takes it."""
-
-    run_dir: str
-    values: dict[str, object]
-
-    def as_config(self) -> dict[str, object]:
-        """The values."""
-        return self.values
-
-
 def flower(folder: Path, cpus: float) -> None:
     """Run Flower's own app on the parties of `folder`/run.toml in its simulation."""
     settings = tomllib.loads((folder / "run.toml").read_text())
     parties = settings["tasks"].split(",")
     values = {"tasks": settings["tasks"], "parties": len(parties), "rounds": settings["rounds"]}
     values |= {"batch-size": settings["batch-size"], "marks": str(folder / "marks")}
-    app = folder / "app"
-    app.mkdir()
-    shutil.copy(ROOT / "benchmarks" / "clients_apps" / "stock.py", app)
-    shutil.copy(ROOT / "LICENSE", app)
-    (app / "pyproject.toml").write_text(
-        """[project]
-name = "clients-stock"
-version = "0.1.0"
-license = { file = "LICENSE" }
-dependencies = ["flwr>=1.41"]
-[tool.flwr.app]
-publisher = "atm-fl"
-fab-format-version = 1
-flwr-version-target = "1.41.0"
-[tool.flwr.app.components]
-serverapp = "stock:server"
-clientapp = "stock:client"
-[tool.flwr.app.config]
-"""
-        + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
-    )
+    app = write_app(folder, "clients-stock", [ROOT / "benchmarks" / "clients_apps" / "stock.py"], values)
     config = Config(str(folder / "run"), values)
     with superlink(folder / "flower") as variables:
         federation = f"num-supernodes={len(parties)} client-resources-num-cpus={cpus:g}"

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -39,6 +38,7 @@ from pathlib import Path
 from statistics import median
 
 import psutil
+from flower_apps import Config, write_app
 from merging import SCALES, image_tower, made_up
 
 from atm_fl import models
@@ -208,45 +208,6 @@ def prepare(folder: Path, scale: str, clients: int) -> None:
         made_up(layout, "gaussian", client).numpy().tofile(folder / f"{client}.f32")
 
 
-def app_of(folder: Path, component: str, config: dict[str, object]) -> Path:
-    """A Flower app of wire_apps/`component`.py with the settings `config`."""
-    app = folder / "app"
-    app.mkdir()
-    for name in ("made_up", component):
-        shutil.copy(APPS / f"{name}.py", app)
-    shutil.copy(ROOT / "LICENSE", app)
-    (app / "pyproject.toml").write_text(
-        f"""[project]
-name = "wire-{component}"
-version = "0.1.0"
-license = {{ file = "LICENSE" }}
-dependencies = ["flwr>=1.41"]
-[tool.flwr.app]
-publisher = "atm-fl"
-fab-format-version = 1
-flwr-version-target = "1.41.0"
-[tool.flwr.app.components]
-serverapp = "{component}:server"
-clientapp = "{component}:client"
-[tool.flwr.app.config]
-"""
-        + "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items())
-    )
-    return app
-
-
-@dataclass(frozen=True)
-class Config:
-    """A run config of stock Flower's app, as `flower_run` takes it."""
-
-    run_dir: str
-    values: dict[str, object]
-
-    def as_config(self) -> dict[str, object]:
-        """The values."""
-        return self.values
-
-
 def measure_row(name: str, folder: Path, scale: str, clients: int, rounds: int) -> WireRow:
     """One row, in a folder of its own."""
     prepare(folder, scale, clients)
@@ -263,7 +224,8 @@ def measure_row(name: str, folder: Path, scale: str, clients: int, rounds: int) 
             {"tasks": tasks, "model": "wire", "rounds": rounds, "codec-up": up, "codec-down": down or up}
             | {"run-dir": str(folder / "run")}
         )
-    app = app_of(folder, whose, config.as_config())
+    modules = [APPS / f"{module}.py" for module in ("made_up", whose)]
+    app = write_app(folder, f"wire-{whose}", modules, config.as_config())
     with federation(folder, clients, whose) as made:
         (folder / "flower").mkdir(exist_ok=True)
         (folder / "flower" / "config.toml").write_text(
