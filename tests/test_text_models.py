@@ -20,6 +20,7 @@ from atm_fl.federation.loop import run_loop
 from atm_fl.federation.party_page import write_party_page
 from atm_fl.settings import Settings
 from atm_fl.tasks.texts import tokenise
+from atm_fl.training.evaluation import classified_rightly
 
 transformers = pytest.importorskip("transformers")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "text", "about", "cats", "dogs", "the", "th", ",", "good", "bad"]
@@ -93,6 +94,26 @@ def test_a_run_on_texts_learns_and_is_the_same_over_flower(name: str, folders: d
     assert torch.equal(plain.base, other.base)
     moved = Party(settings(folders[name], tmp_path), plain.settings.task_names[0]).model.pretrained != plain.base
     assert moved.float().mean() > 0.5
+
+
+def test_texts_are_evaluated_in_narrow_batches_and_told_in_their_own_order(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(folders["bert"], tmp_path)
+    party = Party(config, config.task_names[0])
+    whole = party.data.train
+    place = torch.arange(len(whole))
+    cut = torch.where(torch.arange(whole.images.shape[1]) < 3 + place[:, None] % 5, whole.images, 0)
+    train = tasks.Split(cut, whole.labels)
+    lengths = (train.images > 0).sum(1)
+    alone = torch.cat([classified_rightly(party.model.module, party.head, train.take([n])) for n in range(len(train))])
+    widths = []
+    forward = party.model.module.forward
+    monkeypatch.setattr(party.model.module, "forward", lambda texts: widths.append(texts.shape[1]) or forward(texts))
+    monkeypatch.setattr("atm_fl.training.evaluation.EVALUATION_BATCH", 4)
+    assert torch.equal(classified_rightly(party.model.module, party.head, train), alone)
+    assert 0 < int(alone.sum()) < len(alone)
+    assert widths == lengths.sort().values[3::4].tolist() + lengths.max()[None].tolist() * bool(len(train) % 4)
 
 
 def test_the_order_of_the_tasks_does_not_matter(folders: dict[str, Path], tmp_path: Path) -> None:

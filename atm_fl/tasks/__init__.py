@@ -64,6 +64,13 @@ class Split:
         """Whether its items are texts."""
         return isinstance(self.images, Tensor) and self.images.ndim == 2
 
+    @property
+    def by_length(self) -> Tensor | None:
+        """An order of its texts, int64 [n], the shortest first, so that batches are narrow; None if it has others."""
+        if not isinstance(self.images, Tensor) or not self.of_texts:
+            return None
+        return self.images.gt(0).sum(1).argsort(stable=True)
+
     def take(self, index: Tensor | slice) -> Split:
         """The split of the items at `index`, int64 [k], in that order, or a slice of it; files are not decoded."""
         images = self.images[index] if isinstance(self.images, Tensor) else self.images.take(index)

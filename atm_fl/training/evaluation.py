@@ -14,8 +14,10 @@ from atm_fl.tasks import Split
 @torch.inference_mode()
 def classified_rightly(model: nn.Module, head: TaskHead, data: Split, workers: int = 0) -> Tensor:
     """Which of `data` model and head classify rightly, bool [n] on the CPU; `workers` processes decode image files."""
-    batches = data.batches(batch_size=EVALUATION_BATCH, workers=workers)
-    return torch.cat([(head.logits(model, images).argmax(-1) == labels).cpu() for images, labels in batches])
+    order = data.by_length
+    batches = data.batches(order, EVALUATION_BATCH, workers)
+    rightly = torch.cat([(head.logits(model, images).argmax(-1) == labels).cpu() for images, labels in batches])
+    return rightly if order is None else torch.empty_like(rightly).scatter_(0, order.cpu(), rightly)
 
 
 def accuracy(rightly: Tensor) -> float:
