@@ -92,7 +92,7 @@ def worse(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     """A run whose validation accuracy is 0.5, 0.7, 0.3, 0.3, … by round, whatever the model does."""
     from atm_fl.federation.client import Party
 
-    def told(party: Party, base: torch.Tensor, splits: tuple[str, ...], *more: Any) -> dict[str, float]:
+    def told(party: Party, base: torch.Tensor, splits: tuple[str, ...], *more: Any, **named: Any) -> dict[str, float]:
         rounds = getattr(party, "asked", 0)
         party.asked = rounds + 1  # type: ignore[attr-defined]
         return dict.fromkeys(splits, [0.5, 0.7, 0.3][min(rounds, 2)])
