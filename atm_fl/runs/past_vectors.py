@@ -35,7 +35,8 @@ class PastVectors:
     """Those of the run in `directory`, whose settings are as they are now: participation may be another on resume."""
 
     def __init__(self, directory: Path, settings: Settings) -> None:
-        self._directory, self._settings = directory, settings
+        assert settings.past_codec
+        self._directory, self._settings, self._codec = directory, settings, settings.past_codec
 
     def check(self, rounds_done: int) -> None:
         """SettingError if a task has left after it took part, and no vector of it is here."""
@@ -58,7 +59,7 @@ class PastVectors:
         for task, vector in merged.items():
             if math.isfinite(self._end(task)):
                 seed = derive_seed(self._settings.seed, "past vector", task, round_number)
-                arrays = self._settings.past_codec.encode(vector, layout, seed)
+                arrays = self._codec.encode(vector, layout, seed)
                 tensors = {
                     name: torch.from_numpy(np.require(arrays[name], requirements="W")) for name in sorted(arrays)
                 }
@@ -74,8 +75,9 @@ class PastVectors:
 
         RunError if a file of theirs is damaged.
         """
-        codec = self._settings.past_codec
-        past = {task: _read(path, codec, layout) for task in self._left(round_number) if (path := self._last(task))}
+        past = {
+            task: _read(path, self._codec, layout) for task in self._left(round_number) if (path := self._last(task))
+        }
         both = past | dict(merged)
         return {task: both[task] for task in dict.fromkeys(self._settings.client_tasks) if task in both}
 

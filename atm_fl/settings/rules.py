@@ -148,8 +148,6 @@ def check(settings: Settings) -> None:
             f"replay-vectors={settings.replay_vectors!r}: not with secure-aggregation=true, whose server sees no "
             "single vector to keep"
         )
-    if settings.replay_vectors:
-        _ = settings.past_codec
     check_privacy(settings)
     check_sums(settings)
     check_open(settings)
@@ -196,7 +194,7 @@ def check(settings: Settings) -> None:
     for task, epochs in settings.epochs_of_tasks.items():
         if epochs < 1 or epochs != round(epochs):
             raise SettingError(f"task-epochs={settings.task_epochs!r}: {task} must have a whole number, 1 or more")
-    settings.layer_scalings, settings.uplink, settings.downlink, settings.make_server_optimizer()
+    settings.layer_scalings, settings.uplink, settings.downlink, settings.past_codec, settings.make_server_optimizer()
     holders, named = Counter(settings.client_tasks), Counter(settings.party_names)
     for task, name in zip(settings.client_tasks, settings.task_names, strict=True):
         own_folder = "/" in name and not name.startswith(tasks.HUB)

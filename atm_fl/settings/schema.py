@@ -496,9 +496,9 @@ class Settings:
         return make_codec(self.codec_up, "codec-up")
 
     @property
-    def past_codec(self) -> Codec:
-        """`replay-vectors` as a codec. SettingError if it is none."""
-        return make_codec(self.replay_vectors, "replay-vectors")
+    def past_codec(self) -> Codec | None:
+        """`replay-vectors` as a codec; None without it. SettingError if it is none."""
+        return make_codec(self.replay_vectors, "replay-vectors") if self.replay_vectors else None
 
     @property
     def downlink(self) -> Codec | None:
