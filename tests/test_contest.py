@@ -251,9 +251,34 @@ def test_joint_training_of_one_task_is_plain_fine_tuning(config: dict[str, Any],
     torch.testing.assert_close(base, layout.flatten(module), rtol=1e-5, atol=1e-6)
 
 
+def test_a_greedy_soup_is_of_the_models_that_help(config: dict[str, Any], tmp_path: Path) -> None:
+    rows = '\n[rows]\nsingle = { kind = "single" }\nsoup = { kind = "one-shot", greedy = true, scaling = 1.0 }\n'
+    study = replace(read_study(write(tmp_path / "contest.toml", dict(config), rows), contest), seeds=[0])
+    run(study)
+    unit = contest.ContestUnit(study, study.row("one-shot"), 0)
+    parties = [Party(unit.settings(), name) for name in unit.settings().task_names]
+    base, vectors = parties[0].model.pretrained, contest.single_vectors(study, 0)
+
+    def accuracy(clients: list[str], split: str = "validation") -> float:
+        model = base + torch.stack([vectors[client] for client in clients]).mean(0)
+        return mean_accuracy({party.client: party.evaluate(model, (split,))[split] for party in parties})
+
+    soup: list[str] = []
+    for client in sorted(vectors, key=lambda client: accuracy([client]), reverse=True):
+        if not soup or accuracy([*soup, client]) >= accuracy(soup):
+            soup.append(client)
+    made = json.loads((unit.folder / "results.json").read_text())
+    assert made["clients"] == soup
+    assert mean_accuracy(made["test"]) == accuracy(soup, "test")
+    row = contest.results(study)["rows"][-1]
+    assert row["tuned"] == {"0": {"soup of": ", ".join(soup)}}
+    assert row["tuning"] == {"values": 0, "epochs": 0.0, "evaluations": 5}
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
+        ("[rows]\na = { greedy = true }", "row 'a': greedy has no effect on rows of kind atm; leave it out"),
         ("[rows]\na = { kind = 'two-shot' }", "kind='two-shot' is unknown; did you mean 'one-shot'"),
         ("[rows]\na = { kind = 'one-shot' }", "needs a row of kind single"),
         (

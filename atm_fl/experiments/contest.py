@@ -5,7 +5,7 @@ spend `epochs` epochs of every task's training split. Kinds:
 
 single      every task tuned alone; its vectors are the checkpoints of all one-shot rows, and its base is "pretrained"
 joint       all data in one place, one optimizer: the oracle without privacy
-one-shot    one merge of the single-task vectors
+one-shot    one merge of the single-task vectors; with `greedy` of those that help, as a greedy soup
 atm         a run of the loop: PA-ATM, and what is a setting of it (FedProx, server optimizers, other splits of the
             budget); the default
 ph-atm      a row for every one-shot row, refining its merged model on the validation splits
@@ -109,6 +109,8 @@ class ContestRow:
     tuning_rounds: int = 0
     report: tuple[int, ...] = ()
     select: tuple[int, ...] = ()
+    greedy: bool = False
+    """Of one-shot: a model is in the merge if it helps (Wortsman et al. 2022, arXiv:2203.05482, recipe 1)."""
     base: str = ""
     """Of ph-atm: the one-shot row whose merged model it starts from."""
 
@@ -171,6 +173,8 @@ class Contest:
                 raise SettingError(
                     f"row {row.name!r}: {idle[0]} has no effect on rows of kind {row.kind}; leave it out"
                 )
+            if row.greedy and row.kind != "one-shot":
+                raise SettingError(f"row {row.name!r}: greedy has no effect on rows of kind {row.kind}; leave it out")
             for choice in row.choices():
                 settings = ContestUnit(study, row, study.seeds[0], choice).parse()
                 if row.kind in ("single", "one-shot") and settings.secure_aggregation:
@@ -234,7 +238,8 @@ def _named_pairs(value: Any) -> tuple[tuple[str, str], ...]:
 
 def _row(name: str, values: dict[str, Any]) -> ContestRow:
     """A row of a study's file: keys that are not the row's own are settings."""
-    row_keys = {key: values.pop(key) for key in ("kind", "tune", "tuning-rounds", "report", "select") if key in values}
+    own = ("kind", "tune", "tuning-rounds", "report", "select", "greedy")
+    row_keys = {key: values.pop(key) for key in own if key in values}
     kind = row_keys.setdefault("kind", "atm")
     if kind not in KINDS:
         raise SettingError(f"row {name!r}: kind={kind!r} is unknown{did_you_mean(str(kind), KINDS)}")
@@ -504,18 +509,34 @@ def _one_shot(unit: ContestUnit) -> None:
     images = {client: trained["images"] for client, trained in single.items()}
     begin = time.perf_counter()
     tried: list[dict[str, Any]] = []
-    for choice in unit.row.choices():
-        model = _after_one_round(replace(unit, choice=choice).settings(), base, layout, vectors, images)
+
+    def attempt(choice: Choice, clients: list[str]) -> dict[str, Any]:
+        chosen = replace(unit, choice=choice).settings()
+        model = _after_one_round(chosen, base, layout, {client: vectors[client] for client in clients}, images)
         accuracies = {party.client: party.evaluate(model, ("validation",))["validation"] for party in parties}
-        tried.append({"choice": choice, "validation": accuracies})
-    best = max(tried, key=lambda outcome: mean_accuracy(outcome["validation"]))
+        tried.append({"choice": choice, "clients": clients, "validation": accuracies})
+        return tried[-1]
+
+    def greedy(choice: Choice) -> dict[str, Any]:
+        soup, *others = sorted((attempt(choice, [client]) for client in vectors), key=_validation, reverse=True)
+        for other in others:
+            soup = max(attempt(choice, [*soup["clients"], *other["clients"]]), soup, key=_validation)
+        return soup
+
+    merges = (greedy(choice) if unit.row.greedy else attempt(choice, list(vectors)) for choice in unit.row.choices())
+    best = max(merges, key=_validation)
     seconds = (time.perf_counter() - begin) / len(tried)
-    model = _after_one_round(replace(unit, choice=best["choice"]).settings(), base, layout, vectors, images)
+    chosen, merged = replace(unit, choice=best["choice"]).settings(), {name: vectors[name] for name in best["clients"]}
+    model = _after_one_round(chosen, base, layout, merged, images)
     save_checkpoint(unit.folder, 1, model, layout)
     outcome = best | {"test": {party.client: party.evaluate(model, ("test",))["test"] for party in parties}}
     _save_rightly(unit, _tested(parties))
     with atomic_write(unit.folder / "results.json") as temporary:
         temporary.write_text(json.dumps(outcome | {"tried": tried, "seconds": seconds}, indent=1))
+
+
+def _validation(outcome: dict[str, Any]) -> float:
+    return mean_accuracy(outcome["validation"])
 
 
 def _after_one_round(
@@ -648,15 +669,22 @@ def _row_results(study: Contest, row: ContestRow, stop: int, elements: int) -> d
             alone = unit if row.kind == "single" else ContestUnit(study, study.row("single"), seed)
             single = json.loads((alone.folder / "results.json").read_text())
             tuned[str(seed)] = made["choice"] if row.kind == "one-shot" else {}
+            if row.greedy:
+                tuned[str(seed)] |= {"soup of": ", ".join(made["clients"])}
             seeds[str(seed)] = _flat_results(unit, made, single, elements)
     settings = ContestUnit(study, row, study.seeds[0], choice).parse()
     others, count = len(row.choices()) - 1, len(row.choices())
     rounds = row.tuning_rounds or settings.rounds
     searched = others * rounds * settings.local_epochs if by_runs else 0.0
-    evaluations = count if row.kind == "one-shot" else 0
+    each = 2 * len(settings.party_names) - 1 if row.greedy else 1
+    evaluations = count * each if row.kind == "one-shot" else 0
     return {
         "tuned": tuned,
-        "tuning": {"values": count if others else 0, "epochs": searched, "evaluations": evaluations if others else 0},
+        "tuning": {
+            "values": count if others else 0,
+            "epochs": searched,
+            "evaluations": evaluations if evaluations > 1 else 0,
+        },
         "seeds": seeds,
     }
 
