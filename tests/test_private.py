@@ -568,11 +568,13 @@ def test_under_dp_private_entries_have_a_rate_of_their_own_and_are_tuned_on_at_t
 
 
 def test_the_audit_tells_the_trunks_noise_from_none(config: dict[str, Any]) -> None:
-    settings = settings_of(config, privacy="dp-sgd", dp_noise=2.0, local_epochs=4.0)
+    settings = settings_of(config, privacy="dp-sgd", dp_noise=2.0, local_epochs=16.0)
     assert 0.8 < shared_noise(settings, settings.task_names[0])["replaced"] < 1.2
     on, off = (audit(settings, settings.task_names[0], 20, 20, silent) for silent in (False, True))
     assert on.bound <= on.claimed
-    assert off.correct > 14
+    # Fifteen of the twenty canaries are in and ten are guessed in: 15 is the best there is, and chance has it with
+    # p = 0.016. Of 25 audits with other batches all had 15, of 15 with 4 epochs a quarter had fewer.
+    assert off.correct == 15
 
 
 # ------------------------------------------------------------------------------------------------ exports and pages
