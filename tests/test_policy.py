@@ -165,9 +165,9 @@ def test_the_device_that_auto_is_here_counts(config: dict[str, Any], monkeypatch
 
 
 def test_the_noise_that_a_target_leads_to_counts_as_well(config: dict[str, Any], tmp_path: Path) -> None:
-    grid, settings = grid_with({**config, "privacy": "dp-sgd", "dp-epsilon": 20.0}, tmp_path, "noise = 2")
+    grid, settings = grid_with({**config, "privacy": "dp-sgd", "dp-epsilon": 2.0}, tmp_path, "noise = 2")
     with pytest.raises(
-        RunError, match=r"red: refused by this party's policy, noise=2: the run's noise multiplier is 0"
+        RunError, match=r"red: refused by this party's policy, noise=2: the run's noise multiplier is 1"
     ):
         serve(grid, settings)
 
