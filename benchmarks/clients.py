@@ -1,12 +1,19 @@
-"""What many parties cost: seconds a party and round, memory and disk, of our runtimes and of plain Flower.
+"""What many parties cost: seconds a party and round, memory and disk, of our runtimes and of other engines.
 
-    python benchmarks/clients.py [--parties 8,64,256,1000] [--runtimes plain,in-process,ray,flower] \
+    python benchmarks/clients.py [--parties 8,64,256,1000] [--runtimes plain,in-process,ray,flower,pfl,blazefl] \
         [--merges mean,tsv-m,secure] [--rounds 3]
 
 Parties are folders of a few pictures of the eight embedded tasks, several parties a task, which differ in their
 pictures; each tunes for one short epoch. `plain` is the loop without Flower; `in-process` and `ray` are our apps;
-`flower` is Flower's FedAvg (benchmarks/clients_apps/stock.py) with the same model, data and steps in its simulation.
-Ray and Flower have one client at a time (--at-once: more), as the others have.
+The others are FedAvg of the same model, data and steps, each in its engine's own simulation (benchmarks/clients_apps):
+`flower`, pfl-research (`pfl`) and BlazeFL (`blazefl`). Ray and Flower have one client at a time (--at-once: more), as
+all others have.
+
+pfl and BlazeFL are not asked for by default. BlazeFL needs Python 3.12; pfl 0.6 runs on 3.10 to 3.12 and asks for an
+older dp-accounting than ours, of which FedAvg uses nothing, so it can't be an extra:
+
+    pip install -e .[bench-clients]                                           # BlazeFL
+    pip install multiprocess prv-accountant; pip install --no-deps pfl==0.6.0
 
 Every cell is a run of its own, for one count of parties all cells one after the other, so that their ratios are of one
 time. Columns: seconds of the first round from the start of the program, in which parties are made; seconds a party and
@@ -20,6 +27,7 @@ server.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -30,7 +38,7 @@ import time
 import tomllib
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -46,7 +54,7 @@ from atm_fl.runs.metrics import read_metrics
 from atm_fl.runs.run import processor
 from atm_fl.seeds import derive_seed
 from atm_fl.server.simulation import flower_run, superlink
-from atm_fl.settings import defaults
+from atm_fl.settings import Settings, defaults
 from atm_fl.tables import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +66,10 @@ MERGES: dict[str, dict[str, str]] = {
     "secure": {"merge": "mean", "secure-aggregation": "true"},
 }
 RUNTIMES = ("plain", "in-process", "ray", "flower")
+ENGINES = {"pfl": "pfl_fedavg", "blazefl": "blazefl_fedavg"}
+"""Those that run in a process of Python, by their modules in clients_apps."""
+PEERS = ("flower", *ENGINES)
+"""What is not ours, and makes a mean."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +186,8 @@ def measure(runtime: str, merge: str, parties: list[str], rounds: int, at_once: 
         settings = {"tasks": ",".join(named), "rounds": rounds, "run-dir": str(folder / "run"), "batch-size": 8}
         (folder / "run.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
         cpus = (os.cpu_count() or 1) / at_once
-        if runtime == "flower":
-            command = [sys.executable, __file__, "--flower", str(folder), "--cpus", str(cpus)]
+        if runtime in PEERS:
+            command = [sys.executable, __file__, "--peer", runtime, str(folder), "--cpus", str(cpus)]
         else:
             program = str(Path(sys.executable).with_name("atm-fl"))
             command = [program, "run", str(folder / "run.toml"), "--runtime", runtime]
@@ -193,7 +205,7 @@ def measure(runtime: str, merge: str, parties: list[str], rounds: int, at_once: 
         watch.join()
         if process.returncode:
             raise SystemExit(f"{runtime}, {merge}, {len(parties)} parties: {said[-2000:]}")
-        if runtime == "flower":
+        if runtime in PEERS:
             times = [float(line) for line in (folder / "marks").read_text().split()]
         else:
             opened = (folder / "run" / "config.json").stat().st_mtime
@@ -203,13 +215,18 @@ def measure(runtime: str, merge: str, parties: list[str], rounds: int, at_once: 
     return Cell(times[0] - begin, later, cpu, watch.server, watch.everyone, watch.disk)
 
 
-def flower(folder: Path, cpus: float) -> None:
-    """Run Flower's own app on the parties of `folder`/run.toml in its simulation."""
+def peer(runtime: str, folder: Path, cpus: float) -> None:
+    """Run another engine's FedAvg on the parties of `folder`/run.toml."""
     settings = tomllib.loads((folder / "run.toml").read_text())
-    parties = settings["tasks"].split(",")
+    parties, marks = settings["tasks"].split(","), folder / "marks"
+    if runtime in ENGINES:
+        engine = importlib.import_module(f"clients_apps.{ENGINES[runtime]}")
+        given = {key.replace("-", "_"): settings[key] for key in ("rounds", "batch-size")}
+        return engine.run(parties, replace(Settings(), **given), marks)
     values = {"tasks": settings["tasks"], "parties": len(parties), "rounds": settings["rounds"]}
-    values |= {"batch-size": settings["batch-size"], "marks": str(folder / "marks")}
-    app = write_app(folder, "clients-stock", [ROOT / "benchmarks" / "clients_apps" / "stock.py"], values)
+    values |= {"batch-size": settings["batch-size"], "marks": str(marks)}
+    modules = [ROOT / "benchmarks" / "clients_apps" / f"{name}.py" for name in ("party", "stock")]
+    app = write_app(folder, "clients-stock", modules, values)
     config = Config(str(folder / "run"), values)
     with superlink(folder / "flower") as variables:
         federation = f"num-supernodes={len(parties)} client-resources-num-cpus={cpus:g}"
@@ -222,7 +239,7 @@ def rows(args: argparse.Namespace, count: int, folder: Path) -> Iterable[list[st
     plain: dict[str, Cell] = {}
     for merge in args.merges.split(","):
         for runtime in args.runtimes.split(","):
-            if runtime == "flower" and merge != "mean":  # FedAvg is a mean
+            if runtime in PEERS and merge != "mean":  # FedAvg is a mean
                 continue
             cell = measure(runtime, merge, parties, args.rounds, args.at_once)
             first = plain.setdefault(merge, cell)
@@ -240,11 +257,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=8, help="of a class, to train on")
     parser.add_argument("--at-once", type=int, default=1, help="clients at a time in Ray and Flower")
-    parser.add_argument("--flower", type=Path, help="internal: run Flower's app on this folder")
+    parser.add_argument("--peer", nargs=2, metavar=("ENGINE", "FOLDER"), help="internal: run another engine")
     parser.add_argument("--cpus", type=float, default=1, help="internal: of a client of it")
     args = parser.parse_args()
-    if args.flower:
-        return flower(args.flower, args.cpus)
+    if args.peer:
+        return peer(args.peer[0], Path(args.peer[1]), args.cpus)
     print(
         f"{psutil.cpu_count()} cores of {processor()}, {time.strftime('%Y-%m-%d')}, load {os.getloadavg()[0]:.1f}; "
         f"{CLASSES * args.pictures} pictures a party, {args.rounds} rounds"
