@@ -1,7 +1,7 @@
 """What many parties cost: seconds a party and round, memory and disk, of our runtimes and of other engines.
 
     python benchmarks/clients.py [--parties 8,64,256,1000] [--runtimes plain,in-process,ray,flower,pfl,blazefl] \
-        [--merges mean,tsv-m,secure] [--rounds 3]
+        [--merges mean,tsv-m,secure] [--neighbours 0] [--rounds 3]
 
 Parties are folders of a few pictures of the eight embedded tasks, several parties a task, which differ in their
 pictures; each tunes for one short epoch. `plain` is the loop without Flower; `in-process` and `ray` are our apps;
@@ -178,7 +178,7 @@ def tasks_of_their_own(parties: list[str]) -> list[str]:
     return [str(path.parents[1] / "alone" / f"{path.name}-{path.parent.name}") for path in paths]
 
 
-def measure(runtime: str, merge: str, parties: list[str], rounds: int, at_once: int) -> Cell:
+def measure(runtime: str, merge: str, parties: list[str], rounds: int, at_once: int, neighbours: int) -> Cell:
     """One run, in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -193,6 +193,8 @@ def measure(runtime: str, merge: str, parties: list[str], rounds: int, at_once: 
             command = [program, "run", str(folder / "run.toml"), "--runtime", runtime]
             command += ["--cpus", str(cpus)] if runtime == "ray" else []
             command += [part for key, value in MERGES[merge].items() for part in ("-c", f"{key}={value}")]
+            masked = merge == "secure" and runtime != "plain"
+            command += ["-c", f"secure-neighbours={neighbours}"] if masked else []
         variables = {**os.environ, "ATM_FL_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         begin = time.time()
         process = subprocess.Popen(
@@ -241,7 +243,7 @@ def rows(args: argparse.Namespace, count: int, folder: Path) -> Iterable[list[st
         for runtime in args.runtimes.split(","):
             if runtime in PEERS and merge != "mean":  # FedAvg is a mean
                 continue
-            cell = measure(runtime, merge, parties, args.rounds, args.at_once)
+            cell = measure(runtime, merge, parties, args.rounds, args.at_once, args.neighbours)
             first = plain.setdefault(merge, cell)
             mib = [f"{size / 2**20:,.0f}" for size in (cell.server, cell.everyone)]
             seconds = [f"{cell.first:.1f}", f"{cell.later / count:.3f} ({cell.later / first.later:.2f} ×)"]
@@ -254,6 +256,7 @@ def main() -> None:
     parser.add_argument("--parties", default="8,64,256,1000")
     parser.add_argument("--runtimes", default=",".join(RUNTIMES), help="the first is what ratios are to")
     parser.add_argument("--merges", default=",".join(MERGES))
+    parser.add_argument("--neighbours", type=int, default=0, help="of secure: secure-neighbours")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=8, help="of a class, to train on")
     parser.add_argument("--at-once", type=int, default=1, help="clients at a time in Ray and Flower")

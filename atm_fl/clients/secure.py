@@ -48,7 +48,8 @@ def keys(message: Message, party: Party, trusted: Mapping[str, bytes]) -> Config
         raise RunError(f"{party.client}: the server asks for keys, but secure-aggregation=false")
     session = session_of(*_round(message))
     identity = Identity(party_key(party.client), trusted)
-    member = Member(party.client, session, settings.party_names, settings.threshold, identity)
+    names, neighbours = settings.party_names, settings.secure_neighbours
+    member = Member(party.client, session, names, settings.threshold, identity, neighbours)
     public = member.advertise()
     _kept(message, party).save_secret(member.dump())
     return ConfigRecord({"keys": public})

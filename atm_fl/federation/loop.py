@@ -14,7 +14,10 @@ from atm_fl.runs.report import write_report
 from atm_fl.runs.run import Run
 from atm_fl.settings import Settings, check_closed, defaults, kebab
 
-OF_FLOWER = ("on_failure", "node_timeout", "round_timeout", "max_update_norm", "secure_threshold")
+OF_FLOWER = (
+    *("on_failure", "node_timeout", "round_timeout", "max_update_norm"),
+    *("secure_threshold", "secure_neighbours"),
+)
 """Settings without effect in a plain loop, which has one process and no messages: nobody is late or fails alone."""
 
 

@@ -27,6 +27,10 @@ keys or invents parties gets no vector, and one that tells parties different U�
 trusts nobody's key believes the server's; then only the rule t > n/2 guards against different U₃: each party answers
 once, with one kind of share of each other, and t of both kinds would take 2t answers.
 
+With neighbours (atm_fl/neighbours.py) v runs over the neighbours of u alone, who hold its shares with u itself, and as
+many of these join as that file says. s_uv and the signatures are then bound to all keys of U₁ and to U₂, so that masks
+of parties that were told different ones do not cancel. Whose vectors are summed is still signed by t of all.
+
 A party whose keys or shares are bad is out by name and the round goes on, and no party can put out another by its
 word: the server checks what it can see, and counts whom the parties accept for the rest (`refused_keys`, `unshared`). A
 wrong share among those that are revealed is found by the hash or the public key of what it is to join to, and left
@@ -39,7 +43,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, field, fields
 from hashlib import sha256
 
@@ -52,6 +56,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from atm_fl.errors import RunError
+from atm_fl.neighbours import among, digest_of, neighbourhood, shares_needed
 from atm_fl.privacy import shamir
 from atm_fl.privacy.identity import SIGNATURE_BYTES, Identity
 from atm_fl.vectors.blocks import BLOCK, parts
@@ -157,17 +162,28 @@ class Member:
     parties: tuple[str, ...]
     threshold: int
     identity: Identity = field(default_factory=Identity, repr=False)
+    neighbours: int = 0
+    """With how many others it masks; 0: with all."""
     stage: str = "made"
     mask_key: bytes = field(default_factory=_fresh, repr=False)
     seal_key: bytes = field(default_factory=_fresh, repr=False)
     seed: bytes = field(default_factory=lambda: os.urandom(KEY_BYTES), repr=False)
     """b_u."""
+    roster: str = field(default="", repr=False)
+    """The digest of what U₁ published."""
     keys: dict[str, bytes] = field(default_factory=dict, repr=False)
     """What was published and is accepted, of U₁ and then of U₂."""
+    near: list[str] = field(default_factory=list, repr=False)
+    """Its neighbourhood, as far as it accepts their keys."""
     held: dict[str, bytes] = field(default_factory=dict, repr=False)
     """Its shares of the secrets of U₂, its own too."""
     summed: list[str] = field(default_factory=list, repr=False)
     """U₃ as it signed it, sorted."""
+
+    @property
+    def needed(self) -> int:
+        """Shares that join a secret."""
+        return shares_needed(len(self.parties), self.neighbours, self.threshold)
 
     def advertise(self) -> bytes:
         """Its public keys, of masks and of sealing, the hash of its seed and its signature, 160 bytes."""
@@ -180,22 +196,23 @@ class Member:
         return self._published()
 
     def share(self, keys: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Given what U₁ published: for each of the others whose keys it accepts the shares of its secrets, sealed."""
+        """Given what U₁ published: for each neighbour whose keys it accepts the shares of its secrets, sealed."""
         self._step("advertised", "shared")
         self._check(keys, self.parties, "keys")
         if keys[self.name] != self._published():
             raise self._refusal("another key as its own")
-        others = {name: key for name, key in keys.items() if name != self.name}
+        self.roster = digest_of(self.session, keys)
+        near = neighbourhood(self.name, self.parties, self.neighbours, self.roster)
+        others = {name: key for name, key in keys.items() if name != self.name and name in near}
         holders = Counter(key for published in keys.values() for key in public_keys(published))
         wrong = {name: reason for name, key in others.items() if (reason := self._wrong(name, key, holders))}
         self.keys = {name: key for name, key in keys.items() if name not in wrong}
-        if len(self.keys) < self.threshold:
+        self.near = [name for name in self.keys if name in near]
+        if len(self.near) < self.needed:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
-            raise self._refusal(f"good keys of {len(self.keys)} parties, {self.threshold} are needed ({reasons})")
-        numbers = {name: self.parties.index(name) + 1 for name in self.keys}
-        of_key, of_seed = (
-            shamir.split(secret, numbers.values(), self.threshold) for secret in (self.mask_key, self.seed)
-        )
+            raise self._refusal(f"good keys of {len(self.near)} parties, {self.needed} are needed ({reasons})")
+        numbers = {name: self.parties.index(name) + 1 for name in self.near}
+        of_key, of_seed = (shamir.split(secret, numbers.values(), self.needed) for secret in (self.mask_key, self.seed))
         pairs = {name: of_key[number] + of_seed[number] for name, number in numbers.items()}
         self.held = {self.name: pairs.pop(self.name)}
         return {name: self._seal(name, pair) for name, pair in pairs.items()}
@@ -203,24 +220,25 @@ class Member:
     def open(self, sealed: Mapping[str, bytes]) -> list[str]:
         """Given what the others sealed for it: of whom it has the shares now, itself too."""
         self._step("shared", "opened")
-        self._check([self.name, *sealed], self.keys, "shares")
+        self._check([self.name, *sealed], self.near, "shares", self.needed)
         for name, content in sealed.items():
             if name != self.name and (pair := self._opened(name, content)):
                 self.held[name] = pair
-        if len(self.held) < self.threshold:
-            raise self._refusal(f"shares of which those of {len(self.held)} parties open; {self.threshold} are needed")
+        if len(self.held) < self.needed:
+            raise self._refusal(f"shares of which those of {len(self.held)} parties open; {self.needed} are needed")
         return list(self.held)
 
     def mask(self, words: np.ndarray, parties: Collection[str]) -> None:
         """Given U₂: mask its words [n] in place. They may then be sent."""
         self._step("opened", "masked")
         self._check(parties, self.keys, "parties")
+        self._check([name for name in self.near if name in parties], self.near, "a neighbourhood", self.needed)
         self.keys = {name: self.keys[name] for name in self.parties if name in parties}
         self.held = {name: self.held[name] for name in self.keys if name in self.held}
         add_mask(words, self.seed)
         key = X25519PrivateKey.from_private_bytes(self.mask_key)
-        for other in self.keys.keys() - {self.name}:
-            seed = _pair_seed(key, self.keys[other][:KEY_BYTES], self.session, self.name, other)
+        for other in self.keys.keys() & set(self.near) - {self.name}:
+            seed = _pair_seed(key, self.keys[other][:KEY_BYTES], self._among(), self.name, other)
             add_mask(words, seed, _sign(self.name, other))
 
     def agree(self, summed: Collection[str]) -> bytes:
@@ -270,12 +288,17 @@ class Member:
         return public + self.identity.sign(*self._of_keys(self.name, public))
 
     def _of_keys(self, name: str, public: bytes) -> tuple[object, ...]:
-        """What a signature of keys is on: with parties and threshold, on which all have to agree."""
-        return "keys", self.session, self.parties, self.threshold, name, public.hex()
+        """What a signature of keys is on: with parties, threshold and neighbours, on which all have to agree."""
+        number = (self.neighbours,) if self.neighbours else ()
+        return "keys", self.session, self.parties, self.threshold, *number, name, public.hex()
+
+    def _among(self) -> str:
+        """Given U₂: what pairs' masks and the signature of the sum are bound to."""
+        return among(self.session, self.neighbours, self.roster, self.keys)
 
     def _of_sum(self) -> tuple[object, ...]:
         """What a signature of the sum is on. The keys, its own new ones among them, make it of this time alone."""
-        return self.session, self.summed, {name: self.keys[name].hex() for name in sorted(self.keys)}
+        return self._among(), self.summed, {name: self.keys[name].hex() for name in sorted(self.keys)}
 
     def _wrong(self, name: str, published: bytes, holders: Mapping[bytes, int]) -> str:
         """Why what `name` published is not accepted, "" if it is. holders: how many have published each public key."""
@@ -295,12 +318,15 @@ class Member:
             raise self._refusal(f"a step out of turn: the party's last one was {self.stage!r}, not {before!r}")
         self.stage = after
 
-    def _check(self, names: Collection[str], among: Collection[str], what: str) -> None:
-        """Refuse `names` if they are too few, lack this party, or are not all among those of the step before."""
-        if self.name not in names or not set(names) <= set(among):
-            raise self._refusal(f"{what} of {', '.join(names)}, who are not among {', '.join(among)} with {self.name}")
-        if len(set(names)) < self.threshold:
-            raise self._refusal(f"{what} of {len(set(names))} parties; {self.threshold} are needed")
+    def _check(self, names: Collection[str], those: Collection[str], what: str, needed: int = 0) -> None:
+        """Refuse `names` if they are too few, lack this party, or are not all among those of the step before.
+
+        needed: how many must be there; 0: the threshold.
+        """
+        if self.name not in names or not set(names) <= set(those):
+            raise self._refusal(f"{what} of {', '.join(names)}, who are not among {', '.join(those)} with {self.name}")
+        if len(set(names)) < (needed or self.threshold):
+            raise self._refusal(f"{what} of {len(set(names))} parties; {needed or self.threshold} are needed")
 
     def _refusal(self, what: str) -> RunError:
         return RunError(f"{self.name}: secure aggregation of {self.session}: refused: the server sent {what}")
@@ -326,17 +352,22 @@ class Member:
 # -------------------------------------------------------------------------------------------------------- the server
 
 
-def refused_keys(accepted: Mapping[str, Collection[str]], most: int) -> dict[str, str]:
+def refused_keys(
+    accepted: Mapping[str, Collection[str]], most: int, near: Mapping[str, Collection[str]] | None = None
+) -> dict[str, str]:
     """Given whose keys each party accepts, and that at most `most` are bad: who is out, and why.
+
+    near: each party's neighbourhood, of which alone it judges, and of which at most `most` are bad; None: of all.
 
     All were sent the same keys. So bad ones are refused by every good party, who are more than `most`; where fewer
     refuse, it is they who cannot stay, since masks need both: for their trust, which is another than the others', or
     for their word, which is false.
     """
-    by = {name: [one for one in accepted if name not in accepted[one] and one != name] for name in accepted}
+    near = near or dict.fromkeys(accepted, accepted)
+    by = {name: [o for o in accepted if o in near[name] and name not in accepted[o] and o != name] for name in accepted}
     out = {name: f"refused by {', '.join(ones)}" for name, ones in by.items() if len(ones) > most}
     for name, held in accepted.items():
-        others = [other for other in accepted if other != name and other not in held and other not in out]
+        others = [o for o in accepted if o in near[name] and o != name and o not in held and o not in out]
         if name not in out and others:
             out[name] = f"it refuses {', '.join(others)}"
     return out
@@ -375,12 +406,14 @@ def unmask(
     keys: Mapping[str, bytes],
     summed: Collection[str],
     revealed: Mapping[str, Mapping[str, bytes]],
+    neighbours: int = 0,
+    roster: str = "",
 ) -> set[str]:
     """Take the masks off a sum of masked words [n], in place. Returns the holders that revealed a wrong share.
 
-    keys: what U₂ published; summed: U₃; revealed: by holder, what `Member.reveal` returned. RunError if fewer than
-    `threshold` answered; UnjoinedShares, naming all dealers whose shares do not join, if too few are right. Nothing is
-    changed then.
+    keys: what U₂ published; summed: U₃; revealed: by holder, what `Member.reveal` returned; roster: the digest of what
+    U₁ published, with neighbours. RunError if fewer than `threshold` answered; UnjoinedShares, naming all dealers whose
+    shares do not join, if too few are right or are left. Nothing is changed then.
     """
     if len(revealed) < threshold:
         raise RunError(
@@ -388,24 +421,37 @@ def unmask(
             f"{threshold} needed"
         )
     wrong: set[str] = set()
-    masks = list(_left_over(session, parties, threshold, keys, summed, revealed, wrong))
+    needed = shares_needed(len(parties), neighbours, threshold)
+    bound = among(session, neighbours, roster, keys)
+    unjoined: dict[str, str] = {}
+
+    def near(name: str) -> frozenset[str]:
+        return neighbourhood(name, parties, neighbours, roster)
+
+    masks = list(_left_over(bound, parties, needed, keys, summed, revealed, near, wrong, unjoined))
+    if unjoined:
+        raise UnjoinedShares(session, unjoined)
     for seed, sign in masks:
         add_mask(total, seed, -sign)
     return wrong
 
 
 def _left_over(
-    session: str,
+    bound: str,
     parties: tuple[str, ...],
-    threshold: int,
+    needed: int,
     keys: Mapping[str, bytes],
     summed: Collection[str],
     revealed: Mapping[str, Mapping[str, bytes]],
+    near: Callable[[str], frozenset[str]],
     wrong: set[str],
+    unjoined: dict[str, str],
 ) -> Iterator[tuple[bytes, int]]:
-    """(seed, sign) of every mask that is in the sum of `summed` and does not cancel; `wrong` gets bad holders."""
+    """(seed, sign) of every mask that is in the sum of `summed` and does not cancel.
+
+    `wrong` gets bad holders, and `unjoined` those whose secret does not come out, with the reason.
+    """
     numbers = {holder: parties.index(holder) + 1 for holder in revealed}
-    unjoined: dict[str, str] = {}
     for name, published in keys.items():
 
         def right(secret: bytes, published: bytes = published, there: bool = name in summed) -> bool:
@@ -413,8 +459,11 @@ def _left_over(
             return _commitment(secret) == seed if there else _public(secret) == mask_key
 
         shares = {numbers[holder]: by_dealer[name] for holder, by_dealer in revealed.items() if name in by_dealer}
+        if len(shares) < needed:
+            unjoined[name] = f"of those who have them {len(shares)} are left, {needed} are needed"
+            continue
         try:
-            secret, bad = shamir.join_right(shares, threshold, right, {numbers[holder] for holder in wrong})
+            secret, bad = shamir.join_right(shares, needed, right, {numbers[holder] for holder in wrong})
         except ValueError as error:
             unjoined[name] = f"{error}. {name} dealt, or too many revealed, wrong ones"
             continue
@@ -423,7 +472,5 @@ def _left_over(
             yield secret, 1
             continue
         key = X25519PrivateKey.from_private_bytes(secret)
-        for other in summed:
-            yield _pair_seed(key, keys[other][:KEY_BYTES], session, name, other), _sign(other, name)
-    if unjoined:
-        raise UnjoinedShares(session, unjoined)
+        for other in near(name) & set(summed):
+            yield _pair_seed(key, keys[other][:KEY_BYTES], bound, name, other), _sign(other, name)

@@ -13,6 +13,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from atm_fl.errors import RunError
+from atm_fl.neighbours import digest_of, neighbourhood, shares_needed
 from atm_fl.privacy.secure_aggregation import (
     SEALED_BYTES,
     UnjoinedShares,
@@ -46,7 +47,14 @@ class SecureExchange:
     ) -> None:
         self._run, self._grid, self._round, self._deadline = run, grid, round_number, deadline
         self._nodes = {client: node for node, client in nodes.items() if client not in excluded}
+        settings = run.settings
+        self._needed = shares_needed(len(settings.party_names), settings.secure_neighbours, settings.threshold)
+        """Shares that join a secret."""
         self._keys: dict[str, bytes] = {}
+        self._roster = ""
+        """Their digest."""
+        self._near: dict[str, frozenset[str]] = {}
+        """Each party's neighbourhood."""
         self._sealed: dict[str, dict[str, bytes]] = {}
         """By sender: what it sealed, by recipient."""
         self._opened: dict[str, set[str]] = {}
@@ -72,34 +80,40 @@ class SecureExchange:
 
     def share(self) -> None:
         """Hand the keys out, and collect the sealed shares of everyone's secrets."""
+        settings = self._run.settings
+        names, neighbours = settings.party_names, settings.secure_neighbours
+        self._roster = digest_of(self._session, self._keys)
+        self._near = {client: neighbourhood(client, names, neighbours, self._roster) for client in self._keys}
         for client, record in self._ask("shares", {client: {"keys": self._keys} for client in self._keys}):
+            near = self._near[client] & self._keys.keys()
             sealed = {
                 other: value
                 for other, value in record.items()
-                if other in self._keys and isinstance(value, bytes) and len(value) == SEALED_BYTES
+                if other in near and isinstance(value, bytes) and len(value) == SEALED_BYTES
             }
             if len(sealed) == len(record):
                 self._sealed[client] = sealed
             else:
                 self._drop(client, f"{len(record) - len(sealed)} of its shares are none")
-        settings = self._run.settings
-        most_bad = len(settings.party_names) - settings.threshold
-        for client, why in refused_keys(self._sealed, most_bad).items():
+        most_bad = (neighbours + 1 if neighbours else len(names)) - self._needed
+        for client, why in refused_keys(self._sealed, most_bad, self._near).items():
             self._drop(client, f"keys {why}" if why.startswith("refused") else f"{why}: their keys")
 
     def confirm(self) -> None:
         """Pass the sealed shares on, and hear whose open."""
         here = [client for client in self._sealed if client not in self.failures]
         sent = {
-            client: {"sealed": {other: self._sealed[other][client] for other in here if other != client}}
-            for client in here
+            client: {"sealed": {one: self._sealed[one][client] for one in here if one != client and one in near}}
+            for client, near in self._near.items()
+            if client in here
         }
         for client, record in self._ask("confirm", sent):
             try:
-                self._opened[client] = {other for other in _content(record, "opened", list) if other in here}
+                opened = _content(record, "opened", list)
+                self._opened[client] = {other for other in opened if other in here and other in self._near[client]}
             except ValueError as error:
                 self._drop(client, str(error))
-        for client, why in unshared(self._opened, self._run.settings.threshold).items():
+        for client, why in unshared(self._opened, self._needed).items():
             self._drop(client, why)
         there = self._opened.keys() - self.failures.keys()
         self.clients = [client for client in self._run.settings.party_names if client in there]
@@ -127,7 +141,17 @@ class SecureExchange:
         silent, self.failures = self.failures, failures
         begin, keys = time.perf_counter(), {client: self._keys[client] for client in self.clients}
         try:
-            wrong = unmask(words, self._session, settings.party_names, settings.threshold, keys, summed, revealed)
+            wrong = unmask(
+                words,
+                self._session,
+                settings.party_names,
+                settings.threshold,
+                keys,
+                summed,
+                revealed,
+                settings.secure_neighbours,
+                self._roster,
+            )
         except UnjoinedShares:
             raise
         except RunError as error:

@@ -17,6 +17,7 @@ from atm_fl.merging import find_merge, merges_of_sum
 from atm_fl.merging.scaling import check_tasks
 from atm_fl.models.buffers import measured, mixing
 from atm_fl.models.trainable import check_trainable
+from atm_fl.neighbours import least_neighbours, shares_needed
 from atm_fl.settings.text import kebab
 from atm_fl.sinks import SINKS
 from atm_fl.transforms import make_transforms
@@ -68,6 +69,7 @@ NEEDS: dict[str, tuple[str, Callable[[Settings], bool]]] = {
     "dp_policy": ("dp-epsilon", lambda run: bool(run.dp_epsilon)),
     "dp_client_noise": ("dp-client-clip, in units of which it is", lambda run: bool(run.dp_client_clip)),
     "secure_threshold": ("secure-aggregation=true", lambda run: run.secure_aggregation),
+    "secure_neighbours": ("secure-aggregation=true", lambda run: run.secure_aggregation),
     "secure_range": ("secure-aggregation=true", lambda run: run.secure_aggregation),
     "min_successful": (
         "on-failure=skip, for on-failure='abort' ends a run at the first failure, or tasks with a '*'",
@@ -336,6 +338,16 @@ def check_secure(settings: Settings) -> None:
         raise SettingError(
             f"secure-threshold={threshold}: it must be more than half of the {count} tasks and at most all of them"
         )
+    if (neighbours := settings.secure_neighbours) and (neighbours % 2 or not 2 <= neighbours < count):
+        raise SettingError(
+            f"secure-neighbours={neighbours}: it must be an even number from 2 on, below the {count} tasks; 0: all"
+        )
+    try:
+        shares_needed(count, neighbours, threshold)
+    except ValueError as error:
+        enough = least_neighbours(count, threshold)
+        fix = f"{enough} or more, or 0" if enough else "0"
+        raise SettingError(f"secure-neighbours={neighbours}: {error}; take {fix} for all others") from error
     if settings.needed < threshold:
         raise SettingError(
             f"min-successful={settings.min_successful}: secure-threshold={threshold} parties must be there; raise it"

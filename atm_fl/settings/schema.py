@@ -263,6 +263,9 @@ class Settings:
     secure_threshold: int = setting(
         0, "of secure-aggregation: parties that must be there to unmask a sum; 0: just over half", decides=False
     )
+    secure_neighbours: int = setting(
+        0, "of secure-aggregation: parties that each masks with and shares its secrets among; 0: all", decides=False
+    )
     secure_range: float = setting(1.0, "of secure-aggregation: the largest magnitude of an element of a task vector")
     max_update_norm: float = setting(
         0.0,
