@@ -6,14 +6,17 @@ keys that were announced. A party masks with the K/2 before it and the K/2 behin
 are shared among these and itself: its neighbourhood, of K + 1. Who knows the roster knows the circle; who may choose a
 part of the roster can try others, `TRIES` of them.
 
-How many shares, s, join a secret decides what a server can do that also chooses who drops out, and when. With m = K/2:
+How many shares, s, join a secret decides what a server can do that also chooses who drops out, and when, and tells
+parties different things. Everybody who helps has seen the same set signed by a threshold t of the n parties, and who
+helps is in it: that is sure with fewer than 2 t − n in league with the server. With more, parties that are told
+different sets reveal each other's secrets, and it can have single vectors, with neighbours or without. With m = K/2:
 
 - A seed comes off only if s of its neighbourhood help. So of a neighbourhood K + 1 − s honest parties at most can be
-  left out, whatever the server says, and a gap of m on the circle has w = s − m − 1 corrupt parties in it at least.
+  left out, and a gap of m on the circle has w = s − m − 1 corrupt parties in it at least.
 - The sum of some of the honest parties alone shows only if no masks lead from these to the others, which takes two
-  such gaps. Both secrets of one party show only to s corrupt ones of its neighbourhood, w + 1 on either side at least.
-- A party that was told another roster, or other parties, than those that help takes K + 1 − s once more: it wants that
-  many of its neighbours to be there before it masks. Then 2w + 1 corrupt ones are left in its neighbourhood.
+  such gaps. Both secrets of one party show only to s of its neighbourhood, itself and corrupt ones: w on either side.
+- A party that was told another roster, or other parties, than those that help takes K + 1 − s once more: it wants s
+  of its neighbourhood to be there before it masks. Then 2w + 1 corrupt ones are left in its neighbourhood.
 
 So all that can go wrong takes two disjoint stretches of m with 2w corrupt parties in them; `disconnection` bounds the
 probability, and `shares_needed` is the least s for which it is below `FAILURE` after so many `TRIES`.
@@ -31,7 +34,7 @@ from math import exp, lgamma
 CORRUPT = 3
 """One party in so many may be in league with the server."""
 TRIES = 2.0**40
-"""Rosters that these can try in a round."""
+"""Rosters that these can try in a round, however often its keys are exchanged."""
 FAILURE = 2.0**-20
 """The probability of a round in which they find one that serves them."""
 

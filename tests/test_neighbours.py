@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import make_folder
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from federation import final, in_process, same, tampered
 from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
@@ -411,6 +412,69 @@ def test_a_server_that_leaves_out_the_right_ones_learns_no_groups_sum(
         add_mask(total, seed, -sign)
     assert np.array_equal(total, exchange.sum(group)) == (needed == 5)
     assert {order[4], order[8]} <= kept.keys() if needed == 6 else kept.keys().isdisjoint(group)
+
+
+def stories(exchange: Exchange, victim: str, friends: tuple[str, ...]) -> tuple[dict, dict[str, RunError]]:
+    """(what a server has of the victim's seed and the others' mask keys, who refused) by holder.
+
+    It tells the honest parties, as many at a time as its friends need to be a threshold, that they and the friends and
+    the victim are the sum; the friends sign whatever it is.
+    """
+    needed, half = exchange.threshold, shamir.SHARE_BYTES
+    honest = [name for name in exchange.names if name not in friends]
+    held = {name: exchange.members[name].held for name in friends}
+    revealed = {
+        one: {name: pair[half:] if name == victim else pair[:half] for name, pair in shares.items()}
+        for one, shares in held.items()
+    }
+    refused: dict[str, RunError] = {}
+    before = {name: exchange.members[name].dump() for name in friends}
+    step = needed - len(friends)
+    for first in range(0, len(honest), step):
+        group = honest[first : first + step]
+        summed = list(dict.fromkeys([victim, *group, *friends, *honest]))[
+            : max(needed, len({victim, *group, *friends}))
+        ]
+        signed = {name: exchange.member(name).agree(summed) for name in group}
+        for name in friends:
+            signed[name] = Member.load(before[name], exchange.members[name].identity).agree(summed)
+        for name in group:
+            try:
+                shares = exchange.member(name).reveal(summed, signed)
+            except RunError as error:
+                refused[name] = error
+            else:
+                revealed[name] = {one: share for one, share in shares.items() if one == victim or one not in summed}
+    return revealed, refused
+
+
+@pytest.mark.parametrize(("neighbours", "threshold"), [(0, 5), (8, 5), (0, 7), (8, 7)])
+def test_how_many_friends_a_server_that_lies_needs_is_the_same_with_neighbours(neighbours: int, threshold: int) -> None:
+    """Three of nine make a threshold of 5 with any two, so three sets are signed, and one party's vector is out. They
+    are too many for it, 2t − n = 1, and too few for a threshold of 7, 2t − n = 5."""
+    exchange = Exchange(9, neighbours, threshold)
+    exchange.begin()
+    victim, friends = "p0", exchange.names[6:]
+    revealed, refused = stories(exchange, victim, friends)
+    member, kept = exchange.members[victim], {}
+    near = {name: neighbourhood(name, exchange.names, neighbours, exchange.roster) for name in exchange.names}
+    honest = {name: exchange.keys[name] for name in exchange.names[:6]}
+    masks = list(
+        secure_aggregation._left_over(
+            *(member._among(), exchange.names, member.needed, honest, [victim], revealed, near.__getitem__),
+            *(set(), kept),
+        )
+    )
+    for name in friends:  # each of whom knows what it has in common with the victim
+        key = X25519PrivateKey.from_private_bytes(exchange.members[name].mask_key)
+        seed = secure_aggregation._pair_seed(key, exchange.keys[victim][:32], member._among(), name, victim)
+        masks.append((seed, secure_aggregation._sign(victim, name)))
+    sent = exchange.sent[victim].copy()
+    for seed, sign in masks:
+        add_mask(sent, seed, -sign)
+    assert np.array_equal(sent, exchange.vectors[victim]) == (not kept) == (threshold == 5)
+    assert refused.keys() == ({"p4", "p5"} if threshold == 7 else set())
+    assert all("signatures of 5 parties" in str(error) for error in refused.values())
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
