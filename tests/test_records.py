@@ -91,23 +91,6 @@ def test_records_of_other_kinds_stand_side_by_side(
     assert "Fallen" not in ledger.read_text()
 
 
-def test_a_withdrawn_record_stands_for_nothing_and_does_not_land_again(
-    ledger: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    landed(monkeypatch, ledger, RECORD)
-    (log,) = (ledger.parent / "records").glob("*.json")
-    log.write_text(json.dumps(json.loads(log.read_text()) | {"withdrawn": "joint was badly tuned"}))
-    (line,) = landed(monkeypatch, ledger, RECORD)
-    assert "that was withdrawn: joint was badly tuned" in line
-    assert standing(logs(ledger)) == {}
-    text = ledger.read_text()
-    assert text.index("None yet.") < text.index("Withdrawn:") < text.index("| joint | TSV-M | 20 |")
-    assert text.count("| TSV-M |") == text.count("- joint was badly tuned") == 1
-    assert "Fallen" not in text
-    (line,) = landed(monkeypatch, ledger, replace(RECORD, row="other", rounds=99))
-    assert "other: a record against joint" in line
-
-
 def test_the_table_is_made_from_the_logs_alone(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     landed(monkeypatch, ledger, RECORD)
     (log,) = (ledger.parent / "records").glob("*.json")

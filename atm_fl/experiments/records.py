@@ -4,8 +4,7 @@ docs/records/NAME.json    one log a record, as `land` writes it; it stays when t
 docs/records.md           the table of what stands and what has fallen, between two marks, made from the logs alone
 
 A record is of a kind: of which row it beats, on which tasks, with which kind of model. It stands until another of its
-kind takes fewer rounds, or as many and fewer bytes. One that turns out to be none, as when what it beats was badly
-tuned, keeps its log, with the reason in `withdrawn`.
+kind takes fewer rounds, or as many and fewer bytes.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Record:
 
     differences: by task, "mean" and "worst normalised task" (value, low, high of the 99 % interval, p). epochs: in all,
     mean over tasks. bytes and seconds: mean over seeds, as the contest's table has them. settings: those of the row
-    that are not the defaults. commit: of the checkout that landed it. withdrawn: why it no longer counts, if so.
+    that are not the defaults. commit: of the checkout that landed it.
     """
 
     row: str
@@ -58,7 +57,6 @@ class Record:
     commit: str
     date: str
     machine: str
-    withdrawn: str = ""
 
     @property
     def kind(self) -> tuple[str, str, tuple[str, ...]]:
@@ -123,10 +121,6 @@ def land(study: Contest, command: str, ledger: Path) -> list[str]:
     known = logs(ledger)
     lines = []
     for record in candidates(study, command, _commit()):
-        gone = [old.withdrawn for old in known if old.withdrawn and (old.kind, old.row) == (record.kind, record.row)]
-        if gone:
-            lines.append(f"{record.row}: a record against {record.reference} that was withdrawn: {gone[0]}")
-            continue
         before = standing(known).get(record.kind)
         if before and before.place <= record.place:
             lines.append(f"{record.row}: {before.row} stands against {record.reference}, with {before.rounds} rounds")
@@ -156,7 +150,7 @@ def logs(ledger: Path) -> list[Record]:
 def standing(records: list[Record]) -> dict[tuple[str, str, tuple[str, ...]], Record]:
     """By kind, the records that stand; of equal ones the first to land."""
     best: dict[tuple[str, str, tuple[str, ...]], Record] = {}
-    for record in sorted((record for record in records if not record.withdrawn), key=lambda record: record.date):
+    for record in sorted(records, key=lambda record: record.date):
         if record.kind not in best or record.place < best[record.kind].place:
             best[record.kind] = record
     return best
@@ -170,14 +164,11 @@ def write_table(ledger: Path) -> None:
 
 
 def table(records: list[Record]) -> str:
-    """What stands, and below what has fallen and what was withdrawn, in Markdown."""
-    best = list(standing(records).values())
-    parts = [_rows(best) if best else "None yet."]
-    if fallen := [record for record in records if record not in best and not record.withdrawn]:
+    """What stands, and below what has fallen, in Markdown."""
+    best = standing(records)
+    parts = [_rows([record for record in records if best[record.kind] == record]) if records else "None yet."]
+    if fallen := [record for record in records if best[record.kind] != record]:
         parts += ["Fallen:", _rows(fallen)]
-    if withdrawn := [record for record in records if record.withdrawn]:
-        reasons = dict.fromkeys(record.withdrawn for record in withdrawn)
-        parts += ["Withdrawn:", _rows(withdrawn), *(f"- {reason}" for reason in reasons)]
     return "\n\n".join(parts)
 
 
