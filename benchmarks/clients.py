@@ -4,7 +4,7 @@
         [--merges mean,tsv-m,secure] [--neighbours 0] [--rounds 3]
 
 Parties are folders of a few pictures of the eight embedded tasks, several parties a task, which differ in their
-pictures; each tunes for one short epoch. `plain` is the loop without Flower; `in-process` and `ray` are our apps;
+pictures; each tunes for one short epoch. `plain` is the loop without Flower; `in-process` and `ray` are our apps.
 The others are FedAvg of the same model, data and steps, each in its engine's own simulation (benchmarks/clients_apps):
 `flower`, pfl-research (`pfl`) and BlazeFL (`blazefl`). Ray and Flower have one client at a time (--at-once: more), as
 all others have.

@@ -270,6 +270,7 @@ def test_a_greedy_soup_is_of_the_models_that_help(config: dict[str, Any], tmp_pa
     made = json.loads((unit.folder / "results.json").read_text())
     assert made["clients"] == soup
     assert mean_accuracy(made["test"]) == accuracy(soup, "test")
+    assert len(made["tried"]) == unit.row.attempts(len(parties)) == 5
     row = contest.results(study)["rows"][-1]
     assert row["tuned"] == {"0": {"soup of": ", ".join(soup)}}
     assert row["tuning"] == {"values": 0, "epochs": 0.0, "evaluations": 5}

@@ -53,6 +53,7 @@ def study(config: dict[str, Any], tmp_path: Path) -> Path:
 single = { kind = "single" }
 joint = { kind = "joint" }
 mean = { kind = "one-shot", tune = { scaling = [0.5, 1.0, 2.0] } }
+soup = { kind = "one-shot", greedy = true }
 atm = { tune = { learning-rate = [1e-3, 1e-2] } }
 short = { tune = { learning-rate = [1e-3, 1e-2] }, tuning-rounds = 1 }
 refined = { kind = "ph-atm" }
@@ -70,6 +71,7 @@ def test_a_contest_has_a_line_a_row_with_the_runs_that_it_takes(config: dict[str
     assert by_name["single"] == ["2", f"{2 * 3 * 4 * 5}", "864", f"{2 * 2 * 72}"]
     assert by_name["joint"] == ["2", f"{2 * 4 * 14}", "864", f"{2 * (5 * 36 + 2 * 36)}"]
     assert by_name["mean"] == ["2", "0", "0", f"{2 * (3 * 36 + 36)}"]
+    assert by_name["soup"] == ["2", "0", "0", f"{2 * (5 * 36 + 36)}"]
     assert by_name["atm"][:3] == ["3", f"{3 * 4 * 15}", f"{3 * 4 * 108:,}"]
     assert by_name["short"][:2] == ["4", f"{(2 * 4 + 2) * 15}"]
     assert by_name["refined from mean"][0] == "2"

@@ -118,6 +118,10 @@ class ContestRow:
         """All combinations of the tuned settings' values; one empty one without any."""
         return [dict(zip(self.tune, values, strict=True)) for values in product(*self.tune.values())]
 
+    def attempts(self, clients: int) -> int:
+        """How many merges of so many clients' models a one-shot row evaluates; of a greedy soup several a choice."""
+        return len(self.choices()) * (2 * clients - 1 if self.greedy else 1)
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -510,9 +514,12 @@ def _one_shot(unit: ContestUnit) -> None:
     begin = time.perf_counter()
     tried: list[dict[str, Any]] = []
 
-    def attempt(choice: Choice, clients: list[str]) -> dict[str, Any]:
+    def merged(choice: Choice, clients: list[str]) -> Tensor:
         chosen = replace(unit, choice=choice).settings()
-        model = _after_one_round(chosen, base, layout, {client: vectors[client] for client in clients}, images)
+        return _after_one_round(chosen, base, layout, {client: vectors[client] for client in clients}, images)
+
+    def attempt(choice: Choice, clients: list[str]) -> dict[str, Any]:
+        model = merged(choice, clients)
         accuracies = {party.client: party.evaluate(model, ("validation",))["validation"] for party in parties}
         tried.append({"choice": choice, "clients": clients, "validation": accuracies})
         return tried[-1]
@@ -526,8 +533,7 @@ def _one_shot(unit: ContestUnit) -> None:
     merges = (greedy(choice) if unit.row.greedy else attempt(choice, list(vectors)) for choice in unit.row.choices())
     best = max(merges, key=_validation)
     seconds = (time.perf_counter() - begin) / len(tried)
-    chosen, merged = replace(unit, choice=best["choice"]).settings(), {name: vectors[name] for name in best["clients"]}
-    model = _after_one_round(chosen, base, layout, merged, images)
+    model = merged(best["choice"], best["clients"])
     save_checkpoint(unit.folder, 1, model, layout)
     outcome = best | {"test": {party.client: party.evaluate(model, ("test",))["test"] for party in parties}}
     _save_rightly(unit, _tested(parties))
@@ -676,8 +682,7 @@ def _row_results(study: Contest, row: ContestRow, stop: int, elements: int) -> d
     others, count = len(row.choices()) - 1, len(row.choices())
     rounds = row.tuning_rounds or settings.rounds
     searched = others * rounds * settings.local_epochs if by_runs else 0.0
-    each = 2 * len(settings.party_names) - 1 if row.greedy else 1
-    evaluations = count * each if row.kind == "one-shot" else 0
+    evaluations = row.attempts(len(settings.party_names)) if row.kind == "one-shot" else 0
     return {
         "tuned": tuned,
         "tuning": {

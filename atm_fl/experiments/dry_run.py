@@ -127,7 +127,7 @@ def dry_run(rows: Iterable[tuple[str, str, list[ContestUnit] | Settings]], devic
         tried = try_out(_of_tuning(runs[0][0]))
         for settings, unit in runs:
             tried = try_out(_of_tuning(settings))
-            one = _work(kind, settings, tried.elements, len(unit.row.choices()) if unit else 1)
+            one = _work(kind, settings, tried.elements, unit.row.attempts(len(settings.party_names)) if unit else 1)
             forward, step = tried.per_image
             of_row += step * one.tuned + forward * one.evaluated
             work += one
@@ -186,8 +186,8 @@ def sizes_of(task: str) -> Sizes:
     return Sizes(len(data.train), len(data.validation), len(data.test), len(data.classes))
 
 
-def _work(kind: str, settings: Settings, elements: int, choices: int) -> Work:
-    """What a run of a kind does. choices: those of a one-shot merge, each of which is evaluated."""
+def _work(kind: str, settings: Settings, elements: int, attempts: int) -> Work:
+    """What a run of a kind does. attempts: the merges that a one-shot row evaluates."""
     sizes = [sizes_of(task) for task in settings.task_names]
     part = settings.holdout if settings.split == "validation" and settings.holdout else 1
     held = {
@@ -196,7 +196,7 @@ def _work(kind: str, settings: Settings, elements: int, choices: int) -> Work:
     }
     vector = 4 * elements
     if kind == "one-shot":
-        return Work(evaluated=choices * held["validation"] + held["test"], disk=vector)
+        return Work(evaluated=attempts * held["validation"] + held["test"], disk=vector)
     tuned_on = [_tuned_on(size, settings) for size in sizes]
     if kind == "joint":
         steps = settings.rounds * math.ceil(sum(tuned_on) / settings.batch_size)

@@ -237,8 +237,9 @@ class Member:
         self.held = {name: self.held[name] for name in self.keys if name in self.held}
         add_mask(words, self.seed)
         key = X25519PrivateKey.from_private_bytes(self.mask_key)
+        bound = self._among()
         for other in self.keys.keys() & set(self.near) - {self.name}:
-            seed = _pair_seed(key, self.keys[other][:KEY_BYTES], self._among(), self.name, other)
+            seed = _pair_seed(key, self.keys[other][:KEY_BYTES], bound, self.name, other)
             add_mask(words, seed, _sign(self.name, other))
 
     def agree(self, summed: Collection[str]) -> bytes:
@@ -451,7 +452,7 @@ def _left_over(
 
     `wrong` gets bad holders, and `unjoined` those whose secret does not come out, with the reason.
     """
-    numbers = {holder: parties.index(holder) + 1 for holder in revealed}
+    numbers, in_sum = {holder: parties.index(holder) + 1 for holder in revealed}, frozenset(summed)
     for name, published in keys.items():
 
         def right(secret: bytes, published: bytes = published, there: bool = name in summed) -> bool:
@@ -472,5 +473,5 @@ def _left_over(
             yield secret, 1
             continue
         key = X25519PrivateKey.from_private_bytes(secret)
-        for other in near(name) & set(summed):
+        for other in near(name) & in_sum:
             yield _pair_seed(key, keys[other][:KEY_BYTES], bound, name, other), _sign(other, name)
