@@ -33,7 +33,7 @@ STREAMING = [name for name in NAMES if issubclass(merges()[name], Streaming)]
 JOINT = [name for name in NAMES if issubclass(merges()[name], BatchMerge)]
 RANDOM = ["dare", "dare-ties", "pcgrad"]
 
-LEAST = {"consensus": 2, "model-stock": 2, "multi-krum": 5}
+LEAST = {"consensus": 2, "model-stock": 2, "multi-krum": 5, "trimmed-mean": 5}
 """Tasks that a merge needs with its default options."""
 
 few = settings(deadline=None, max_examples=10)
@@ -1036,6 +1036,20 @@ def test_too_few_tasks_are_an_error(name: str, least: int) -> None:
         merge.add(task, vector)
     with pytest.raises(SettingError, match=f"{name}.*needs at least {least} tasks"):
         merge.result()
+
+
+@settings(deadline=None)
+@given(trim=st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.3, 1 / 3, 0.4, 0.45, 0.49]), count=st.integers(1, 40))
+def test_a_trimmed_mean_leaves_something_out_or_says_that_it_cannot(trim: float, count: int) -> None:
+    merge = make_merge("trimmed-mean", ONE, trim=trim)
+    vectors = {str(number): torch.tensor([float(number == 0)]) for number in range(count)}
+    if 0 < trim and trim * count < 1 - 1e-9:
+        with pytest.raises(SettingError, match=r"trimmed-mean.*trim=.*needs at least \d+ tasks"):
+            merge.combine(vectors)
+    elif trim:
+        assert merge.combine(vectors) == 0  # the largest is out
+    else:
+        assert merge.combine(vectors) == pytest.approx(1 / count)
 
 
 def test_the_message_about_too_few_tasks_names_the_option() -> None:

@@ -282,7 +282,7 @@ def kept_shares(merge: Any, vectors: dict[str, Tensor]) -> dict[str, float]:
         return dict(zip(names, coefficients.clamp(0, 1).tolist(), strict=True))
     if not isinstance(merge, (Median, TrimmedMean)):
         return dict.fromkeys(names, 1.0)
-    out = (count - 1) // 2 if isinstance(merge, Median) else int(round(merge.trim * count, 6))
+    out = (count - 1) // 2 if isinstance(merge, Median) else merge.left_out(count)
     size = len(vectors[names[0]])
     random = torch.Generator().manual_seed(0)
     chosen = torch.randint(size, (SAMPLE,), generator=random) if size > SAMPLE else torch.arange(size)

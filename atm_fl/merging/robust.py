@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -31,14 +33,27 @@ class Median(Elementwise):
 class TrimmedMean(Elementwise):
     """The mean of each element over the tasks without the ⌊trim · T⌋ smallest and as many largest values.
 
-    Yin et al. 2018 (arXiv:1803.01498), Algorithm 1, option II.
+    Yin et al. 2018 (arXiv:1803.01498), Algorithm 1, option II. Of so few tasks that it would leave none out, and be the
+    mean, it refuses to make anything; `trim` = 0 asks for the mean.
     """
 
     robust: ClassVar[bool] = True
     trim: float = option(0.2, "fraction of the tasks left out at either end", ge=0, lt=0.5)
 
+    def min_tasks(self) -> int:
+        return math.ceil(1 / self._share) if self._share else 1
+
+    def left_out(self, count: int) -> int:
+        """How many values of so many tasks are left out at either end."""
+        return math.floor(self._share * count)
+
+    @property
+    def _share(self) -> Fraction:
+        """`trim` as the fraction that was meant: 0.3 of 10 is 3, and 0.333333333 of 3 is 1."""
+        return Fraction(self.trim).limit_denominator(1_000_000)
+
     def block(self, stack: Tensor, block: Block, scratch: Tensor) -> Tensor:
-        out = int(round(self.trim * len(stack), 6))
+        out = self.left_out(len(stack))
         first, *others = sort_rows(stack, scratch[0])[out : len(stack) - out] if out else stack
         for row in others:
             first.add_(row)
