@@ -1043,7 +1043,7 @@ def test_too_few_tasks_are_an_error(name: str, least: int) -> None:
 def test_a_trimmed_mean_leaves_something_out_or_says_that_it_cannot(trim: float, count: int) -> None:
     merge = make_merge("trimmed-mean", ONE, trim=trim)
     vectors = {str(number): torch.tensor([float(number == 0)]) for number in range(count)}
-    if 0 < trim and trim * count < 1 - 1e-9:
+    if trim > 0 and trim * count < 1 - 1e-9:
         with pytest.raises(SettingError, match=r"trimmed-mean.*trim=.*needs at least \d+ tasks"):
             merge.combine(vectors)
     elif trim:

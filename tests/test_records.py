@@ -47,6 +47,8 @@ def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def landed(monkeypatch: pytest.MonkeyPatch, ledger: Path, record: Record) -> list[str]:
+    monkeypatch.setattr(records, "results", lambda _: {})
+    monkeypatch.setattr(records, "overtaken", lambda *_: {})
     monkeypatch.setattr(records, "candidates", lambda *_: [record])
     return land(None, "", ledger)  # type: ignore[arg-type]
 
@@ -91,6 +93,56 @@ def test_records_of_other_kinds_stand_side_by_side(
     assert "Fallen" not in ledger.read_text()
 
 
+def test_a_record_falls_when_the_row_that_it_beats_is_overtaken(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    landed(monkeypatch, ledger, RECORD)
+    landed(monkeypatch, ledger, replace(RECORD, row="other", reference="single"))
+    monkeypatch.setattr(records, "overtaken", lambda *_: {"joint": "joint, better rate"})
+    monkeypatch.setattr(records, "candidates", lambda *_: [])
+    (line,) = land(None, "", ledger)  # type: ignore[arg-type]
+    assert line == "TSV-M: falls, for joint, better rate has overtaken joint"
+    assert [record.row for record in standing(logs(ledger)).values()] == ["other"]
+    text = ledger.read_text()
+    assert text.index("| single | other |") < text.index("Fallen:")
+    assert text.index("Fallen:") < text.index("| joint; overtaken by joint, better rate | TSV-M |")
+    assert land(None, "", ledger) == ["no row of the contest's pairs beats its reference with p < 0.01"]  # type: ignore[arg-type]
+
+
+def test_a_row_is_overtaken_by_one_that_trains_the_same_entries_in_the_same_way(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = """
+"joint, other rate" = { kind = "joint", learning-rate = 1e-3 }
+"joint, own bias" = { kind = "joint", private = "*bias" }
+"single, bias" = { kind = "single", trainable = "*bias" }
+"atm, other rate" = { learning-rate = 1e-3 }
+"""
+    study = read_study(write(tmp_path / "contest.toml", config, ROWS + rows), contest)
+
+    def weak(better: str, worse: str, p: float = 0.001, value: float = 0.02, seeds: tuple[int, ...] = (0, 1)) -> Any:
+        tested = {"red": MEAN, "mean": {"value": value, "p": p}}
+        pair = {"rows": [better, worse], "seeds": list(seeds), "differences": tested}
+        return records.overtaken(study, {"tasks": ["red"], "pairs": [pair]})
+
+    assert weak("joint, other rate", "joint") == {"joint": "joint, other rate"}
+    for change in ({"p": 0.01}, {"value": -0.02}, {"seeds": (0,)}):
+        assert weak("joint, other rate", "joint", **change) == {}
+    for pair in (
+        ("joint, own bias", "joint"),
+        ("single", "single, bias"),
+        ("single", "joint"),
+        ("atm", "joint"),
+        ("atm, other rate", "atm"),
+    ):
+        assert weak(*pair) == {}
+
+
+def test_nothing_has_a_record_against_a_row_that_is_overtaken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "overtaken", lambda *_: {"joint": "joint, better rate"})
+    pair = {"rows": ["atm", "joint"], "seeds": [0, 1], "differences": {"red": MEAN, "mean": MEAN}}
+    outcomes = {"rows": [{"name": "atm", "kind": "atm"}], "pairs": [pair], "tasks": ["red"]}
+    assert candidates(None, outcomes, "", "") == []  # type: ignore[arg-type]
+
+
 def test_the_table_is_made_from_the_logs_alone(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     landed(monkeypatch, ledger, RECORD)
     (log,) = (ledger.parent / "records").glob("*.json")
@@ -124,9 +176,10 @@ def test_only_a_tested_difference_of_a_row_that_exchanges_is_a_record(
     path.write_text(both + path.read_text())
     study = read_study(path, contest)
     run(study)
-    outcomes = {tuple(pair["rows"]): pair["differences"]["mean"] for pair in contest.results(study)["pairs"]}
+    of_contest = contest.results(study)
+    outcomes = {tuple(pair["rows"]): pair["differences"]["mean"] for pair in of_contest["pairs"]}
     monkeypatch.setattr(records, "ALPHA", 2.0)  # of so few images hardly anything is beyond chance
-    made = {(record.row, record.reference): record for record in candidates(study, "compare", "c")}
+    made = {(record.row, record.reference): record for record in candidates(study, of_contest, "compare", "c")}
     assert set(made) == {
         rows for rows, of_mean in outcomes.items() if of_mean["value"] > 0 and rows[0] in ("atm", "average")
     }
@@ -137,7 +190,7 @@ def test_only_a_tested_difference_of_a_row_that_exchanges_is_a_record(
         assert record.seeds == (0, 1)
         assert record.bytes > 0
     monkeypatch.setattr(records, "ALPHA", 0.0)
-    assert candidates(study, "compare", "c") == []
+    assert candidates(study, of_contest, "compare", "c") == []
     assert land(study, "compare", ledger) == ["no row of the contest's pairs beats its reference with p < 0.01"]
 
 

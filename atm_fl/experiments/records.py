@@ -4,7 +4,9 @@ docs/records/NAME.json    one log a record, as `land` writes it; it stays when t
 docs/records.md           the table of what stands and what has fallen, between two marks, made from the logs alone
 
 A record is of a kind: of which row it beats, on which tasks, with which kind of model. It stands until another of its
-kind takes fewer rounds, or as many and fewer bytes.
+kind takes fewer rounds, or as many and fewer bytes, or until the row that it beats is overtaken: a row that exchanges
+nothing is beaten, beyond chance, by one that trains the same entries in the same way with better settings. A baseline
+is worth what its best tuning is worth.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -37,7 +39,8 @@ class Record:
 
     differences: by task, "mean" and "worst normalised task" (value, low, high of the 99 % interval, p). epochs: in all,
     mean over tasks. bytes and seconds: mean over seeds, as the contest's table has them. settings: those of the row
-    that are not the defaults. commit: of the checkout that landed it.
+    that are not the defaults. commit: of the checkout that landed it. overtaken: the row that has since overtaken the
+    reference, "" if none has.
     """
 
     row: str
@@ -57,6 +60,7 @@ class Record:
     commit: str
     date: str
     machine: str
+    overtaken: str = ""
 
     @property
     def kind(self) -> tuple[str, str, tuple[str, ...]]:
@@ -69,17 +73,41 @@ class Record:
         return self.rounds, self.bytes
 
 
-def candidates(study: Contest, command: str, commit: str) -> list[Record]:
-    """What of the contest's finished `pairs` is a record by itself: of at least two seeds, better with p < ALPHA."""
-    outcomes = results(study)
-    rows, usual = {row["name"]: row for row in outcomes["rows"]}, defaults()
-    found = []
+def _claimed(outcomes: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Those finished `pairs` of a contest whose first row is better: on all tasks, at least two seeds, p < ALPHA."""
     for pair in outcomes["pairs"]:
+        of_mean = pair["differences"]["mean"]
+        all_tasks = pair["differences"].keys() >= set(outcomes["tasks"])
+        if all_tasks and len(pair["seeds"]) >= 2 and of_mean["value"] > 0 and of_mean["p"] < ALPHA:
+            yield pair
+
+
+def overtaken(study: Contest, outcomes: dict[str, Any]) -> dict[str, str]:
+    """By their names, rows without exchanges that one of the same kind, `trainable` and `private` beats by better
+    settings, and which. outcomes: the contest's `results`."""
+
+    def trained(name: str) -> tuple[str, Any, Any]:
+        row = study.row(name=name)
+        settings = ContestUnit(study, row, study.seeds[0], best_choice(study, row)).settings()
+        return row.kind, settings.trainable, settings.private
+
+    pairs = (pair["rows"] for pair in _claimed(outcomes))
+    return {
+        worse: better
+        for better, worse in pairs
+        if study.row(name=better).kind not in EXCHANGES and trained(better) == trained(worse)
+    }
+
+
+def candidates(study: Contest, outcomes: dict[str, Any], command: str, commit: str) -> list[Record]:
+    """What of the contest's finished `pairs` is a record by itself. outcomes: the contest's `results`."""
+    rows, usual = {row["name"]: row for row in outcomes["rows"]}, defaults()
+    weak = overtaken(study, outcomes)
+    found = []
+    for pair in _claimed(outcomes):
         name, reference = pair["rows"]
-        of_mean, row = pair["differences"]["mean"], rows[name]
-        if not pair["differences"].keys() >= set(outcomes["tasks"]):
-            continue  # of a part of the tasks
-        if len(pair["seeds"]) < 2 or of_mean["value"] <= 0 or of_mean["p"] >= ALPHA or row["kind"] not in EXCHANGES:
+        row = rows[name]
+        if row["kind"] not in EXCHANGES or reference in weak:
             continue
         runs = [row["seeds"][str(seed)] for seed in pair["seeds"]]
         others = [rows[reference]["seeds"][str(seed)] for seed in pair["seeds"]]
@@ -118,32 +146,53 @@ def land(study: Contest, command: str, ledger: Path) -> list[str]:
     code is in no checkout or differs from its commit.
     """
     _split(ledger)
+    commit, outcomes = _commit(), results(study)
+    lines = _fell(ledger, overtaken(study, outcomes))
     known = logs(ledger)
-    lines = []
-    for record in candidates(study, command, _commit()):
+    for record in candidates(study, outcomes, command, commit):
         before = standing(known).get(record.kind)
         if before and before.place <= record.place:
             lines.append(f"{record.row}: {before.row} stands against {record.reference}, with {before.rounds} rounds")
             continue
         slug = re.sub(r"[^a-z0-9]+", "-", f"{record.row} over {record.reference} {record.date}".lower()).strip("-")
         path = ledger.with_suffix("") / f"{slug}.json"
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
+        _write(path, record)
         known.append(record)
         lines.append(f"{record.row}: a record against {record.reference}, {record.rounds} rounds → {path}")
     write_table(ledger)
     return lines or ["no row of the contest's pairs beats its reference with p < 0.01"]
 
 
+def _fell(ledger: Path, weak: dict[str, str]) -> list[str]:
+    """Write into the logs of records against rows that were overtaken by which; a line each."""
+    lines = []
+    for path, record in _files(ledger):
+        if record.overtaken or record.reference not in weak:
+            continue
+        _write(path, replace(record, overtaken=weak[record.reference]))
+        lines.append(f"{record.row}: falls, for {weak[record.reference]} has overtaken {record.reference}")
+    return lines
+
+
+def _write(path: Path, record: Record) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
+
+
 def logs(ledger: Path) -> list[Record]:
     """All records that have ever landed. SettingError names a file that is none."""
+    return [record for _, record in _files(ledger)]
+
+
+def _files(ledger: Path) -> list[tuple[Path, Record]]:
     records = []
     for path in sorted(ledger.with_suffix("").glob("*.json")):
         try:
             fields = json.loads(path.read_text())
-            records.append(Record(**fields | {name: tuple(fields[name]) for name in ("tasks", "seeds")}))
+            record = Record(**fields | {name: tuple(fields[name]) for name in ("tasks", "seeds")})
         except (ValueError, TypeError, KeyError) as error:
             raise SettingError(f"{path} is no log of a record ({error}); take it out of the folder") from error
+        records.append((path, record))
     return records
 
 
@@ -151,6 +200,8 @@ def standing(records: list[Record]) -> dict[tuple[str, str, tuple[str, ...]], Re
     """By kind, the records that stand; of equal ones the first to land."""
     best: dict[tuple[str, str, tuple[str, ...]], Record] = {}
     for record in sorted(records, key=lambda record: record.date):
+        if record.overtaken:
+            continue
         if record.kind not in best or record.place < best[record.kind].place:
             best[record.kind] = record
     return best
@@ -165,9 +216,9 @@ def write_table(ledger: Path) -> None:
 
 def table(records: list[Record]) -> str:
     """What stands, and below what has fallen, in Markdown."""
-    best = standing(records)
-    parts = [_rows([record for record in records if best[record.kind] == record]) if records else "None yet."]
-    if fallen := [record for record in records if best[record.kind] != record]:
+    best = list(standing(records).values())
+    parts = [_rows(best) if best else "None yet."]
+    if fallen := [record for record in records if record not in best]:
         parts += ["Fallen:", _rows(fallen)]
     return "\n\n".join(parts)
 
@@ -180,7 +231,9 @@ def _rows(records: list[Record]) -> str:
 def _cells(record: Record) -> tuple[str, ...]:
     of_mean: Mapping[str, float] = record.differences["mean"]
     return (
-        record.reference + (f" ({record.model})" if record.model else ""),
+        record.reference
+        + (f" ({record.model})" if record.model else "")
+        + (f"; overtaken by {record.overtaken}" if record.overtaken else ""),
         record.row,
         str(record.rounds),
         f"{record.epochs:g}",
