@@ -30,6 +30,8 @@ ALPHA = 0.01
 """The p below which a difference is claimed."""
 EXCHANGES = ("atm", "one-shot", "ph-atm")
 """Kinds of rows that can have a record: those that exchange vectors."""
+ALTERNATING = ("atm", "ph-atm")
+"""Kinds of rows that no record is against: a record says in how few rounds alternating beats what does not alternate."""
 BEGIN, END = "<!-- records: made by atm-fl records -->", "<!-- end of records -->"
 
 
@@ -107,7 +109,7 @@ def candidates(study: Contest, outcomes: dict[str, Any], command: str, commit: s
     for pair in _claimed(outcomes):
         name, reference = pair["rows"]
         row = rows[name]
-        if row["kind"] not in EXCHANGES or reference in weak:
+        if row["kind"] not in EXCHANGES or rows[reference]["kind"] in ALTERNATING or reference in weak:
             continue
         runs = [row["seeds"][str(seed)] for seed in pair["seeds"]]
         others = [rows[reference]["seeds"][str(seed)] for seed in pair["seeds"]]
