@@ -31,7 +31,7 @@ ALPHA = 0.01
 EXCHANGES = ("atm", "one-shot", "ph-atm")
 """Kinds of rows that can have a record: those that exchange vectors."""
 ALTERNATING = ("atm", "ph-atm")
-"""Kinds of rows that no record is against: a record says in how few rounds alternating beats what does not alternate."""
+"""Kinds of rows that no record is against: a record says in how few rounds alternating beats what does not."""
 BEGIN, END = "<!-- records: made by atm-fl records -->", "<!-- end of records -->"
 
 
