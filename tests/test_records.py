@@ -47,7 +47,7 @@ def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def landed(monkeypatch: pytest.MonkeyPatch, ledger: Path, record: Record) -> list[str]:
-    monkeypatch.setattr(records, "results", lambda _: {})
+    monkeypatch.setattr(records, "results", lambda _: {"tasks": record.tasks})
     monkeypatch.setattr(records, "overtaken", lambda *_: {})
     monkeypatch.setattr(records, "candidates", lambda *_: [record])
     return land(None, "", ledger)  # type: ignore[arg-type]
@@ -98,6 +98,10 @@ def test_a_record_falls_when_the_row_that_it_beats_is_overtaken(ledger: Path, mo
     landed(monkeypatch, ledger, replace(RECORD, row="other", reference="single"))
     monkeypatch.setattr(records, "overtaken", lambda *_: {"joint": "joint, better rate"})
     monkeypatch.setattr(records, "candidates", lambda *_: [])
+    monkeypatch.setattr(records, "results", lambda _: {"tasks": ["mnist"]})
+    land(None, "", ledger)  # type: ignore[arg-type]
+    assert len(standing(logs(ledger))) == 2
+    monkeypatch.setattr(records, "results", lambda _: {"tasks": RECORD.tasks})
     (line,) = land(None, "", ledger)  # type: ignore[arg-type]
     assert line == "TSV-M: falls, for joint, better rate has overtaken joint"
     assert [record.row for record in standing(logs(ledger)).values()] == ["other"]

@@ -149,7 +149,7 @@ def land(study: Contest, command: str, ledger: Path) -> list[str]:
     """
     _split(ledger)
     commit, outcomes = _commit(), results(study)
-    lines = _fell(ledger, overtaken(study, outcomes))
+    lines = _fell(ledger, overtaken(study, outcomes), tuple(outcomes["tasks"]))
     known = logs(ledger)
     for record in candidates(study, outcomes, command, commit):
         before = standing(known).get(record.kind)
@@ -165,11 +165,11 @@ def land(study: Contest, command: str, ledger: Path) -> list[str]:
     return lines or ["no row of the contest's pairs beats its reference with p < 0.01"]
 
 
-def _fell(ledger: Path, weak: dict[str, str]) -> list[str]:
-    """Write into the logs of records against rows that were overtaken by which; a line each."""
+def _fell(ledger: Path, weak: dict[str, str], tasks: tuple[str, ...]) -> list[str]:
+    """Write into the logs of records against rows that were overtaken on `tasks` by which; a line each."""
     lines = []
     for path, record in _files(ledger):
-        if record.overtaken or record.reference not in weak:
+        if record.overtaken or record.reference not in weak or record.tasks != tasks:
             continue
         _write(path, replace(record, overtaken=weak[record.reference]))
         lines.append(f"{record.row}: falls, for {weak[record.reference]} has overtaken {record.reference}")
