@@ -51,7 +51,7 @@ def test_what_is_written_is_read_again(setting: str, registry: Registry[Any], na
     # the order and blanks of what a person writes do not matter, and defaults may be said
     items_text = [f" {key.replace('_', '-')} = {str(value).lower()}" for key, value in reversed(chosen.items())]
     assert read_choice(setting, f"{name}:{','.join(items_text)}" if chosen else name, registry) == choice
-    if setting in defaults() and name not in ("multi-krum", "consensus"):  # which may need more tasks
+    if setting in defaults() and name not in ("multi-krum", "consensus", "trimmed-mean"):  # which may need more tasks
         assert Settings.parse({setting: str(choice)}).as_config()[setting] == str(choice)
 
 
