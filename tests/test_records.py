@@ -140,12 +140,11 @@ def test_a_row_is_overtaken_by_one_that_trains_the_same_entries_in_the_same_way(
         assert weak(*pair) == {}
 
 
-def test_nothing_has_a_record_against_a_row_that_is_overtaken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "overtaken", lambda *_: {"joint": "joint, better rate"})
+def test_nothing_has_a_record_against_a_row_that_is_overtaken() -> None:
     pair = {"rows": ["atm", "joint"], "seeds": [0, 1], "differences": {"red": MEAN, "mean": MEAN}}
     rows = [{"name": "atm", "kind": "atm"}, {"name": "joint", "kind": "joint"}]
     outcomes = {"rows": rows, "pairs": [pair], "tasks": ["red"]}
-    assert candidates(None, outcomes, "", "") == []  # type: ignore[arg-type]
+    assert candidates(None, outcomes, {"joint": "joint, better rate"}, "", "") == []  # type: ignore[arg-type]
 
 
 def test_the_table_is_made_from_the_logs_alone(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +183,7 @@ def test_only_a_tested_difference_of_a_row_that_exchanges_is_a_record(
     of_contest = contest.results(study)
     outcomes = {tuple(pair["rows"]): pair["differences"]["mean"] for pair in of_contest["pairs"]}
     monkeypatch.setattr(records, "ALPHA", 2.0)  # of so few images hardly anything is beyond chance
-    made = {(record.row, record.reference): record for record in candidates(study, of_contest, "compare", "c")}
+    made = {(record.row, record.reference): record for record in candidates(study, of_contest, {}, "compare", "c")}
     assert set(made) == {
         rows
         for rows, of_mean in outcomes.items()
@@ -197,7 +196,7 @@ def test_only_a_tested_difference_of_a_row_that_exchanges_is_a_record(
         assert record.seeds == (0, 1)
         assert record.bytes > 0
     monkeypatch.setattr(records, "ALPHA", 0.0)
-    assert candidates(study, of_contest, "compare", "c") == []
+    assert candidates(study, of_contest, {}, "compare", "c") == []
     assert land(study, "compare", ledger) == ["no row of the contest's pairs beats its reference with p < 0.01"]
 
 

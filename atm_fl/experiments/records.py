@@ -28,10 +28,10 @@ from atm_fl.tables import markdown
 
 ALPHA = 0.01
 """The p below which a difference is claimed."""
-EXCHANGES = ("atm", "one-shot", "ph-atm")
-"""Kinds of rows that can have a record: those that exchange vectors."""
 ALTERNATING = ("atm", "ph-atm")
 """Kinds of rows that no record is against: a record says in how few rounds alternating beats what does not."""
+EXCHANGES = (*ALTERNATING, "one-shot")
+"""Kinds of rows that can have a record: those that exchange vectors."""
 BEGIN, END = "<!-- records: made by atm-fl records -->", "<!-- end of records -->"
 
 
@@ -101,10 +101,11 @@ def overtaken(study: Contest, outcomes: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def candidates(study: Contest, outcomes: dict[str, Any], command: str, commit: str) -> list[Record]:
-    """What of the contest's finished `pairs` is a record by itself. outcomes: the contest's `results`."""
+def candidates(
+    study: Contest, outcomes: dict[str, Any], weak: Mapping[str, str], command: str, commit: str
+) -> list[Record]:
+    """What of a contest's finished `pairs` is a record by itself. outcomes: its `results`; weak: what is overtaken."""
     rows, usual = {row["name"]: row for row in outcomes["rows"]}, defaults()
-    weak = overtaken(study, outcomes)
     found = []
     for pair in _claimed(outcomes):
         name, reference = pair["rows"]
@@ -149,9 +150,10 @@ def land(study: Contest, command: str, ledger: Path) -> list[str]:
     """
     _split(ledger)
     commit, outcomes = _commit(), results(study)
-    lines = _fell(ledger, overtaken(study, outcomes), tuple(outcomes["tasks"]))
+    weak = overtaken(study, outcomes)
+    lines = _fell(ledger, weak, tuple(outcomes["tasks"]))
     known = logs(ledger)
-    for record in candidates(study, outcomes, command, commit):
+    for record in candidates(study, outcomes, weak, command, commit):
         before = standing(known).get(record.kind)
         if before and before.place <= record.place:
             lines.append(f"{record.row}: {before.row} stands against {record.reference}, with {before.rounds} rounds")
